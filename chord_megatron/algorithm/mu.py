@@ -1,0 +1,13 @@
+"""The schedule of mu, the weight of the expert loss (CHORD, arXiv 2508.11408, section 4.1)."""
+
+import math
+
+
+def mu_schedule(step: int, *, peak: float, valley: float, warmup_steps: int, decay_steps: int) -> float:
+    """mu at a 0-based optimizer step: linear warm-up to `peak`, cosine decay to `valley`, then `valley`."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step < warmup_steps + decay_steps:
+        progress = (step - warmup_steps) / decay_steps
+        return valley + (peak - valley) * (1 + math.cos(math.pi * progress)) / 2
+    return valley

@@ -1,0 +1,215 @@
+"""Megatron distributed checkpoints of model, optimizer, scheduler and random state, whole or not there at all.
+
+A checkpoint directory holds Megatron-Core's `.distcp` files, `common.pt`, `state.json` (cursors, step,
+scheduler: plain values) and one `rng_RANK.safetensors` a rank. It can be loaded under another layout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from safetensors.torch import load_file, save_file
+
+from chord_megatron.backend.groups import ParallelGroups
+from chord_megatron.backend.model import unwrap
+from chord_megatron.types import UserError
+
+_METADATA = {
+    # The only formats whose optimizer state can change TP and PP when it is loaded.
+    "distrib_optim_sharding_type": "fully_reshardable",
+    # Without it every data-parallel rank gathers the whole fp32 state of its shard.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+    "chained_optim_avoid_prefix": True,
+}
+
+
+def save(
+    directory: Path,
+    chunks: list[torch.nn.Module],
+    optimizer: Any,
+    scheduler: Any,
+    state: dict[str, Any],
+    groups: ParallelGroups,
+) -> None:
+    """Write a checkpoint beside `directory` and rename it into place when it is complete. Collective."""
+    partial = directory.with_name(directory.name + ".partial")
+    if groups.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
+    save_file(_rng_state(), partial / f"rng_{groups.rank:05d}.safetensors")
+    if groups.rank == 0:
+        document = {"state": state, "scheduler": scheduler.state_dict()}
+        (partial / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+    dist.barrier()
+    if groups.rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(partial, directory)
+    dist.barrier()
+
+
+def load(
+    directory: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, groups: ParallelGroups
+) -> dict[str, Any]:
+    """Read what `save` wrote into the model, the optimizer and the scheduler; returns `state`. Collective."""
+    refuse_unsafe(directory)
+    document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    _allocate_adam_state(optimizer)
+    loaded = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(directory))
+    for name, chunk in _named_chunks(chunks):
+        unwrap(chunk).load_state_dict(loaded[name])
+    optimizer.load_state_dict(loaded["optimizer"])
+    _unshare_steps(optimizer)
+    scheduler.load_state_dict(document["scheduler"])
+    _restore_rng(directory / f"rng_{groups.rank:05d}.safetensors")
+    return document["state"]
+
+
+def refuse_unsafe(directory: Path) -> None:
+    """Raise UserError unless reading the checkpoint cannot run code.
+
+    torch reads `.metadata` with plain pickle, and pickles any object (not tensor) that it lists: the first must
+    pass an allow-list of names, the second must not be there.
+    """
+    try:
+        with open(directory / ".metadata", "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
+    pickled = [
+        key
+        for key, entry in metadata.state_dict_metadata.items()
+        if type(entry).__name__ == "BytesStorageMetadata"
+    ]
+    if pickled:
+        raise UserError(
+            f"the checkpoint {directory} holds pickled objects ({', '.join(pickled[:5])}), "
+            "which are not read: only tensors are"
+        )
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Only the classes of which torch.distributed.checkpoint builds its metadata."""
+
+    _ALLOWED = frozenset(
+        {
+            f"torch.distributed.checkpoint.metadata.{name}"
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+        | {
+            f"torch.distributed.checkpoint.planner.{name}"
+            for name in (
+                "SavePlan",
+                "TensorWriteData",
+                "WriteItem",
+                "WriteItemType",
+            )
+        }
+        | {
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+            "torch.Size",
+            "torch.serialization._get_layout",
+            "pathlib.PosixPath",
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" not in self._ALLOWED and not is_dtype:
+            raise UserError(f"refusing a checkpoint whose .metadata names {module}.{name}: it could run code")
+        return super().find_class(module, name)
+
+
+def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """Megatron-Core's optimizers know the chunks of an interleaved pipeline by these names."""
+    if len(chunks) == 1:
+        return [("model", chunks[0])]
+    return [(f"model{index}", chunk) for index, chunk in enumerate(chunks)]
+
+
+def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        name: unwrap(chunk).sharded_state_dict(metadata=_METADATA) for name, chunk in _named_chunks(chunks)
+    }
+    models = state["model"] if len(chunks) == 1 else dict(state)
+    state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
+    # Objects (as against tensors) are pickled and unpickled without checks; nothing here needs one.
+    objects, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    return state
+
+
+def _allocate_adam_state(optimizer: Any) -> None:
+    """Give every parameter the state of a first step: torch's Adam has none before, so nothing would load."""
+    for inner in optimizer.chained_optimizers:
+        if not isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
+            continue  # the fused optimizers allocate their own
+        for group in inner.optimizer.param_groups:
+            for parameter in group["params"]:
+                inner.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        if isinstance(inner, DistributedOptimizer):
+            _keep_absent_states(inner)
+
+
+def _keep_absent_states(inner: DistributedOptimizer) -> None:
+    """distrib_optimizer.py:940 expects every state in the checkpoint; torch Adam's `step` is not among them."""
+    set_states = inner._set_main_param_and_optimizer_states
+
+    def set_present(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        set_states(model_param, {**inner._get_main_param_and_optimizer_states(model_param), **tensors})
+
+    inner._set_main_param_and_optimizer_states = set_present
+
+
+def _unshare_steps(optimizer: Any) -> None:
+    """distrib_optimizer.py:835 gives all parameters one `step` tensor, which torch's Adam then increments for each."""
+    for inner in optimizer.chained_optimizers:
+        for state in inner.optimizer.state.values():
+            if "step" in state:
+                state["step"] = state["step"].clone()
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    tracked = {
+        f"tracker.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()
+    }
+    states = {"cpu": torch.get_rng_state(), **tracked}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_rng(path: Path) -> None:
+    """Restore this rank's random state; a rank that the saving job did not have keeps its seeded one."""
+    if not path.exists():
+        return
+    states = load_file(path)
+    torch.set_rng_state(states.pop("cpu"))
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states.pop("cuda"))
+    get_cuda_rng_tracker().set_states({name.removeprefix("tracker."): s for name, s in states.items()})

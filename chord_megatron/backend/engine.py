@@ -1,0 +1,259 @@
+"""MegatronEngine: a model under a parallel layout, with its optimizer. No Megatron type leaves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from chord_megatron.backend import checkpoint
+from chord_megatron.backend.generation import generate_batch
+from chord_megatron.backend.groups import ParallelGroups
+from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_parameters
+from chord_megatron.backend.model import Targets, build_model_chunks, unwrap, wrap_data_parallel
+from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.convert.architecture import read_architecture
+from chord_megatron.data.packing import build_global_batch, unpack
+from chord_megatron.types import GlobalBatch, MicroBatch, SamplingParams, TrainingSample
+
+# (log_probs [tokens], entropy [tokens], micro-batch) -> (loss, metric sums, largest value of a metric)
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor, Tensor]]
+
+
+class MegatronEngine:
+    """Trains and evaluates one model; every method is a collective call of all ranks."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        groups: ParallelGroups,
+        *,
+        train_iters: int,
+        keep_reference: bool,
+    ) -> None:
+        self.groups = groups
+        self.arch = read_architecture(Path(model.path))
+        chunks = build_model_chunks(self.arch, model, parallel, groups)
+        load_hf_weights(chunks, Path(model.path), self.arch, groups)
+        # On the host: it is needed once a step, and a second model on the device is what others run out of memory by.
+        self._reference = (
+            [p.detach().cpu().clone() for _, p in named_parameters(chunks)] if keep_reference else None
+        )
+        self._chunks = wrap_data_parallel(
+            chunks, use_distributed_optimizer=optimizer.use_distributed_optimizer
+        )
+        self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
+        self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
+        self._clip_grad = optimizer.clip_grad
+        self._loss_is_finite = True
+
+    @property
+    def packing(self) -> dict[str, int]:
+        """What this layout asks of `build_global_batch`."""
+        model = unwrap(self._chunks[0])
+        return {
+            "dp_rank": self.groups.dp_rank,
+            "dp_size": self.groups.dp_size,
+            "pad_to_multiple": self.groups.tp_size if model.config.sequence_parallel else 1,
+            # The interleaved schedule runs micro-batches in groups of the pipeline size.
+            "micro_batch_multiple": self.groups.pp_size if self.groups.vpp_size else 1,
+        }
+
+    @torch.no_grad()
+    def compute_log_probs(
+        self, samples: Sequence[TrainingSample], *, micro_batch_size: int, reference: bool = False
+    ) -> list[Tensor]:
+        """Log-probs of each sample's tokens, [length] each (0 at the first token), on every rank.
+
+        reference: of the frozen initial model instead of the current one.
+        """
+        batch = build_global_batch(samples, micro_batch_size=micro_batch_size, **self.packing)
+
+        def collect(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
+            return log_probs.sum(), 0, unpack(micro_batch, log_probs.float().cpu())
+
+        if reference:
+            self._swap_reference()
+        outputs = self._run_schedule(batch, collect, forward_only=True)
+        if reference:
+            self._swap_reference()
+        rows = {index: row for output in outputs for index, row in output.items()}
+        everywhere: list[dict[int, Tensor]] = [{}] * self.groups.dp_size
+        dist.all_gather_object(everywhere, rows, group=self.groups.dp_group)
+        merged = [{index: row for share in everywhere for index, row in share.items()}]
+        dist.broadcast_object_list(merged, self.groups.last_stage_rank, group=self.groups.pp_group)
+        return [merged[0][index] for index in range(len(samples))]
+
+    def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> tuple[list[float], float]:
+        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
+
+        Returns, on every rank, the metric sums over the whole step and the maximum of the third result.
+        """
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+        def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, tuple]:
+            loss, sums, maximum = loss_fn(log_probs, entropy, micro_batch)
+            # Megatron divides the summed gradient by the summed counts, which is batch.num_tokens again.
+            finite = torch.isfinite(loss.detach()).to(sums.dtype)
+            return batch.num_tokens * loss, micro_batch.num_tokens, (sums, torch.stack([maximum, -finite]))
+
+        outputs = self._run_schedule(batch, scaled, forward_only=False)
+        sums, maxima = self._reduce(outputs)
+        self._loss_is_finite = maxima[1] == -1.0
+        return sums, maxima[0]
+
+    def optimizer_step(self) -> tuple[float, bool]:
+        """Clip, step, advance the learning rate. Returns the gradient norm before clipping and whether it stepped.
+
+        A non-finite loss or gradient norm on any rank makes all ranks leave weights and optimizer as they are.
+        """
+        found_inf = self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        finite = torch.tensor(
+            [float(math.isfinite(grad_norm) and self._loss_is_finite and not found_inf)],
+            device=self.groups.device,
+        )
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        stepped = bool(finite.item())
+        if stepped:
+            for inner in self._optimizer.chained_optimizers:
+                if self._clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(inner.get_parameters(), self._clip_grad, grad_norm)
+            self._optimizer.step_with_ready_grads()
+        self._scheduler.step(increment=1)
+        return grad_norm, stepped
+
+    def learning_rate(self) -> float:
+        """The learning rate of the next optimizer step."""
+        return self._optimizer.param_groups[0]["lr"]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[tuple[list[int], list[float]]]:
+        """(completion tokens, their log-probs) of each prompt by KV-cache decoding on the training weights.
+
+        seeds: what each completion's random numbers are drawn from; nothing else influences them.
+        """
+        return generate_batch(self._chunks, prompts, seeds, params, self.groups)
+
+    def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(HF name, full tensor) of the current weights; every rank must exhaust it."""
+        return export_hf_weights(self._chunks, self.arch, self.groups)
+
+    def save(self, directory: Path, state: dict[str, Any]) -> None:
+        """Write model, optimizer, scheduler, random state and `state` (plain JSON values) to `directory`."""
+        checkpoint.save(directory, self._chunks, self._optimizer, self._scheduler, state, self.groups)
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Read what `save` wrote, under this or another layout; returns `state`."""
+        return checkpoint.load(directory, self._chunks, self._optimizer, self._scheduler, self.groups)
+
+    def _run_schedule(self, batch: GlobalBatch, loss_fn: Callable, *, forward_only: bool) -> list:
+        """One pass of Megatron-Core's pipeline schedule; the loss results of the last stage."""
+        micro_batches = [micro_batch.to(self.groups.device) for micro_batch in batch.micro_batches]
+        # Each model chunk of an interleaved pipeline walks through the same micro-batches.
+        iterators = [iter(micro_batches) for _ in self._chunks]
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, loss_fn),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
+            num_microbatches=len(micro_batches),
+            seq_length=max(len(micro_batch.input_ids) for micro_batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _reduce(self, outputs: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
+        """Sum and maximise the last stages' metrics over micro-batches and ranks, then tell every stage."""
+        lengths = torch.zeros(2, dtype=torch.int64, device=self.groups.device)
+        if self.groups.is_last_stage:
+            sums = torch.stack([sums for sums, _ in outputs]).sum(0)
+            maxima = torch.stack([maxima for _, maxima in outputs]).amax(0)
+            lengths = torch.tensor([len(sums), len(maxima)], device=self.groups.device)
+            dist.all_reduce(sums, group=self.groups.dp_cp_group)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.groups.dp_cp_group)
+        if self.groups.pp_size > 1:
+            source, group = self.groups.last_stage_rank, self.groups.pp_group
+            dist.broadcast(lengths, source, group=group)
+            if not self.groups.is_last_stage:
+                sums, maxima = (
+                    torch.empty(n, dtype=torch.float64, device=self.groups.device) for n in lengths.tolist()
+                )
+            dist.broadcast(sums, source, group=group)
+            dist.broadcast(maxima, source, group=group)
+        return sums.tolist(), maxima.tolist()
+
+    def _swap_reference(self) -> None:
+        """Exchange the current weights and the reference's."""
+        assert self._reference is not None, "built without keep_reference"
+        for index, (_, parameter) in enumerate(named_parameters(self._chunks)):
+            current = parameter.detach().cpu().clone()
+            parameter.data.copy_(self._reference[index])
+            self._reference[index] = current
+
+
+def _forward_step(loss_fn: Callable, data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
+    """Megatron-Core's forward_step_func: the chunk's output and what turns it into a loss."""
+    batch = next(data_iterator)
+    longest = int(batch.cu_seqlens.diff().max())
+    output = model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        labels=Targets(batch.labels, batch.temperatures),
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        ),
+    )
+    return output, lambda result: loss_fn(*result, batch)
+
+
+def _optimizer_config(optimizer: OptimizerConfig, model: ModelConfig) -> MegatronOptimizerConfig:
+    return MegatronOptimizerConfig(
+        optimizer="adam",
+        bf16=model.dtype == "bfloat16",
+        params_dtype=torch.bfloat16 if model.dtype == "bfloat16" else torch.float32,
+        use_distributed_optimizer=optimizer.use_distributed_optimizer,
+        **{
+            key: getattr(optimizer, key)
+            for key in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+        },
+    )
+
+
+def _build_scheduler(
+    megatron_optimizer: Any, config: OptimizerConfig, train_iters: int
+) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=config.lr_warmup_iters,
+        lr_decay_steps=max(train_iters, config.lr_warmup_iters + 1),
+        lr_decay_style=config.lr_decay_style,
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,181 @@
+"""KV-cache decoding on the training weights, under every dense layout (TP, SP, PP, VPP).
+
+Megatron-Core's static inference context holds the cache; its text-generation wrapper refuses interleaved
+pipelines and its broadcast helpers insist on CUDA, so the decode loop is here: each stage receives, runs its
+chunk and sends; the last stage samples and broadcasts the tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from chord_megatron.backend.groups import ParallelGroups
+from chord_megatron.backend.model import unwrap
+from chord_megatron.rollout.sampling import sample_tokens, uniform_numbers
+from chord_megatron.types import SamplingParams
+
+
+@torch.no_grad()
+def generate_batch(
+    chunks: list[torch.nn.Module],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    params: SamplingParams,
+    groups: ParallelGroups,
+) -> list[tuple[list[int], list[float]]]:
+    """(tokens, log-probs) of one completion for each prompt; the end token is part of it.
+
+    A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches.
+    """
+    if not prompts:
+        return []
+    device = groups.device
+    tokens, hidden = _left_pad(prompts, device)
+    uniforms = torch.stack([uniform_numbers(seed, params.max_completion_length) for seed in seeds]).to(device)
+    stop = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
+    decoder = _Decoder(chunks, len(prompts), tokens.shape[1] + params.max_completion_length, groups)
+    alive = torch.arange(len(prompts), device=device)  # rows still decoding
+    completions: list[list[int]] = [[] for _ in prompts]
+    log_probs: list[list[float]] = [[] for _ in prompts]
+    with _inference_mode(chunks):
+        for position in range(params.max_completion_length):
+            logits = decoder.forward(tokens, hidden)
+            drawn, drawn_log_probs = _sample_on_last_stage(
+                logits, uniforms[alive, position], params, len(alive), groups
+            )
+            for row, token, log_prob in zip(alive.tolist(), drawn.tolist(), drawn_log_probs.tolist()):
+                completions[row].append(int(token))
+                log_probs[row].append(log_prob)
+            going_on = ~torch.isin(drawn, stop)
+            if not going_on.any():
+                break
+            if not going_on.all():
+                alive, drawn, hidden = alive[going_on], drawn[going_on], hidden[going_on]
+                decoder.keep_rows(going_on)
+            tokens = drawn[:, None]
+            hidden = torch.cat([hidden, hidden.new_zeros(len(alive), 1)], dim=1)
+    return list(zip(completions, log_probs))
+
+
+class _Decoder:
+    """Runs new tokens through all chunks of all stages, keeping the KV cache."""
+
+    def __init__(
+        self, chunks: list[torch.nn.Module], batch_size: int, max_length: int, groups: ParallelGroups
+    ) -> None:
+        self._models = [unwrap(chunk) for chunk in chunks]
+        # A context for each chunk: layer numbers are only unique within one.
+        self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in chunks]
+        self._groups = groups
+
+    def forward(self, tokens: Tensor, hidden: Tensor) -> Tensor | None:
+        """tokens: [batch, new]; hidden: [batch, cached + new], True at left padding.
+
+        Returns the logits of the last position, [batch, vocab], on the last stage and None elsewhere.
+        """
+        length, cached = tokens.shape[1], hidden.shape[1]
+        columns = torch.arange(cached, device=tokens.device)
+        queries = columns[cached - length :, None]
+        # A padding row sees itself, because a softmax over nothing is NaN.
+        mask = (columns > queries) | (hidden[:, None, None, :] & (columns != queries))
+        output = None
+        for number, (model, context) in enumerate(zip(self._models, self._contexts)):
+            if not model.pre_process:
+                model.set_input_tensor(self._receive(output, tokens, number))
+            output = model(
+                input_ids=tokens,
+                position_ids=queries.T.expand(len(tokens), -1),
+                attention_mask=mask,
+                inference_context=context,
+                runtime_gather_output=True,
+            )
+            context.sequence_len_offset += length
+            if not model.post_process:
+                self._send(output, number)
+        last = self._models[-1]
+        return output[:, -1, : last.real_vocab_size] if last.post_process else None
+
+    def keep_rows(self, keep: Tensor) -> None:
+        """Drop finished rows from the cache."""
+        for context in self._contexts:
+            context.key_value_memory_dict = {
+                layer: (keys[keep], values[keep])
+                for layer, (keys, values) in context.key_value_memory_dict.items()
+            }
+
+    def _receive(self, output: Tensor | None, tokens: Tensor, chunk: int) -> Tensor:
+        """Hidden states [new, batch, hidden] from the stage before; the first stage's later chunks close the ring."""
+        group, size = self._groups.pp_group, self._groups.pp_size
+        config = self._models[chunk].config
+        received = torch.empty(
+            tokens.shape[1],
+            tokens.shape[0],
+            config.hidden_size,
+            dtype=config.pipeline_dtype,
+            device=tokens.device,
+        )
+        dist.recv(received, dist.get_global_rank(group, (self._groups.pp_rank - 1) % size), group=group)
+        return received
+
+    def _send(self, output: Tensor, chunk: int) -> None:
+        group, size = self._groups.pp_group, self._groups.pp_size
+        dist.send(
+            output.contiguous(), dist.get_global_rank(group, (self._groups.pp_rank + 1) % size), group=group
+        )
+
+
+def _sample_on_last_stage(
+    logits: Tensor | None, uniforms: Tensor, params: SamplingParams, batch_size: int, groups: ParallelGroups
+) -> tuple[Tensor, Tensor]:
+    """Tokens [batch] int64 and log-probs [batch], equal on every rank of the model."""
+    if logits is not None:
+        tokens, log_probs = sample_tokens(
+            logits, uniforms, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k
+        )
+    else:
+        tokens = torch.empty(batch_size, dtype=torch.int64, device=groups.device)
+        log_probs = torch.empty(batch_size, dtype=torch.float32, device=groups.device)
+    if groups.pp_size > 1:
+        for values in (tokens, log_probs):
+            dist.broadcast(values, groups.last_stage_rank, group=groups.pp_group)
+    return tokens, log_probs
+
+
+def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[batch, longest] tokens that end together, and True where there is padding.
+
+    One cache offset serves all rows, so prompts end at the same column; rotary positions are relative, so
+    where a prompt begins does not matter.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    hidden = torch.ones(len(prompts), longest, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+        hidden[row, longest - len(prompt) :] = False
+    return tokens.to(device), hidden.to(device)
+
+
+@contextlib.contextmanager
+def _inference_mode(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Evaluation mode without sequence parallelism: single tokens cannot be split over TP."""
+    models = [unwrap(chunk) for chunk in chunks]
+    sequence_parallel = models[0].config.sequence_parallel
+    for model in models:
+        model.eval()
+        if sequence_parallel:
+            set_model_to_sequence_parallel(model, False)
+    try:
+        yield
+    finally:
+        for model in models:
+            if sequence_parallel:
+                set_model_to_sequence_parallel(model, True)
+            model.train()

@@ -1,0 +1,104 @@
+"""Process groups: built once, frozen, passed as arguments everywhere else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from chord_megatron.backend.cpu import enable_cpu_support
+from chord_megatron.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class ParallelGroups:
+    """This process's place in the parallel layout."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    vpp_size: int | None
+
+    @property
+    def tp_rank(self) -> int:
+        return self.tp_group.rank()
+
+    @property
+    def tp_size(self) -> int:
+        return self.tp_group.size()
+
+    @property
+    def pp_rank(self) -> int:
+        return self.pp_group.rank()
+
+    @property
+    def pp_size(self) -> int:
+        return self.pp_group.size()
+
+    @property
+    def dp_rank(self) -> int:
+        return self.dp_group.rank()
+
+    @property
+    def dp_size(self) -> int:
+        return self.dp_group.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of this pipeline's last stage: where the losses are."""
+        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+
+def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroups:
+    """Join the job that torchrun started (or a job of one), and split it into the parallel groups."""
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    enable_cpu_support()
+    if not dist.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        options = {} if "MASTER_PORT" in os.environ else {"store": dist.HashStore()}
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            timeout=timedelta(minutes=30),
+            **options,
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        create_gloo_process_groups=True,  # checkpoints gather optimizer state over them
+    )
+    model_parallel_cuda_manual_seed(seed)
+    return ParallelGroups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        vpp_size=parallel.virtual_pipeline_model_parallel_size,
+    )
+
+
+def shut_down_distributed() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

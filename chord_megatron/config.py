@@ -1,0 +1,226 @@
+"""The configuration: pydantic models, YAML with dotted overrides, and one `validate` for rules across fields.
+
+Leaves keep the names that Megatron-LM and ms-swift users know. `None` means off. An unknown key is an
+error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from chord_megatron.types import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(_Group):
+    path: str  # a Hugging Face directory: config.json, safetensors, tokenizer
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    recompute: bool = False  # full activation recomputation, layer by layer
+    trust_remote_code: bool = False  # passed to the tokenizer only; models never run foreign code
+
+
+class ParallelConfig(_Group):
+    tensor_model_parallel_size: Positive = 1
+    pipeline_model_parallel_size: Positive = 1
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    sequence_parallel: bool = False
+    context_parallel_size: Literal[1] = 1
+    expert_model_parallel_size: Literal[1] = 1
+
+
+class DataConfig(_Group):
+    dataset: str  # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets
+    dataset_split: str = "train"  # for a `datasets` name
+    eval_dataset: str | None = None
+    eval_dataset_split: str = "test"
+    num_eval_prompts: Positive | None = None  # the first N; None = all
+    prompt_column: str = "prompt"  # text, or a list of chat messages
+    reference_column: str = "answer"
+    reference_pattern: str | None = None  # a regular expression; group 1 of its match is the reference
+    prompt_format: Literal["chat", "text"] = "chat"
+    system_prompt: str | None = None
+    max_prompt_length: Positive = 1024
+
+
+class RewardsConfig(_Group):
+    reward_funcs: list[str] = Field(default=["accuracy"], min_length=1)  # names, or path.py:function
+    reward_weights: list[float] | None = None  # None = 1 each
+    timeout_seconds: float = Field(default=60.0, gt=0)  # of one call of a user's function
+
+
+class RolloutConfig(_Group):
+    engine: Literal["megatron", "replay"] = "megatron"
+    num_generations: Positive = 8
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: NonNegative = 0  # 0 = all
+    max_completion_length: Positive = 256
+    stop_token_ids: list[int] | None = None  # None = the tokenizer's and the model's end tokens
+    max_batch_size: Positive = 256  # completions decoded at once on a data-parallel rank
+    record_to: str | None = None  # jsonl of all rollouts, readable by the replay engine
+    replay_from: str | None = None
+
+
+class GRPOConfig(_Group):
+    epsilon: float = Field(default=0.2, ge=0, lt=1)
+    epsilon_high: float | None = Field(default=None, ge=0)  # None = epsilon
+    beta: float = Field(
+        default=0.0, ge=0
+    )  # KL coefficient against the frozen initial model; 0 = no reference
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # token mean | sequence mean | fixed length
+    overlong_filter: bool = False  # drop completions without an end token from the loss
+    steps_per_generation: Positive = 1
+    num_iterations: Positive = 1
+
+
+class ChordConfig(_Group):
+    semantics: Literal["paper"] = "paper"
+    chord_sft_dataset: str | None = None  # as data.dataset; None = no expert stream (mu must be 0)
+    chord_sft_dataset_split: str = "train"
+    chord_sft_prompt_column: str = "prompt"
+    chord_sft_answer_column: str = "answer"
+    chord_sft_max_length: Positive = 2048  # prompt + answer
+    chord_sft_global_batch_size: Positive | None = None  # expert rows per optimizer step
+    chord_sft_per_device_train_batch_size: Positive | None = None  # ms-swift: x DP x gradient accumulation
+    chord_mu_peak: Fraction = 0.5
+    chord_mu_valley: Fraction = 0.05
+    chord_mu_warmup_steps: NonNegative = 0
+    chord_mu_decay_steps: NonNegative = 0
+    chord_enable_phi_function: bool = False
+
+
+class OptimizerConfig(_Group):
+    lr: float = Field(default=1e-6, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    lr_warmup_iters: NonNegative = 0
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = Field(default=1.0, ge=0)  # 0 = no clipping
+    use_distributed_optimizer: bool = False
+
+
+class TrainConfig(_Group):
+    output_dir: str
+    micro_batch_size: Positive = 1  # sequences packed into one micro-batch
+    global_batch_size: Positive  # completions per optimizer step
+    packing_order: Literal["arrival", "shuffled"] = (
+        "arrival"  # shuffled spreads long rows over ranks; same loss
+    )
+    train_iters: Positive
+    seed: NonNegative = 0
+    eval_steps: Positive | None = None
+    eval_temperature: float = Field(default=0.0, ge=0)  # 0 = greedy
+    save_steps: Positive | None = None  # None = only after the last step
+    save_total_limit: Positive | None = None
+    max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
+
+
+class TrackingConfig(_Group):
+    report_to: list[Literal["tensorboard"]] = ["tensorboard"]
+    log_completions: NonNegative = 8  # completions a step in completions.jsonl
+
+
+class Config(_Group):
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rewards: RewardsConfig = RewardsConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    grpo: GRPOConfig = GRPOConfig()
+    chord: ChordConfig = ChordConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Read YAML, apply `group.key=value` overrides (YAML values), and check every field.
+
+    Relative paths stay relative to the working directory. Raises UserError.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{path} must hold a mapping of groups (model, data, train, ...), not {type(raw).__name__}"
+        )
+    for override in overrides or []:
+        _apply_override(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r} must look like group.key=value")
+    *groups, leaf = key.split(".")
+    target = raw
+    for group in groups:
+        child = target.setdefault(group, {})
+        if child is None:
+            child = target[group] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {group!r} is a value, not a group")
+        target = child
+    try:
+        target[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as a sentence with the dotted key."""
+    location = [str(part) for part in error["loc"]]
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"unknown configuration key {name!r}{_nearest(location)}"
+    if error["type"] == "missing":
+        return f"configuration key {name!r} is required"
+    return f"{name}={error['input']!r}: {error['msg']}"
+
+
+def _nearest(location: list[str]) -> str:
+    known = known_keys()
+    match = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
+    if not match:  # right leaf in the wrong group
+        match = [key for key in known if key.split(".")[-1] == location[-1]]
+    return (
+        f"; did you mean {match[0]!r}?" if match else f"; known groups are {', '.join(Config.model_fields)}"
+    )
+
+
+def known_keys() -> list[str]:
+    """Every group and dotted leaf of the configuration."""
+    keys: list[str] = []
+    for group, group_field in Config.model_fields.items():
+        keys.append(group)
+        group_type: Any = group_field.annotation
+        keys.extend(f"{group}.{leaf}" for leaf in group_type.model_fields)
+    return keys
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)

@@ -1,0 +1,1 @@
+"""From data sets to token sequences: sources, prompts, expert answers, resumable cursors, packing."""

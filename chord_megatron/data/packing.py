@@ -1,0 +1,138 @@
+"""Packing: the samples of a step become the micro-batches of each data-parallel rank. Pure functions.
+
+Rollout and expert samples share micro-batches of [tokens] with `cu_seqlens`. Which rank and micro-batch a
+sample lands in changes nothing but rounding: its loss weight already carries the global denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chord_megatron.algorithm.aggregation import LossType, aggregation_weights
+from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
+
+
+def build_global_batch(
+    samples: Sequence[TrainingSample],
+    *,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    pad_to_multiple: int = 1,
+    micro_batch_multiple: int = 1,
+    shuffle_seed: int | None = None,
+    loss_type: LossType = "dapo",
+    max_completion_length: int = 0,
+) -> GlobalBatch:
+    """This data-parallel rank's micro-batches of a step.
+
+    samples: all samples of the step, the same on every rank. micro_batch_size: sequences a micro-batch.
+    pad_to_multiple: each micro-batch's token count is a multiple of it (TP under sequence parallelism).
+    micro_batch_multiple: the number of micro-batches is a multiple of it (interleaved pipelines); every
+    rank gets the same number, filled up with zero-weight ones. shuffle_seed: None keeps the order.
+    `loss_type` is the mean of the rollout stream; the expert stream's is the token mean.
+    """
+    order = list(range(len(samples)))
+    if shuffle_seed is not None:
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
+    rollout_lengths = [0 if sample.is_expert else _num_loss_tokens(sample) for sample in samples]
+    expert_lengths = [_num_loss_tokens(sample) if sample.is_expert else 0 for sample in samples]
+    rollout_weights = aggregation_weights(
+        rollout_lengths, loss_type, max_completion_length=max_completion_length
+    )
+    expert_weights = aggregation_weights(expert_lengths)
+    token_weights = [e if s.is_expert else r for s, r, e in zip(samples, rollout_weights, expert_weights)]
+
+    mine = order[dp_rank::dp_size]
+    largest_share = -(-len(samples) // dp_size)
+    num_micro_batches = _round_up(max(1, -(-largest_share // micro_batch_size)), micro_batch_multiple)
+    micro_batches = tuple(
+        pack(samples, mine[start : start + micro_batch_size], token_weights, pad_to_multiple)
+        for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
+    )
+    return GlobalBatch(
+        micro_batches=micro_batches,
+        num_rollout_tokens=sum(rollout_lengths),
+        num_expert_tokens=sum(expert_lengths),
+        num_tokens=sum(len(sample.tokens) for sample in samples),
+    )
+
+
+def pack(
+    samples: Sequence[TrainingSample],
+    indices: Sequence[int],
+    token_weights: Sequence[float],
+    pad_to_multiple: int,
+) -> MicroBatch:
+    """One micro-batch of the named samples; `token_weights[i]` is what a loss token of sample i counts."""
+    chosen = [samples[i] for i in indices]
+    weights = [token_weights[i] for i in indices]
+    lengths = [len(sample.tokens) for sample in chosen]
+    num_tokens = sum(lengths)
+    # A micro-batch is never empty, so that every rank runs the model in every slot of the schedule.
+    padding = _round_up(max(num_tokens, 1), pad_to_multiple) - num_tokens
+    boundaries = [0, *lengths, *([padding] if padding else [])]
+
+    def packed(dtype: torch.dtype, rows: list[Tensor]) -> Tensor:
+        return torch.cat([*[row.to(dtype) for row in rows], torch.zeros(padding, dtype=dtype)])
+
+    def optional(rows: list[Tensor | None]) -> Tensor | None:
+        if all(row is None for row in rows):
+            return None
+        return packed(
+            torch.float32,
+            [_shift(torch.zeros(n) if row is None else row) for row, n in zip(rows, lengths)],
+        )
+
+    masks = [_shift(sample.loss_mask) for sample in chosen]
+    rollout_log_probs = optional([sample.rollout_log_probs for sample in chosen])
+    temperatures = [torch.full((n,), sample.temperature) for sample, n in zip(chosen, lengths)]
+    return MicroBatch(
+        input_ids=packed(torch.int64, [sample.tokens for sample in chosen]),
+        position_ids=packed(torch.int64, [torch.arange(n) for n in lengths]),
+        labels=packed(torch.int64, [_shift(sample.tokens) for sample in chosen]),
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        rollout_weights=packed(
+            torch.float32, [m * w * (not s.is_expert) for m, w, s in zip(masks, weights, chosen)]
+        ),
+        expert_weights=packed(
+            torch.float32, [m * w * s.is_expert for m, w, s in zip(masks, weights, chosen)]
+        ),
+        advantages=packed(torch.float32, [m * s.advantage for m, s in zip(masks, chosen)]),
+        # Padding divides by 1, not by 0.
+        temperatures=torch.cat([*temperatures, torch.ones(padding)]),
+        rollout_log_probs=torch.zeros(num_tokens + padding)
+        if rollout_log_probs is None
+        else rollout_log_probs,
+        old_log_probs=optional([sample.old_log_probs for sample in chosen]),
+        ref_log_probs=optional([sample.ref_log_probs for sample in chosen]),
+        num_tokens=num_tokens,
+        sample_indices=tuple(indices),
+    )
+
+
+def unpack(batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
+    """Undo `pack` for per-position values [tokens]: sample index -> [length], 0 at the first token."""
+    bounds = batch.cu_seqlens.tolist()
+    rows = {}
+    for slot, index in enumerate(batch.sample_indices):
+        row = values[bounds[slot] : bounds[slot + 1]]
+        rows[index] = torch.cat([row.new_zeros(1), row[:-1]])
+    return rows
+
+
+def _shift(values: Tensor) -> Tensor:
+    """Move what concerns token t + 1 to position t; nothing follows the last token."""
+    return torch.cat([values[1:], values.new_zeros(1)])
+
+
+def _num_loss_tokens(sample: TrainingSample) -> int:
+    # The first token has no prediction.
+    return int(sample.loss_mask[1:].sum())
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,8 @@
+"""Rewards of completions: built-in functions by name, and a user's own from `path.py:function`.
+
+Every one has the same form: `function(prompts, completions, references, **columns) -> list[float]`.
+"""
+
+from chord_megatron.rewards.functions import RewardFunctions, Rewards, build_reward_function
+
+__all__ = ["RewardFunctions", "Rewards", "build_reward_function"]

@@ -1,0 +1,104 @@
+"""Several reward functions as one weighted sum."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from chord_megatron.rewards.builtin import BUILTIN_REWARDS, RewardFunction
+from chord_megatron.rewards.plugin import PluginReward
+from chord_megatron.types import UserError
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of some completions, in their order."""
+
+    total: list[float]  # sum over functions of weight * reward
+    by_function: dict[str, list[float]]  # as named in rewards.reward_funcs, without the weights
+
+
+class RewardFunctions:
+    """The configured reward functions; `close` ends the processes of the user's own."""
+
+    def __init__(self, functions: dict[str, RewardFunction], weights: list[float], resources: ExitStack):
+        self._functions, self._weights, self._resources = functions, weights, resources
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        references: list[str],
+        columns: Sequence[Mapping[str, Any]],
+    ) -> Rewards:
+        """Reward each completion; `columns` are its row's other columns. Raises UserError."""
+        assert len(prompts) == len(completions) == len(references) == len(columns)
+        names = dict.fromkeys(name for row in columns for name in row)
+        by_name = {name: [row.get(name) for row in columns] for name in names}
+        by_function = {
+            name: _checked(name, function(prompts, completions, references, **by_name), len(completions))
+            for name, function in self._functions.items()
+        }
+        totals = [
+            sum(weight * reward for weight, reward in zip(self._weights, rewards))
+            for rewards in zip(*by_function.values())
+        ]
+        return Rewards(totals, by_function)
+
+    def close(self) -> None:
+        """End the child processes; safe to call twice."""
+        self._resources.close()
+
+
+def build_reward_function(
+    reward_funcs: list[str], reward_weights: list[float] | None, timeout_seconds: float
+) -> RewardFunctions:
+    """Reward functions from names or `path.py:function`, loaded now; weights are 1 by default. UserError."""
+    weights = reward_weights if reward_weights is not None else [1.0] * len(reward_funcs)
+    if len(weights) != len(reward_funcs):
+        raise UserError(
+            f"rewards.reward_weights has {len(weights)} values for {len(reward_funcs)} rewards.reward_funcs"
+        )
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"rewards.reward_weights={weights} must be finite numbers")
+    if len(set(reward_funcs)) < len(reward_funcs):
+        raise UserError(f"rewards.reward_funcs={reward_funcs} names a function twice")
+    with ExitStack() as resources:  # ends the processes already started where a later function fails
+        functions: dict[str, RewardFunction] = {}
+        for name in reward_funcs:
+            if name in BUILTIN_REWARDS:
+                functions[name] = BUILTIN_REWARDS[name]
+            else:
+                path, function_name = _split(name)
+                plugin = functions[name] = PluginReward(path, function_name, timeout_seconds)
+                resources.callback(plugin.close)
+        return RewardFunctions(functions, weights, resources.pop_all())
+
+
+def _split(name: str) -> tuple[str, str]:
+    path, _, function_name = name.rpartition(":")
+    if path.endswith(".py") and function_name.isidentifier():
+        return path, function_name
+    match = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
+    nearest = f"; did you mean {match[0]!r}?" if match else ""
+    raise UserError(
+        f"unknown reward function {name!r}: use {', '.join(BUILTIN_REWARDS)}, or path.py:function{nearest}"
+    )
+
+
+def _checked(name: str, rewards: Any, count: int) -> list[float]:
+    """`rewards` as `count` finite floats. Raises UserError."""
+    if not isinstance(rewards, list):
+        raise UserError(f"reward function {name} must return a list of numbers, not {rewards!r}")
+    if len(rewards) != count:
+        raise UserError(f"reward function {name} returned {len(rewards)} rewards for {count} completions")
+    for index, reward in enumerate(rewards):
+        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            raise UserError(
+                f"reward function {name} returned {reward!r}, not a finite number, at index {index}"
+            )
+    return [float(reward) for reward in rewards]

@@ -1,0 +1,40 @@
+"""Drawing the next token. Pure: logits and uniform numbers in, tokens out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def uniform_numbers(seed: Sequence[int], count: int) -> Tensor:
+    """`count` float64 numbers in [0, 1) that depend on `seed` only: one for each token of a completion."""
+    return torch.from_numpy(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).random(count))
+
+
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution at `uniforms`; temperature 0 takes the largest.
+
+    logits: [batch, vocab], without padding columns. uniforms: [batch] in [0, 1).
+    Returns tokens [batch] and their log-probs [batch] in float32, at the temperature but before top-p and top-k,
+    which is what the trainer computes. At temperature 0 they are those of temperature 1.
+    """
+    log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = log_probs.argmax(dim=-1)
+    else:
+        # Sorted, so that top-p and top-k are prefixes; stable, so that ties fall the same way everywhere.
+        probabilities, order = log_probs.double().exp().sort(dim=-1, descending=True, stable=True)
+        cumulative = probabilities.cumsum(-1)
+        keep = cumulative - probabilities < top_p  # the first token is always kept
+        if top_k:
+            keep[:, top_k:] = False
+        kept_mass = (probabilities * keep).sum(-1)
+        position = torch.searchsorted(cumulative, (uniforms * kept_mass)[:, None], right=True)
+        position = position.clamp(max=keep.sum(-1, keepdim=True) - 1)
+        tokens = order.gather(1, position).squeeze(1)
+    return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)

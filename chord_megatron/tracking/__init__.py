@@ -1,0 +1,1 @@
+"""What a run leaves behind: metrics, completions, the progress line and the report."""

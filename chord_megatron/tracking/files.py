@@ -1,0 +1,87 @@
+"""Files that survive a kill: JSON lines flushed one by one, and whole files replaced in one move."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from chord_megatron.types import UserError
+
+
+class JsonLines:
+    """Appends strict JSON objects to a file, one a line, each on disk before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one object. Non-finite numbers become null, because JSON has no NaN."""
+        self._file.write(_encode(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file, none when it is missing. A last line torn by a kill is left out.
+
+    Raises UserError when any other line is not a JSON object.
+    """
+    if not path.exists():
+        return
+    damaged = None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if damaged is not None:
+                raise UserError(f"line {damaged} of {path} is not a JSON object; remove that line")
+            record = _decode(line)
+            if record is None:
+                damaged = number
+            else:
+                yield record
+
+
+def filter_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a JSON-lines file with the objects that `keep` accepts. A missing file stays missing."""
+    if path.exists():
+        atomic_write(path, (_encode(record) for record in read_json_lines(path) if keep(record)))
+
+
+def atomic_write(path: Path, chunks: Iterable[bytes]) -> None:
+    """Replace `path` in one move: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.writelines(chunks)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def finite(value: Any) -> Any:
+    """The value with every NaN and infinity in it replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _encode(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(finite(record), allow_nan=False, ensure_ascii=False)
+    # A lone surrogate has no UTF-8 form; its backslash form is the JSON escape for it.
+    return f"{text}\n".encode("utf-8", errors="backslashreplace")
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also the UnicodeDecodeError of a character cut in half
+        return None
+    return record if isinstance(record, dict) else None

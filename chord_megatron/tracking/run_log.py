@@ -1,0 +1,135 @@
+"""The log of one run: metrics.jsonl, completions.jsonl, TensorBoard and the progress line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from chord_megatron.tracking.files import JsonLines, filter_json_lines, finite, read_json_lines
+from chord_megatron.tracking.progress import Metrics, Progress
+from chord_megatron.types import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+class RunLog:
+    """Writes what a run reports; used by global rank 0 only. Also a context manager that closes itself.
+
+    `resume_step` is the next step of a run that goes on (None: a new run): whatever the interrupted
+    run logged from there on is dropped, because it will be written again. `last_eval_step` is the step of
+    the newest evaluation kept, so that a resumed run need not repeat it.
+    Raises UserError when a new run finds the metrics of another one in `run_dir`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        train_iters: int,
+        report_to: Sequence[str] = ("tensorboard",),
+        resume_step: int | None = None,
+        stream: TextIO | None = None,
+    ) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        last_eval = _prepare(run_dir, resume_step)
+        self.last_eval_step: int | None = None if last_eval is None else last_eval["step"]
+        self._metrics = JsonLines(run_dir / METRICS_FILE)
+        self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
+        self._tensorboard = _open_tensorboard(run_dir, report_to, resume_step)
+        self._progress = Progress(train_iters, stream)
+        if last_eval is not None and last_eval["step"] == resume_step:
+            self._write_scalars(
+                last_eval
+            )  # TensorBoard purged it along with the training step of that number
+
+    def log_step(self, metrics: Metrics) -> None:
+        """Record a finished training step; `metrics` holds at least `step` (from 0) and `loss`."""
+        assert "step" in metrics and "loss" in metrics, sorted(metrics)
+        self._metrics.write(metrics)
+        self._write_scalars(metrics)
+        self._progress.update(metrics)
+
+    def log_eval(self, step: int, metrics: Metrics) -> None:
+        """Record an evaluation of the weights after `step` training steps, as a line without `loss`."""
+        assert "loss" not in metrics, sorted(metrics)
+        record = {"step": step, **metrics}
+        self._metrics.write(record)
+        self._write_scalars(record)
+        self.last_eval_step = step
+        shown = (f"{k.removeprefix('eval_')} {v:.4g}" for k, v in metrics.items() if v is not None)
+        self.message(" | ".join((f"eval at step {step}", *shown)))
+
+    def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record sampled completions of a training step, one line each."""
+        for row in rows:
+            self._completions.write({"step": step, **row})
+
+    def message(self, text: str) -> None:
+        """Print a line to the console without breaking the progress line."""
+        self._progress.message(text)
+
+    def close(self) -> None:
+        """Close the files and give the terminal back."""
+        self._progress.close()
+        self._metrics.close()
+        self._completions.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_scalars(self, record: Metrics) -> None:
+        if self._tensorboard is None:
+            return
+        for key, value in record.items():
+            if key != "step" and finite(value) is not None:
+                self._tensorboard.add_scalar(tensorboard_tag(key), value, record["step"])
+
+
+def tensorboard_tag(key: str) -> str:
+    """The metric's name in TensorBoard, which makes one section of each prefix before a slash."""
+    if "/" in key:
+        return key
+    for section in ("eval", "time"):
+        if key.startswith(f"{section}_"):
+            return f"{section}/{key.removeprefix(f'{section}_')}"
+    return f"train/{key}"
+
+
+def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
+    """Drop what a resumed run writes again; returns the last evaluation that stays."""
+    metrics, completions = run_dir / METRICS_FILE, run_dir / COMPLETIONS_FILE
+    if resume_step is None:
+        if metrics.exists() and metrics.stat().st_size > 0:
+            raise UserError(
+                f"{run_dir} holds the metrics of another run; resume that run or choose another output_dir"
+            )
+        return None
+    # The evaluation at step k comes before training step k, so it outlives a resume at k.
+    filter_json_lines(metrics, lambda record: record["step"] < resume_step + ("loss" not in record))
+    filter_json_lines(completions, lambda record: record["step"] < resume_step)
+    evaluations = [record for record in read_json_lines(metrics) if "loss" not in record]
+    return evaluations[-1] if evaluations else None
+
+
+def _open_tensorboard(
+    run_dir: Path, report_to: Sequence[str], resume_step: int | None
+) -> SummaryWriter | None:
+    assert set(report_to) <= {"tensorboard"}, report_to
+    if "tensorboard" not in report_to:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # seconds to import
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step, flush_secs=10)

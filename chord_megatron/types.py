@@ -1,0 +1,116 @@
+"""The data that flows through one training step, in the order of the step.
+
+Prompt -> RolloutSample -> TrainingSample -> MicroBatch -> GlobalBatch. Every class is frozen; every
+tensor names its shape. Position `t` of a per-token tensor always speaks of the token at position `t`;
+only `MicroBatch` is shifted, because there position `t` predicts the token at `t + 1`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence that names the thing and the remedy. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question with a checkable answer."""
+
+    id: int  # row number in the data set
+    text: str  # what the model reads, after the chat template
+    tokens: tuple[int, ...]
+    reference: str  # what the reward functions compare with
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+
+
+@dataclass(frozen=True)
+class ExpertSample:
+    """A prompt with a worked expert answer."""
+
+    id: int
+    tokens: tuple[int, ...]  # prompt + answer + end-of-turn token
+    prompt_length: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are drawn. `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    max_completion_length: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RolloutSample:
+    """One completion of one prompt."""
+
+    prompt_id: int
+    sample_index: int  # position in the generation batch: prompt number * num_generations + k
+    tokens: tuple[int, ...]  # prompt + completion, with the sampled end token
+    response_mask: tuple[bool, ...]  # [tokens] True on the completion
+    rollout_log_probs: tuple[float, ...]  # [tokens] of the sampler, at its temperature; 0 outside the mask
+    policy_version: int  # optimizer steps taken by the weights that sampled it
+    finish_reason: FinishReason
+
+    @property
+    def response_tokens(self) -> tuple[int, ...]:
+        return tuple(token for token, keep in zip(self.tokens, self.response_mask) if keep)
+
+
+@dataclass(frozen=True)
+class TrainingSample:
+    """A sequence with per-token loss weights: rollout and expert samples are the same kind of thing."""
+
+    tokens: Tensor  # [length] int64
+    loss_mask: Tensor  # [length] bool, True on tokens whose log-prob enters the loss
+    is_expert: bool
+    temperature: float
+    advantage: float = 0.0
+    rollout_log_probs: Tensor | None = None  # [length] float32
+    old_log_probs: Tensor | None = None  # [length] float32, None when on-policy
+    ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1."""
+
+    input_ids: Tensor  # int64
+    position_ids: Tensor  # int64, restarts at 0 in each sequence
+    labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
+    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding is a sequence of its own
+    rollout_weights: Tensor  # float32, a_t of the objective; 0 outside the rollout tokens
+    expert_weights: Tensor  # float32, b_t of the objective; 0 outside the expert tokens
+    advantages: Tensor  # float32
+    temperatures: Tensor  # float32
+    rollout_log_probs: Tensor  # float32
+    old_log_probs: Tensor | None  # float32
+    ref_log_probs: Tensor | None  # float32
+    num_tokens: int  # without padding
+    sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch with its tensors on `device`."""
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        return MicroBatch(**moved)
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one data-parallel rank runs in one optimizer step, with the counts of all ranks."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    num_rollout_tokens: int  # R of the objective, over all ranks
+    num_expert_tokens: int  # E of the objective, over all ranks
+    num_tokens: int  # every non-padding token of the step, over all ranks

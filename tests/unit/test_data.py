@@ -1,0 +1,330 @@
+"""Sources, prompts, expert samples and cursors, on files and a character-level tokenizer made here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from chord_megatron.data.cursor import ShuffledCursor
+from chord_megatron.data.experts import load_experts
+from chord_megatron.data.prompts import load_prompts
+from chord_megatron.data.sources import load_rows
+from chord_megatron.types import ExpertSample, UserError
+
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+SPECIAL = ["[unk]", "<s>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>"]
+BOS, USER, SYSTEM, ASSISTANT, END = 1, 2, 3, 4, 5
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    vocabulary = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    backend.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template)
+
+
+def ids(text: str) -> tuple[int, ...]:
+    return tuple(len(SPECIAL) + CHARACTERS.index(character) for character in text)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def prompts_of(rows, tokenizer, **changes):
+    arguments = {
+        "source": "toy.jsonl",
+        "prompt_column": "prompt",
+        "reference_column": "answer",
+        "reference_pattern": None,
+        "prompt_format": "chat",
+        "system_prompt": None,
+        "max_prompt_length": 100,
+    }
+    return load_prompts(rows, tokenizer, **arguments | changes)
+
+
+def experts_of(rows, tokenizer, **changes):
+    arguments = {
+        "source": "toy.jsonl",
+        "prompt_column": "prompt",
+        "answer_column": "answer",
+        "prompt_format": "chat",
+        "system_prompt": None,
+        "end_token_id": END,
+        "max_length": 100,
+    }
+    return load_experts(rows, tokenizer, **arguments | changes)
+
+
+# sources
+
+
+def test_jsonl_rows_keep_their_order_and_blank_lines_are_skipped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": "\\u00e9"}\r\n')
+    assert load_rows(str(path), "train") == [{"a": 1}, {"a": "é"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2 is not valid JSON: Expecting value"),
+        (b'{"a": 1}\n\n[1]\n', r"rows\.jsonl:3 must hold a JSON object, not list"),
+        (b'{"a": "\xff"}\n', r"rows\.jsonl:1 is not valid JSON: .*utf-8"),
+        (b"\n", r"rows\.jsonl has no rows"),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path, content, message):
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_rows(str(tmp_path / "rows.jsonl"), "train")
+
+
+def test_parquet_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list([{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]).to_parquet(str(path))
+    rows = load_rows(str(path), "train")
+    assert list(rows) == [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
+    path.write_bytes(b"not parquet at all")
+    with pytest.raises(UserError, match=r"rows\.parquet is not a readable parquet file"):
+        load_rows(str(path), "train")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.jsonl", r"cannot read absent\.jsonl: No such file"),
+        ("absent.parquet", r"cannot read absent\.parquet: no such file"),
+        ("rows.csv", r"cannot read rows\.csv: data files must end in \.jsonl or \.parquet"),
+    ],
+)
+def test_unreadable_files_name_the_remedy(source, message):
+    with pytest.raises(UserError, match=message):
+        load_rows(source, "train")
+
+
+def test_hub_name_and_subset_reach_datasets_and_failures_are_one_sentence(monkeypatch):
+    calls = []
+
+    def load_dataset(name, subset, split):
+        calls.append((name, subset, split))
+        if name == "org/data-v1.5":
+            raise ConnectionError("no route\nto host")
+        return Dataset.from_list([{"a": 1}])
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert list(load_rows("openai/gsm8k:main", "test")) == [{"a": 1}]
+    with pytest.raises(
+        UserError, match=r"'org/data-v1.5' .*check the name and the network.*no route to host"
+    ):
+        load_rows("org/data-v1.5", "train")
+    assert calls == [("openai/gsm8k", "main", "test"), ("org/data-v1.5", None, "train")]
+
+
+# prompts
+
+
+def test_chat_prompt_is_the_template_without_further_special_tokens(tokenizer):
+    rows = [{"prompt": "1+1?", "answer": 2, "level": "easy"}]
+    (prompt,), dropped = prompts_of(rows, tokenizer)
+    assert prompt.text == "<|user|>1+1?<|end|><|assistant|>"
+    assert prompt.tokens == (USER, *ids("1+1?"), END, ASSISTANT)
+    assert (prompt.id, prompt.reference, prompt.columns, dropped) == (0, "2", {"level": "easy"}, 0)
+
+
+def test_text_prompt_has_the_tokenizers_own_special_tokens(tokenizer):
+    rows = [{"prompt": "1+1=", "answer": "2"}]
+    (prompt,), _ = prompts_of(rows, tokenizer, prompt_format="text")
+    assert prompt.tokens == (BOS, *ids("1+1="))
+    (prompt,), _ = prompts_of(rows, tokenizer, prompt_format="text", system_prompt="Add.")
+    assert prompt.text == "Add.\n\n1+1="
+
+
+def test_system_prompt_yields_to_the_rows_own(tokenizer):
+    own = [{"role": "system", "content": "own"}, {"role": "user", "content": "b"}]
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": own, "answer": "1"}]
+    (first, second), _ = prompts_of(rows, tokenizer, system_prompt="ours")
+    assert first.text == "<|system|>ours<|end|><|user|>a<|end|><|assistant|>"
+    assert second.text == "<|system|>own<|end|><|user|>b<|end|><|assistant|>"
+
+
+def test_messages_rows_drop_the_final_assistant_message(tokenizer):
+    question = [{"role": "user", "content": "a"}]
+    answer = {"role": "assistant", "content": "worked"}
+    rows = [{"messages": [*question, answer], "solution": "1"}, {"messages": question, "solution": "2"}]
+    prompts, _ = prompts_of(rows, tokenizer, reference_column="solution")
+    assert [prompt.text for prompt in prompts] == ["<|user|>a<|end|><|assistant|>"] * 2
+    assert [prompt.reference for prompt in prompts] == ["1", "2"]
+    assert prompts[0].columns == {}
+
+
+def test_reference_pattern_takes_group_one(tokenizer):
+    rows = [{"prompt": "a", "answer": "6 * 12 = 72\n#### 72 "}]
+    (prompt,), _ = prompts_of(rows, tokenizer, reference_pattern=r"####\s*(.+)")
+    assert prompt.reference == "72"
+
+
+def test_long_prompts_are_dropped_and_counted_and_ids_stay_row_numbers(tokenizer):
+    rows = [{"prompt": "a" * 20, "answer": "1"}, {"prompt": "a" * 7, "answer": "1"}]
+    (prompt,), dropped = prompts_of(rows, tokenizer, max_prompt_length=10)
+    assert (prompt.id, len(prompt.tokens), dropped) == (1, 10, 1)
+    with pytest.raises(UserError, match=r"all 2 prompts of toy.jsonl .* data.max_prompt_length=9"):
+        prompts_of(rows, tokenizer, max_prompt_length=9)
+
+
+USER_A = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        ({"question": "a", "answer": "1"}, {}, r"row 1 has no column 'prompt'; it has 'question', 'answer'"),
+        ({"prompt": "a"}, {}, r"toy.jsonl row 1 has no column 'answer'; it has 'prompt'"),
+        ({"prompt": "a", "answer": None}, {}, r"row 1: column 'answer' is empty"),
+        ({"prompt": "a", "answer": "  "}, {}, r"row 1: column 'answer' is empty"),
+        (
+            {"prompt": "", "answer": "1"},
+            {},
+            r"row 1: column 'prompt' must hold text or chat messages, not ''",
+        ),
+        ({"prompt": 3, "answer": "1"}, {}, r"must hold text or chat messages, not 3"),
+        ({"prompt": [], "answer": "1"}, {}, r"row 1: column 'prompt' holds no messages"),
+        (
+            {"prompt": [{"role": "user"}], "answer": "1"},
+            {},
+            r"row 1: .* needs messages of 'role' and 'content'",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}], "answer": "1"},
+            {},
+            r"nothing before the assist",
+        ),
+        (
+            {"prompt": [USER_A], "answer": "1"},
+            {"prompt_format": "text"},
+            r"row 1: .* data.prompt_format: chat",
+        ),
+        ({"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}, {}, r"row 1: .*refuses .*: no tools"),
+        ({"prompt": "a", "answer": "no"}, {"reference_pattern": r"(\d)"}, r"row 1: .* finds nothing in 'no'"),
+        ({"prompt": "a", "answer": "1"}, {"reference_pattern": "("}, r"is not a regular expression: missing"),
+        ({"prompt": "a", "answer": "1"}, {"reference_pattern": "1"}, r"reference_pattern='1' needs a group"),
+    ],
+)
+def test_unusable_rows_are_named(tokenizer, row, changes, message):
+    with pytest.raises(UserError, match=message):
+        prompts_of([{"prompt": "fine", "answer": "1"}, row], tokenizer, **changes)
+
+
+def test_no_rows_and_no_chat_template(tokenizer):
+    with pytest.raises(UserError, match=r"toy.jsonl has no rows"):
+        prompts_of([], tokenizer)
+    with pytest.raises(UserError, match=r"toy.jsonl has no rows"):
+        experts_of([], tokenizer)
+    with pytest.raises(UserError, match=r"no chat template; set data.prompt_format: text"):
+        prompts_of([{"prompt": "a", "answer": "1"}], make_tokenizer(chat_template=None))
+
+
+# experts
+
+
+@pytest.mark.parametrize("prompt_format", ["chat", "text"])
+@pytest.mark.parametrize("system_prompt", [None, "Think."])
+def test_expert_tokens_are_the_prompt_tokens_then_the_answer(tokenizer, prompt_format, system_prompt):
+    rows = [{"prompt": "1+1?", "answer": "It is 2"}]
+    same = {"prompt_format": prompt_format, "system_prompt": system_prompt}
+    (prompt,), _ = prompts_of(rows, tokenizer, **same)
+    (expert,), dropped = experts_of(rows, tokenizer, **same)
+    assert expert == ExpertSample(0, (*prompt.tokens, *ids("It is 2"), END), len(prompt.tokens))
+    assert dropped == 0
+
+
+def test_end_token_is_not_doubled(tokenizer):
+    (expert,), _ = experts_of([{"prompt": "a", "answer": "b<|end|>"}], tokenizer)
+    assert expert.tokens == (USER, *ids("a"), END, ASSISTANT, *ids("b"), END)
+
+
+def test_messages_rows_answer_with_the_final_assistant_message(tokenizer):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
+    (expert,), _ = experts_of(rows, tokenizer)
+    history = (USER, *ids("a"), END, ASSISTANT, *ids("b"), END, USER, *ids("c"), END, ASSISTANT)
+    assert expert == ExpertSample(0, (*history, *ids("d"), END), len(history))
+
+
+def test_long_experts_are_dropped_and_counted(tokenizer):
+    rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "bc"}]
+    (expert,), dropped = experts_of(rows, tokenizer, max_length=6)
+    assert (expert.id, len(expert.tokens), dropped) == (0, 6, 1)
+    with pytest.raises(UserError, match=r"all 2 rows of toy.jsonl .* chord.chord_sft_max_length=5"):
+        experts_of(rows, tokenizer, max_length=5)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "answer": ""}, r"toy.jsonl row 0: column 'answer' is empty"),
+        ({"messages": [USER_A]}, r"row 0: column 'messages' does not end with an assistant's answer"),
+        ({"messages": [USER_A, {"role": "assistant", "content": " "}]}, r"does not end with an assistant's"),
+        ({"prompt": "a"}, r"row 0 has no column 'answer'; it has 'prompt'"),
+    ],
+)
+def test_experts_without_an_answer_are_named(tokenizer, row, message):
+    with pytest.raises(UserError, match=message):
+        experts_of([row], tokenizer)
+
+
+# cursor
+
+
+def test_epochs_are_different_permutations_that_depend_on_the_seed():
+    cursor = ShuffledCursor(size=7, seed=3)
+    epochs = [cursor.next(7) for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert ShuffledCursor(size=7, seed=4).next(7) != epochs[0]
+
+
+def test_the_order_is_frozen():
+    # A change here would change which rows a resumed run sees.
+    assert ShuffledCursor(size=8, seed=0).next(10) == [0, 2, 1, 4, 7, 6, 5, 3, 6, 5]
+
+
+def test_draws_do_not_depend_on_their_size():
+    whole = ShuffledCursor(size=5, seed=1).next(23)  # more than four epochs at once
+    cursor = ShuffledCursor(size=5, seed=1)
+    assert [row for count in (0, 1, 4, 5, 13) for row in cursor.next(count)] == whole
+
+
+@pytest.mark.parametrize("drawn", [0, 3, 5, 12])  # 5: exactly the end of an epoch
+def test_a_resumed_cursor_goes_on_with_the_same_rows(drawn):
+    cursor = ShuffledCursor(size=5, seed=1)
+    cursor.next(drawn)
+    state = json.loads(json.dumps(cursor.state_dict()))
+    resumed = ShuffledCursor(size=5, seed=1)
+    resumed.next(2)
+    resumed.load_state_dict(state)
+    assert resumed.next(11) == cursor.next(11)
+    assert resumed.state_dict() == cursor.state_dict()
+
+
+@pytest.mark.parametrize(("size", "seed", "name"), [(6, 1, "size was 5, now 6"), (5, 2, "seed was 1, now 2")])
+def test_a_cursor_of_other_data_is_refused(size, seed, name):
+    state = ShuffledCursor(size=5, seed=1).state_dict()
+    with pytest.raises(UserError, match=f"data set or the seed changed since the checkpoint: {name}"):
+        ShuffledCursor(size=size, seed=seed).load_state_dict(state)

@@ -1,0 +1,240 @@
+"""Built-in rewards with exact values, and a user's functions in a real child process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import date
+
+import pytest
+
+from chord_megatron.rewards import build_reward_function
+from chord_megatron.rewards.builtin import accuracy, format_reward
+from chord_megatron.types import UserError
+
+
+@pytest.mark.parametrize(
+    ("completion", "reference", "reward"),
+    [
+        ("6 * 12 = 72\n#### 72", "72", 1.0),
+        ("so \\boxed{72}", "72", 1.0),
+        ("The answer is 72.", "72", 1.0),
+        ("<think>hm</think><answer>72</answer>", "72", 1.0),
+        ("<answer>\\boxed{72}</answer>", "72", 1.0),
+        ("#### $1,234.00", "1,234", 1.0),
+        ("\\boxed{1234}", "1,234", 1.0),
+        ("#### **-3**", "-3", 1.0),
+        ("#### 72 apples", "72", 1.0),
+        ("#### Step 1\n6 * 12 = 72\nThe answer is 72.", "72", 1.0),
+        ("$6 \\cdot 12 = 72$\n#### 72\n\nQuestion: what is 5?", "72", 1.0),
+        ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
+        ("The answer is $\\frac{1}{2}$.", "\\frac12", 1.0),
+        ("\\boxed{\\dfrac{\\sqrt{2}}{2}}", "$\\frac{\\sqrt{2}}{2}$", 1.0),
+        ("#### 1/2", "\\boxed{\\frac{1}{2}}", 1.0),
+        ("\\boxed{1 + x}", "x+1", 1.0),
+        ("\\boxed{\\text{Paris}}", "paris", 1.0),
+        ("<answer> (B) </answer>", "B", 1.0),
+        ("#### 73", "72", 0.0),
+        ("72 is not it, #### 7", "72", 0.0),
+        ("\\boxed{72} no, \\boxed{73}", "72", 0.0),
+        ("The answer is 73, not 72", "72", 0.0),
+        ("#### 172", "72", 0.0),
+        ("#### 7.2", "72", 0.0),
+        ("#### 72", "-72", 0.0),
+        ("#### listen", "silent", 0.0),  # not a product of letters
+        ("\\boxed{x - 1}", "x+1", 0.0),
+        ("I do not know", "72", 0.0),
+        ("", "72", 0.0),
+        ("\\boxed{", "72", 0.0),
+        ("\\boxed{}", "72", 0.0),
+        ("#### ", "72", 0.0),
+    ],
+)
+def test_accuracy(completion, reference, reward):
+    assert accuracy([""], [completion], [reference]) == [reward]
+
+
+def test_accuracy_survives_a_formula_that_never_ends():
+    assert accuracy([""], ["\\boxed{9^{9^{9^9}}}"], ["72"]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("<think>a\nb</think>\n<answer>1</answer>", 1.0),
+        ("<think></think><answer></answer>\n", 1.0),
+        ("<answer>1</answer>", 0.0),
+        ("<think>a</think><answer>1", 0.0),
+        ("<think>a</think> so <answer>1</answer>", 0.0),
+        ("<think>a</think><answer>1</answer> bye", 0.0),
+        ("first <think>a</think><answer>1</answer>", 0.0),
+    ],
+)
+def test_format(completion, reward):
+    assert format_reward([""], [completion], ["1"]) == [reward]
+
+
+def test_total_is_the_weighted_sum():
+    rewards = build_reward_function(["accuracy", "format"], [2.0, 0.5], timeout_seconds=1)
+    completions = ["<think>a</think><answer>1</answer>", "#### 1", "<think>a</think><answer>2</answer>"]
+    result = rewards(["p"] * 3, completions, ["1"] * 3, [{}] * 3)
+    assert result.by_function == {"accuracy": [1.0, 1.0, 0.0], "format": [1.0, 0.0, 1.0]}
+    assert result.total == [2.5, 2.0, 0.5]
+    rewards.close()
+
+
+@pytest.mark.parametrize(
+    ("functions", "weights", "message"),
+    [
+        (["acuracy"], None, r"unknown reward function 'acuracy': use accuracy, format.*mean 'accuracy'"),
+        (["nothing"], None, r"unknown reward function 'nothing': use accuracy, format, or path.py:function$"),
+        (["absent.py"], None, r"unknown reward function 'absent.py'"),
+        (["absent.py:f"], None, r"reward function absent.py:f: .*absent.py does not exist"),
+        (["accuracy"], [1.0, 2.0], r"reward_weights has 2 values for 1 rewards.reward_funcs"),
+        (["accuracy"], [float("nan")], r"reward_weights=\[nan\] must be finite"),
+        (["format", "format"], None, r"names a function twice"),
+    ],
+)
+def test_configuration_errors(functions, weights, message):
+    with pytest.raises(UserError, match=message):
+        build_reward_function(functions, weights, timeout_seconds=1)
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """Builds rewards from the source of a user's file; every child is ended after the test."""
+    built = []
+
+    def build(source: str, function: str = "f", timeout_seconds: float = 20):
+        (tmp_path / "mine.py").write_text(source)
+        built.append(build_reward_function([f"{tmp_path}/mine.py:{function}"], None, timeout_seconds))
+        return lambda *args: built[-1](*args).total
+
+    yield build
+    for rewards in built:
+        rewards.close()
+
+
+TWO = (["p", "q"], ["aa", "b"], ["1", "2"], [{"level": 3}, {"level": 4}])
+
+
+def test_plugin_gets_every_argument_and_keeps_its_state(plugin, tmp_path):
+    (tmp_path / "neighbour.py").write_text("SCALE = 100\n")
+    rewards = plugin(
+        "import os\nfrom neighbour import SCALE\ncalls = 0\n"
+        "def f(prompts, completions, references, level, day, **columns):\n"
+        "    global calls; calls += 1\n"
+        "    print('to stdout'); os.system('echo from a child')\n"
+        "    assert (prompts, day, columns) == (['p', 'q'], ['2024-01-02', None], {})\n"
+        "    rows = zip(completions, references, level)\n"
+        "    return [SCALE * calls + len(c) + int(r) + n for c, r, n in rows]\n"
+    )
+    columns = [{"level": 3, "day": date(2024, 1, 2)}, {"level": 4}]
+    assert rewards(*TWO[:3], columns) == [106.0, 107.0]
+    assert rewards(*TWO[:3], columns) == [206.0, 207.0]
+
+
+def test_plugin_may_return_arrays_and_long_lines_pass(plugin):
+    rewards = plugin(
+        "import numpy as np\ndef f(p, completions, r, **c): return np.array([len(x) for x in completions])"
+    )
+    completions = ["x" * 300_000, "é\n" * 10]
+    assert rewards(["p"] * 2, completions, ["1"] * 2, [{}] * 2) == [300_000.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("x = 1\n    raise KeyError('oops')", r"mine.py:f: KeyError: 'oops' \(.*mine.py:3\)"),
+        ("raise SystemExit(3)", r"mine.py:f: SystemExit: 3 \(.*mine.py:2\)"),
+        ("import os; os._exit(7)", r"mine.py:f: its process ended with exit code 7"),
+        ("return [1.0, float('nan')]", r"mine.py:f returned nan, not a finite number, at index 1"),
+        ("return [float('-inf'), 1]", r"returned -inf, not a finite number, at index 0"),
+        ("return [1.0, None]", r"returned None, not a finite number, at index 1"),
+        ("return ['1', 2]", r"returned '1', not a finite number, at index 0"),
+        ("return [1.0]", r"mine.py:f returned 1 rewards for 2 completions"),
+        ("return 1.0", r"mine.py:f must return a list of numbers, not 1.0"),
+    ],
+)
+def test_plugin_failures_name_the_function(plugin, body, message):
+    rewards = plugin(f"def f(*args, **columns):\n    {body}\n")
+    with pytest.raises(UserError, match=message):
+        rewards(*TWO)
+
+
+def test_a_column_the_function_does_not_take_is_named(plugin):
+    rewards = plugin("def f(prompts, completions, references): return [0, 0]")
+    with pytest.raises(UserError, match=r"TypeError: f\(\) got an unexpected keyword argument 'level'"):
+        rewards(*TWO)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def g(): pass", r"mine.py:f: AttributeError: no function 'f'; the file has g"),
+        (
+            "x = 1\nimport nowhere",
+            r"mine.py:f: ModuleNotFoundError: No module named 'nowhere' \(.*mine.py:2\)",
+        ),
+        ("def f(:\n", r"mine.py:f: SyntaxError: .*\(.*mine.py:1\)"),
+    ],
+)
+def test_a_file_that_does_not_load_fails_at_once(plugin, source, message):
+    with pytest.raises(UserError, match=message):
+        plugin(source)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_an_endless_function_is_killed(plugin, tmp_path):
+    rewards = plugin(
+        f"import os\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "def f(*args, **columns):\n    while True: pass\n",
+        timeout_seconds=1,
+    )
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"mine.py:f: no answer within rewards.timeout_seconds=1$"):
+        rewards(*TWO)
+    assert time.monotonic() - start < 3
+    assert not is_running(int((tmp_path / "pid").read_text()))
+    with pytest.raises(UserError, match="its process has ended"):  # a later call does not hang
+        rewards(*TWO)
+
+
+def test_the_child_ends_with_its_parent(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os\ndef f(*args, **columns):\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\n"
+        "    while True: pass\n"
+    )
+    script = (
+        "from chord_megatron.rewards import build_reward_function\n"
+        f"build_reward_function(['{tmp_path}/mine.py:f'], None, 60)(['p'], ['c'], ['r'], [{{}}])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child = int((tmp_path / "pid").read_text())
+    parent.kill()
+    parent.wait()
+    while is_running(child) and not _is_zombie(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
