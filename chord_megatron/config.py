@@ -76,9 +76,7 @@ class RolloutConfig(_Group):
 class GRPOConfig(_Group):
     epsilon: float = Field(default=0.2, ge=0, lt=1)
     epsilon_high: float | None = Field(default=None, ge=0)  # None = epsilon
-    beta: float = Field(
-        default=0.0, ge=0
-    )  # KL coefficient against the frozen initial model; 0 = no reference
+    beta: float = Field(default=0.0, ge=0)  # KL coefficient against the frozen initial model; 0 = no reference
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # token mean | sequence mean | fixed length
     overlong_filter: bool = False  # drop completions without an end token from the loss
     steps_per_generation: Positive = 1
@@ -118,9 +116,7 @@ class TrainConfig(_Group):
     output_dir: str
     micro_batch_size: Positive = 1  # sequences packed into one micro-batch
     global_batch_size: Positive  # completions per optimizer step
-    packing_order: Literal["arrival", "shuffled"] = (
-        "arrival"  # shuffled spreads long rows over ranks; same loss
-    )
+    packing_order: Literal["arrival", "shuffled"] = "arrival"  # shuffled spreads long rows over ranks; same loss
     train_iters: Positive
     seed: NonNegative = 0
     eval_steps: Positive | None = None
@@ -160,9 +156,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{path} must hold a mapping of groups (model, data, train, ...), not {type(raw).__name__}"
-        )
+        raise UserError(f"{path} must hold a mapping of groups (model, data, train, ...), not {type(raw).__name__}")
     for override in overrides or []:
         _apply_override(raw, override)
     try:
@@ -203,12 +197,10 @@ def _explain(error: Any) -> str:
 
 def _nearest(location: list[str]) -> str:
     known = known_keys()
-    match = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
-    if not match:  # right leaf in the wrong group
-        match = [key for key in known if key.split(".")[-1] == location[-1]]
-    return (
-        f"; did you mean {match[0]!r}?" if match else f"; known groups are {', '.join(Config.model_fields)}"
-    )
+    match = [key for key in known if key.split(".")[-1] == location[-1]]  # right leaf in the wrong group
+    if not match:
+        match = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else f"; known groups are {', '.join(Config.model_fields)}"
 
 
 def known_keys() -> list[str]:

@@ -69,6 +69,27 @@ class RolloutSample:
 
 
 @dataclass(frozen=True)
+class ScoredRollouts:
+    """The completions of one generation batch with their rewards, prompt groups side by side."""
+
+    prompts: tuple[Prompt, ...]  # of each completion
+    completions: tuple[str, ...]  # text, without special tokens
+    rollouts: tuple[RolloutSample, ...]
+    rewards: tuple[float, ...]
+    rewards_by_function: dict[str, tuple[float, ...]]
+
+    def slice(self, start: int, stop: int) -> ScoredRollouts:
+        """The completions [start, stop)."""
+        return ScoredRollouts(
+            self.prompts[start:stop],
+            self.completions[start:stop],
+            self.rollouts[start:stop],
+            self.rewards[start:stop],
+            {name: values[start:stop] for name, values in self.rewards_by_function.items()},
+        )
+
+
+@dataclass(frozen=True)
 class TrainingSample:
     """A sequence with per-token loss weights: rollout and expert samples are the same kind of thing."""
 

@@ -64,9 +64,7 @@ def chord_loss(
     is_rollout, is_expert = batch.rollout_weights > 0, batch.expert_weights > 0
     detached = log_probs.detach()
     # Outside its mask a stream sees its own log-probs, so that exp() never overflows into 0 * inf.
-    old_log_probs = (
-        detached if batch.old_log_probs is None else _within(is_rollout, batch.old_log_probs, detached)
-    )
+    old_log_probs = detached if batch.old_log_probs is None else _within(is_rollout, batch.old_log_probs, detached)
     policy_loss, is_clipped = clipped_policy_loss(
         log_probs, old_log_probs, batch.advantages, epsilon=epsilon, epsilon_high=epsilon_high
     )

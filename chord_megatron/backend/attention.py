@@ -45,9 +45,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * head]."""
     lengths = cu_seqlens.diff().tolist()
     outputs = [
-        F.scaled_dot_product_attention(
-            *(x.transpose(0, 1)[None] for x in sequence), is_causal=True, enable_gqa=True
-        )[0].transpose(0, 1)
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in sequence), is_causal=True, enable_gqa=True)[
+            0
+        ].transpose(0, 1)
         for sequence in zip(query.split(lengths), key.split(lengths), value.split(lengths))
     ]
     return torch.cat(outputs).flatten(1)
@@ -56,9 +56,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
 def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
     """query [length, batch, heads, head]; keys, values [batch, groups, cached, head]; masked [batch, 1, length,
     cached] with True = hidden (Megatron's convention). Returns [length, batch, heads * head]."""
-    output = F.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3), keys, values, attn_mask=~masked, enable_gqa=True
-    )
+    output = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), keys, values, attn_mask=~masked, enable_gqa=True)
     return output.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -90,9 +90,7 @@ def refuse_unsafe(directory: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
     pickled = [
-        key
-        for key, entry in metadata.state_dict_metadata.items()
-        if type(entry).__name__ == "BytesStorageMetadata"
+        key for key, entry in metadata.state_dict_metadata.items() if type(entry).__name__ == "BytesStorageMetadata"
     ]
     if pickled:
         raise UserError(
@@ -156,7 +154,7 @@ def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading:
     models = state["model"] if len(chunks) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
     # Objects (as against tensors) are pickled and unpickled without checks; nothing here needs one.
-    objects, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
     return state
 
 
@@ -195,9 +193,7 @@ def _unshare_steps(optimizer: Any) -> None:
 
 
 def _rng_state() -> dict[str, torch.Tensor]:
-    tracked = {
-        f"tracker.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()
-    }
+    tracked = {f"tracker.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
     states = {"cpu": torch.get_rng_state(), **tracked}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

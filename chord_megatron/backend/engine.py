@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,6 +29,16 @@ from chord_megatron.convert.architecture import read_architecture
 from chord_megatron.data.packing import build_global_batch, unpack
 from chord_megatron.types import GlobalBatch, MicroBatch, SamplingParams, TrainingSample
 
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerStep:
+    """What an optimizer step did."""
+
+    grad_norm: float  # before clipping
+    lr: float
+    stepped: bool  # False: non-finite loss or gradient norm somewhere, weights and optimizer are as before
+
+
 # (log_probs [tokens], entropy [tokens], micro-batch) -> (loss, metric sums, largest value of a metric)
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor, Tensor]]
 
@@ -50,12 +61,8 @@ class MegatronEngine:
         chunks = build_model_chunks(self.arch, model, parallel, groups)
         load_hf_weights(chunks, Path(model.path), self.arch, groups)
         # On the host: it is needed once a step, and a second model on the device is what others run out of memory by.
-        self._reference = (
-            [p.detach().cpu().clone() for _, p in named_parameters(chunks)] if keep_reference else None
-        )
-        self._chunks = wrap_data_parallel(
-            chunks, use_distributed_optimizer=optimizer.use_distributed_optimizer
-        )
+        self._reference = [p.detach().cpu().clone() for _, p in named_parameters(chunks)] if keep_reference else None
+        self._chunks = wrap_data_parallel(chunks, use_distributed_optimizer=optimizer.use_distributed_optimizer)
         self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
         self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
         self._clip_grad = optimizer.clip_grad
@@ -118,11 +125,9 @@ class MegatronEngine:
         self._loss_is_finite = maxima[1] == -1.0
         return sums, maxima[0]
 
-    def optimizer_step(self) -> tuple[float, bool]:
-        """Clip, step, advance the learning rate. Returns the gradient norm before clipping and whether it stepped.
-
-        A non-finite loss or gradient norm on any rank makes all ranks leave weights and optimizer as they are.
-        """
+    def optimizer_step(self) -> OptimizerStep:
+        """Clip, step, advance the learning rate; on a non-finite loss or norm on any rank, all skip together."""
+        lr = self._optimizer.param_groups[0]["lr"]
         found_inf = self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
         finite = torch.tensor(
@@ -137,11 +142,7 @@ class MegatronEngine:
                     clip_grad_by_total_norm_fp32(inner.get_parameters(), self._clip_grad, grad_norm)
             self._optimizer.step_with_ready_grads()
         self._scheduler.step(increment=1)
-        return grad_norm, stepped
-
-    def learning_rate(self) -> float:
-        """The learning rate of the next optimizer step."""
-        return self._optimizer.param_groups[0]["lr"]
+        return OptimizerStep(grad_norm, lr, stepped)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
@@ -241,9 +242,7 @@ def _optimizer_config(optimizer: OptimizerConfig, model: ModelConfig) -> Megatro
     )
 
 
-def _build_scheduler(
-    megatron_optimizer: Any, config: OptimizerConfig, train_iters: int
-) -> OptimizerParamScheduler:
+def _build_scheduler(megatron_optimizer: Any, config: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
     return OptimizerParamScheduler(
         megatron_optimizer,
         init_lr=0.0,
@@ -256,4 +255,7 @@ def _build_scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
+        # The configuration rules, so that a finished run goes on with a larger train_iters.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

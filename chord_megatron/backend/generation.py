@@ -67,9 +67,7 @@ def generate_batch(
 class _Decoder:
     """Runs new tokens through all chunks of all stages, keeping the KV cache."""
 
-    def __init__(
-        self, chunks: list[torch.nn.Module], batch_size: int, max_length: int, groups: ParallelGroups
-    ) -> None:
+    def __init__(self, chunks: list[torch.nn.Module], batch_size: int, max_length: int, groups: ParallelGroups) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
         # A context for each chunk: layer numbers are only unique within one.
         self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in chunks]
@@ -106,8 +104,7 @@ class _Decoder:
         """Drop finished rows from the cache."""
         for context in self._contexts:
             context.key_value_memory_dict = {
-                layer: (keys[keep], values[keep])
-                for layer, (keys, values) in context.key_value_memory_dict.items()
+                layer: (keys[keep], values[keep]) for layer, (keys, values) in context.key_value_memory_dict.items()
             }
 
     def _receive(self, output: Tensor | None, tokens: Tensor, chunk: int) -> Tensor:
@@ -126,9 +123,7 @@ class _Decoder:
 
     def _send(self, output: Tensor, chunk: int) -> None:
         group, size = self._groups.pp_group, self._groups.pp_size
-        dist.send(
-            output.contiguous(), dist.get_global_rank(group, (self._groups.pp_rank + 1) % size), group=group
-        )
+        dist.send(output.contiguous(), dist.get_global_rank(group, (self._groups.pp_rank + 1) % size), group=group)
 
 
 def _sample_on_last_stage(

@@ -58,14 +58,10 @@ class CausalLM(GPTModel):
 
     real_vocab_size: int  # without the padding columns
 
-    def _postprocess(
-        self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any
-    ) -> Any:
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight)
         return vocab_parallel_log_probs(
             logits.squeeze(1),
@@ -87,9 +83,7 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def transformer_config(
-    arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig
-) -> TransformerConfig:
+def transformer_config(arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron-Core's configuration of this architecture under this layout."""
     dtype = _DTYPES[model.dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
@@ -211,9 +205,7 @@ def _te_layer_spec(config: TransformerConfig) -> Any:
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
     class TECoreAttention(TEDotProductAttention):
-        def forward(
-            self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-        ) -> Tensor:
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
             if kwargs.get("packed_seq_params") is None:
                 return cached_attention(query, key, value, attention_mask)
             return super().forward(query, key, value, attention_mask, **kwargs)

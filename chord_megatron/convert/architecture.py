@@ -128,8 +128,7 @@ def _find_family(config: dict[str, Any], model_dir: Path) -> _Family:
     names = config.get("architectures") or ["none"]
     if names[0] not in _FAMILIES:
         raise UserError(
-            f"{model_dir}/config.json: architecture {names[0]} is not supported; "
-            f"use one of {', '.join(_FAMILIES)}."
+            f"{model_dir}/config.json: architecture {names[0]} is not supported; use one of {', '.join(_FAMILIES)}."
         )
     return _FAMILIES[names[0]]
 

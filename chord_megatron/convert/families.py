@@ -158,6 +158,4 @@ def hf_names(arch: ModelArchitecture) -> set[str]:
 def is_ignorable(hf_name: str, arch: ModelArchitecture) -> bool:
     """Whether a checkpoint may hold this tensor although nothing reads it."""
     # Old Llama checkpoints save the rotary buffer; some tied ones repeat the embedding as lm_head.
-    return hf_name.endswith("rotary_emb.inv_freq") or (
-        arch.tie_word_embeddings and hf_name == "lm_head.weight"
-    )
+    return hf_name.endswith("rotary_emb.inv_freq") or (arch.tie_word_embeddings and hf_name == "lm_head.weight")

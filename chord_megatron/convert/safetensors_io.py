@@ -92,9 +92,7 @@ def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
     expected, found = hf_names(arch), reader.names()
     missing = sorted(expected - found)
     if missing:
-        raise UserError(
-            f"the checkpoint lacks tensors of a {arch.family} model: {_some(missing)}; download it again."
-        )
+        raise UserError(f"the checkpoint lacks tensors of a {arch.family} model: {_some(missing)}; download it again.")
     unexpected = sorted(name for name in found - expected if not is_ignorable(name, arch))
     if unexpected:
         raise UserError(
@@ -103,9 +101,7 @@ def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
         )
 
 
-def write_safetensors(
-    directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5 * 2**30
-) -> None:
+def write_safetensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5 * 2**30) -> None:
     """Stream tensors into `directory` as Hugging Face does, holding one shard in memory.
 
     A tensor above `max_shard_bytes` gets a file of its own. Earlier weights in `directory` are replaced
@@ -143,9 +139,7 @@ def _publish(temporary: Path, directory: Path, weight_map: dict[str, int], total
     for stale in (directory / _SINGLE, directory / _INDEX, *directory.glob("model-*-of-*.safetensors")):
         stale.unlink(missing_ok=True)
     count = max(weight_map.values(), default=0) + 1
-    names = (
-        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
-    )
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
     for number, name in enumerate(names):
         (temporary / str(number)).rename(directory / name)
     if count > 1:

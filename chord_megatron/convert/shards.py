@@ -53,9 +53,7 @@ def import_parameter(
     return _interleave_qkv(parts, arch) if layout is Layout.QKV else torch.cat(parts)
 
 
-def export_parameter(
-    name: str, arch: ModelArchitecture, shards: Sequence[Tensor]
-) -> list[tuple[str, Tensor]]:
+def export_parameter(name: str, arch: ModelArchitecture, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """The full Hugging Face tensors of a Megatron parameter, as copies and without vocabulary padding.
 
     `shards` are those of all tensor-parallel ranks in rank order; of a replicated parameter the first is

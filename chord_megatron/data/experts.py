@@ -47,7 +47,5 @@ def load_experts(
         if len(tokens) <= max_length:
             samples.append(ExpertSample(index, tokens, len(prompt_tokens)))
     if not samples:
-        raise UserError(
-            f"all {len(rows)} rows of {source} are longer than chord.chord_sft_max_length={max_length}"
-        )
+        raise UserError(f"all {len(rows)} rows of {source} are longer than chord.chord_sft_max_length={max_length}")
     return samples, len(rows) - len(samples)

@@ -40,9 +40,7 @@ def build_global_batch(
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
     rollout_lengths = [0 if sample.is_expert else _num_loss_tokens(sample) for sample in samples]
     expert_lengths = [_num_loss_tokens(sample) if sample.is_expert else 0 for sample in samples]
-    rollout_weights = aggregation_weights(
-        rollout_lengths, loss_type, max_completion_length=max_completion_length
-    )
+    rollout_weights = aggregation_weights(rollout_lengths, loss_type, max_completion_length=max_completion_length)
     expert_weights = aggregation_weights(expert_lengths)
     token_weights = [e if s.is_expert else r for s, r, e in zip(samples, rollout_weights, expert_weights)]
 
@@ -95,18 +93,12 @@ def pack(
         position_ids=packed(torch.int64, [torch.arange(n) for n in lengths]),
         labels=packed(torch.int64, [_shift(sample.tokens) for sample in chosen]),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        rollout_weights=packed(
-            torch.float32, [m * w * (not s.is_expert) for m, w, s in zip(masks, weights, chosen)]
-        ),
-        expert_weights=packed(
-            torch.float32, [m * w * s.is_expert for m, w, s in zip(masks, weights, chosen)]
-        ),
+        rollout_weights=packed(torch.float32, [m * w * (not s.is_expert) for m, w, s in zip(masks, weights, chosen)]),
+        expert_weights=packed(torch.float32, [m * w * s.is_expert for m, w, s in zip(masks, weights, chosen)]),
         advantages=packed(torch.float32, [m * s.advantage for m, s in zip(masks, chosen)]),
         # Padding divides by 1, not by 0.
         temperatures=torch.cat([*temperatures, torch.ones(padding)]),
-        rollout_log_probs=torch.zeros(num_tokens + padding)
-        if rollout_log_probs is None
-        else rollout_log_probs,
+        rollout_log_probs=torch.zeros(num_tokens + padding) if rollout_log_probs is None else rollout_log_probs,
         old_log_probs=optional([sample.old_log_probs for sample in chosen]),
         ref_log_probs=optional([sample.ref_log_probs for sample in chosen]),
         num_tokens=num_tokens,

@@ -74,9 +74,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             shifted = z - maximum[rows, None]
             probabilities = shifted.exp() / total[rows, None]
             mean_shifted = (weighted[rows] / total[rows])[:, None]
-            grad = probabilities * (
-                -grad_log_probs[rows, None] - grad_entropy[rows, None] * (shifted - mean_shifted)
-            )
+            grad = probabilities * (-grad_log_probs[rows, None] - grad_entropy[rows, None] * (shifted - mean_shifted))
             columns, owned = _owned_columns(targets[rows] - ctx.first_column, ctx.num_columns)
             if ctx.num_columns:
                 grad.scatter_add_(1, columns[:, None], (grad_log_probs[rows] * owned)[:, None])

@@ -31,16 +31,12 @@ _TAIL = 2000  # characters that math-verify reads, from the end; its cost grows 
 _SECONDS = 2  # of one math-verify call; it interrupts itself with SIGALRM, so only in the main thread
 
 
-def accuracy(
-    prompts: list[str], completions: list[str], references: list[str], /, **columns: Any
-) -> list[float]:
+def accuracy(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
     """1.0 where the final answer equals the reference (as formulas, or literally for words), else 0.0."""
     return [float(_is_correct(*pair)) for pair in zip(completions, references, strict=True)]
 
 
-def format_reward(
-    prompts: list[str], completions: list[str], references: list[str], /, **columns: Any
-) -> list[float]:
+def format_reward(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
     """1.0 where a completion is `<think>...</think><answer>...</answer>` and nothing else, else 0.0."""
     return [float(_THINK_THEN_ANSWER.fullmatch(completion) is not None) for completion in completions]
 

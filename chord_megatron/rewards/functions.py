@@ -85,9 +85,7 @@ def _split(name: str) -> tuple[str, str]:
         return path, function_name
     match = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
     nearest = f"; did you mean {match[0]!r}?" if match else ""
-    raise UserError(
-        f"unknown reward function {name!r}: use {', '.join(BUILTIN_REWARDS)}, or path.py:function{nearest}"
-    )
+    raise UserError(f"unknown reward function {name!r}: use {', '.join(BUILTIN_REWARDS)}, or path.py:function{nearest}")
 
 
 def _checked(name: str, rewards: Any, count: int) -> list[float]:
@@ -98,7 +96,5 @@ def _checked(name: str, rewards: Any, count: int) -> list[float]:
         raise UserError(f"reward function {name} returned {len(rewards)} rewards for {count} completions")
     for index, reward in enumerate(rewards):
         if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise UserError(
-                f"reward function {name} returned {reward!r}, not a finite number, at index {index}"
-            )
+            raise UserError(f"reward function {name} returned {reward!r}, not a finite number, at index {index}")
     return [float(reward) for reward in rewards]

@@ -40,9 +40,7 @@ class PluginReward:
         )
         self._receive()
 
-    def __call__(
-        self, prompts: list[str], completions: list[str], references: list[str], /, **columns: Any
-    ) -> Any:
+    def __call__(self, prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> Any:
         """What the function returns, unchecked. Raises UserError where it raises, hangs or exits."""
         request = json.dumps([[prompts, completions, references], columns], default=str)
         assert self._process.stdin is not None

@@ -30,11 +30,12 @@ def sample_tokens(
         # Sorted, so that top-p and top-k are prefixes; stable, so that ties fall the same way everywhere.
         probabilities, order = log_probs.double().exp().sort(dim=-1, descending=True, stable=True)
         cumulative = probabilities.cumsum(-1)
-        keep = cumulative - probabilities < top_p  # the first token is always kept
+        # The first token is always kept. At top_p = 1 all are, though float32 log-probs may sum to more than 1.
+        keep = cumulative - probabilities < (top_p if top_p < 1 else torch.inf)
         if top_k:
             keep[:, top_k:] = False
-        kept_mass = (probabilities * keep).sum(-1)
-        position = torch.searchsorted(cumulative, (uniforms * kept_mass)[:, None], right=True)
-        position = position.clamp(max=keep.sum(-1, keepdim=True) - 1)
-        tokens = order.gather(1, position).squeeze(1)
+        last = keep.sum(-1, keepdim=True) - 1
+        # The mass is read off the same sums that are searched: a token of probability 0 is out of reach.
+        position = torch.searchsorted(cumulative, uniforms[:, None] * cumulative.gather(1, last), right=True)
+        tokens = order.gather(1, position.clamp(max=last)).squeeze(1)
     return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)

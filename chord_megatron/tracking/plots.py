@@ -73,9 +73,7 @@ def _reward(axis: Axes, history: History) -> None:
     points = eval_points(history)
     if points:
         steps, rewards = [p.step for p in points], [p.reward for p in points]
-        axis.plot(
-            steps, rewards, "D--", color=RED, markersize=5, linewidth=1, label="held-out eval", zorder=3
-        )
+        axis.plot(steps, rewards, "D--", color=RED, markersize=5, linewidth=1, label="held-out eval", zorder=3)
 
 
 def _losses(axis: Axes, history: History) -> None:

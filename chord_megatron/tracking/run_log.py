@@ -44,9 +44,7 @@ class RunLog:
         self._tensorboard = _open_tensorboard(run_dir, report_to, resume_step)
         self._progress = Progress(train_iters, stream)
         if last_eval is not None and last_eval["step"] == resume_step:
-            self._write_scalars(
-                last_eval
-            )  # TensorBoard purged it along with the training step of that number
+            self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
 
     def log_step(self, metrics: Metrics) -> None:
         """Record a finished training step; `metrics` holds at least `step` (from 0) and `loss`."""
@@ -113,9 +111,7 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
     metrics, completions = run_dir / METRICS_FILE, run_dir / COMPLETIONS_FILE
     if resume_step is None:
         if metrics.exists() and metrics.stat().st_size > 0:
-            raise UserError(
-                f"{run_dir} holds the metrics of another run; resume that run or choose another output_dir"
-            )
+            raise UserError(f"{run_dir} holds the metrics of another run; resume that run or choose another output_dir")
         return None
     # The evaluation at step k comes before training step k, so it outlives a resume at k.
     filter_json_lines(metrics, lambda record: record["step"] < resume_step + ("loss" not in record))
@@ -124,9 +120,7 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
     return evaluations[-1] if evaluations else None
 
 
-def _open_tensorboard(
-    run_dir: Path, report_to: Sequence[str], resume_step: int | None
-) -> SummaryWriter | None:
+def _open_tensorboard(run_dir: Path, report_to: Sequence[str], resume_step: int | None) -> SummaryWriter | None:
     assert set(report_to) <= {"tensorboard"}, report_to
     if "tensorboard" not in report_to:
         return None

@@ -1,0 +1,172 @@
+"""The batch arithmetic and the parallel layout of a run, and every rule that spans several fields.
+
+`make_plan` looks at numbers only and loads nothing, so that mistakes show before any process starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chord_megatron.algorithm.mu import mu_schedule
+from chord_megatron.config import Config
+from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.types import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimizer step consists of."""
+
+    world_size: int
+    data_parallel_size: int
+    prompts_per_step: int
+    completions_per_step: int
+    expert_rows_per_step: int  # while mu > 0
+    micro_batches_per_step: int  # on each data-parallel rank, while both streams run
+    steps_per_rollout: int  # optimizer steps that share one generation batch; 1 = on-policy
+
+
+def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
+    """Check the configuration against the model and the number of processes. Raises UserError."""
+    data_parallel_size = _check_layout(config, arch, world_size)
+    _check_batches(config, data_parallel_size)
+    _check_streams(config)
+    _check_lengths(config, arch)
+    steps_per_rollout = config.grpo.steps_per_generation * config.grpo.num_iterations
+    _check_steps(config, steps_per_rollout)
+    train, num_generations = config.train, config.rollout.num_generations
+    expert_rows = _expert_rows(config, data_parallel_size)
+    rows_per_rank = -(-(train.global_batch_size + expert_rows) // data_parallel_size)
+    return Plan(
+        world_size=world_size,
+        data_parallel_size=data_parallel_size,
+        prompts_per_step=train.global_batch_size // num_generations,
+        completions_per_step=train.global_batch_size,
+        expert_rows_per_step=expert_rows,
+        micro_batches_per_step=-(-rows_per_rank // train.micro_batch_size),
+        steps_per_rollout=steps_per_rollout,
+    )
+
+
+def mu_at(config: Config, step: int) -> float:
+    """mu of the configured schedule at a 0-based optimizer step."""
+    chord = config.chord
+    return mu_schedule(
+        step,
+        peak=chord.chord_mu_peak,
+        valley=chord.chord_mu_valley,
+        warmup_steps=chord.chord_mu_warmup_steps,
+        decay_steps=chord.chord_mu_decay_steps,
+    )
+
+
+def _check_layout(config: Config, arch: ModelArchitecture, world_size: int) -> int:
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    for what, size in (
+        ("attention heads", arch.num_attention_heads),
+        ("query groups (key/value heads)", arch.num_query_groups),
+        ("MLP columns", arch.ffn_hidden_size),
+    ):
+        if size % tp:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size={tp} does not divide the model's {size} {what}; "
+                f"choose a divisor of {size}"
+            )
+    if vpp is not None and pp == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size={vpp} needs parallel.pipeline_model_parallel_size > 1; "
+            "remove it or raise the pipeline size"
+        )
+    stages = pp * (vpp or 1)
+    if arch.num_layers % stages:
+        key = "parallel.pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if vpp else "")
+        raise UserError(
+            f"{key}={stages} does not divide the model's {arch.num_layers} layers; "
+            f"choose a divisor of {arch.num_layers}"
+        )
+    if world_size % (tp * pp):
+        raise UserError(
+            f"{world_size} processes cannot hold tensor x pipeline = {tp} x {pp} = {tp * pp} ranks a model; "
+            f"start a multiple of {tp * pp} processes (--nproc-per-node, --nnodes)"
+        )
+    return world_size // (tp * pp)
+
+
+def _check_batches(config: Config, data_parallel_size: int) -> None:
+    train, num_generations = config.train, config.rollout.num_generations
+    if train.global_batch_size % num_generations:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} completions is not a multiple of "
+            f"rollout.num_generations={num_generations}; every prompt needs its whole group"
+        )
+    share = train.micro_batch_size * data_parallel_size
+    if train.global_batch_size % share:
+        raise UserError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size x "
+            f"data-parallel size = {train.micro_batch_size} x {data_parallel_size} = {share}"
+        )
+
+
+def _check_streams(config: Config) -> None:
+    chord, rollout, train = config.chord, config.rollout, config.train
+    learns_from_experts = any(mu_at(config, step) > 0 for step in range(train.train_iters))
+    if learns_from_experts and chord.chord_sft_dataset is None:
+        raise UserError(
+            "chord.chord_sft_dataset is required while mu > 0; "
+            "for GRPO alone set chord.chord_mu_peak=0 and chord.chord_mu_valley=0"
+        )
+    sizes = (chord.chord_sft_global_batch_size, chord.chord_sft_per_device_train_batch_size)
+    if learns_from_experts and sum(size is not None for size in sizes) != 1:
+        raise UserError(
+            "set exactly one of chord.chord_sft_global_batch_size and chord.chord_sft_per_device_train_batch_size"
+        )
+    is_replay = rollout.engine == "replay"
+    if is_replay != (rollout.replay_from is not None):
+        raise UserError("rollout.engine=replay and rollout.replay_from go together; set both or neither")
+    if is_replay and rollout.record_to is not None:
+        raise UserError("rollout.record_to has nothing to record with rollout.engine=replay; remove it")
+    if train.eval_steps is not None and config.data.eval_dataset is None:
+        raise UserError("train.eval_steps needs data.eval_dataset; set it, or train.eval_steps=null for no evaluation")
+    if train.eval_steps is not None and is_replay:
+        raise UserError("rollout.engine=replay cannot answer held-out prompts; set train.eval_steps=null")
+
+
+def _check_lengths(config: Config, arch: ModelArchitecture) -> None:
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    if longest > arch.max_position_embeddings:
+        raise UserError(
+            f"data.max_prompt_length + rollout.max_completion_length = {longest} tokens, but the model reads "
+            f"{arch.max_position_embeddings}; lower one of them"
+        )
+    if config.chord.chord_sft_dataset is not None and config.chord.chord_sft_max_length > arch.max_position_embeddings:
+        raise UserError(
+            f"chord.chord_sft_max_length={config.chord.chord_sft_max_length}, but the model reads "
+            f"{arch.max_position_embeddings} tokens; lower it"
+        )
+
+
+def _check_steps(config: Config, steps_per_rollout: int) -> None:
+    train, optimizer = config.train, config.optimizer
+    for name, value in (("train_iters", train.train_iters), ("save_steps", train.save_steps)):
+        if value is not None and value % steps_per_rollout:
+            raise UserError(
+                f"train.{name}={value} is not a multiple of grpo.steps_per_generation x num_iterations = "
+                f"{steps_per_rollout}; a generation batch is not kept in checkpoints"
+            )
+    if optimizer.min_lr > optimizer.lr:
+        raise UserError(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+    if optimizer.lr_warmup_iters >= train.train_iters:
+        raise UserError(
+            f"optimizer.lr_warmup_iters={optimizer.lr_warmup_iters} must be below train.train_iters={train.train_iters}"
+        )
+
+
+def _expert_rows(config: Config, data_parallel_size: int) -> int:
+    """Expert rows of one optimizer step; per device as in ms-swift: rows x DP x gradient accumulation steps."""
+    chord, train = config.chord, config.train
+    if chord.chord_sft_per_device_train_batch_size is not None:
+        accumulation_steps = train.global_batch_size // (train.micro_batch_size * data_parallel_size)
+        return chord.chord_sft_per_device_train_batch_size * data_parallel_size * accumulation_steps
+    return chord.chord_sft_global_batch_size or 0

@@ -1,0 +1,63 @@
+"""Rewards of a generation batch, computed by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from chord_megatron.rewards.functions import RewardFunctions, Rewards
+from chord_megatron.types import Prompt, RolloutSample, ScoredRollouts, UserError
+
+
+def score_rollouts(
+    prompts: Sequence[Prompt], rollouts: Sequence[RolloutSample], tokenizer: Any, reward_function: RewardFunctions
+) -> ScoredRollouts:
+    """Decode and reward every completion; `prompts` are the batch's prompts, `rollouts` their groups in order.
+
+    Each rank rewards whole groups, so that a function sees a prompt's completions together, and every rank gets
+    all results. A failure on one rank is raised on all. Raises UserError.
+    """
+    num_generations = len(rollouts) // len(prompts)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    completions = [tokenizer.decode(rollout.response_tokens, skip_special_tokens=True) for rollout in rollouts]
+    repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+    mine = [i for i in range(len(rollouts)) if (i // num_generations) % world_size == rank]
+    result: Rewards | str
+    try:
+        result = reward_function(
+            [repeated[i].text for i in mine],
+            [completions[i] for i in mine],
+            [repeated[i].reference for i in mine],
+            [repeated[i].columns for i in mine],
+        )
+    except UserError as error:
+        result = str(error)
+    results: list[tuple[list[int], Rewards | str]] = [(mine, result)] * world_size
+    dist.all_gather_object(results, (mine, result))
+    return _merge(repeated, completions, rollouts, results)
+
+
+def _merge(
+    prompts: list[Prompt],
+    completions: list[str],
+    rollouts: Sequence[RolloutSample],
+    results: list[tuple[list[int], Rewards | str]],
+) -> ScoredRollouts:
+    total = [0.0] * len(rollouts)
+    by_function: dict[str, list[float]] = {}
+    for indices, result in results:
+        if isinstance(result, str):
+            raise UserError(result)
+        for place, index in enumerate(indices):
+            total[index] = result.total[place]
+            for name, rewards in result.by_function.items():
+                by_function.setdefault(name, [0.0] * len(rollouts))[index] = rewards[place]
+    return ScoredRollouts(
+        prompts=tuple(prompts),
+        completions=tuple(completions),
+        rollouts=tuple(rollouts),
+        rewards=tuple(total),
+        rewards_by_function={name: tuple(rewards) for name, rewards in by_function.items()},
+    )

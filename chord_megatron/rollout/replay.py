@@ -1,0 +1,95 @@
+"""Recorded rollouts: writing them, and an engine that plays them back for debugging and exactness tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+
+from chord_megatron.tracking.files import JsonLines, filter_json_lines
+from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
+
+_FIELDS = tuple(RolloutSample.__dataclass_fields__)
+
+
+class RolloutRecorder:
+    """Appends every rollout of a run to a jsonl file, one completion a line; used by rank 0."""
+
+    def __init__(self, path: Path, *, resume_step: int | None) -> None:
+        """`resume_step`: keep what was recorded before that step; None starts the file anew."""
+        if resume_step is None:
+            path.unlink(missing_ok=True)
+        elif path.exists():
+            filter_json_lines(path, lambda record: record["step"] < resume_step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lines = JsonLines(path)
+
+    def write(self, step: int, samples: Sequence[RolloutSample]) -> None:
+        """Record the completions generated at `step`."""
+        for sample in samples:
+            self._lines.write({"step": step, **asdict(sample)})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+
+class ReplayRollout:
+    """Returns what was recorded at each step; the prompts must be those of the recording."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._samples: dict[int, list[RolloutSample]] = {}
+        for step, sample in _read_recording(path):
+            self._samples.setdefault(step, []).append(sample)
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
+    ) -> list[RolloutSample]:
+        """See RolloutEngine. Raises UserError where the recording does not fit the run."""
+        samples = sorted(self._samples.get(step, []), key=lambda sample: sample.sample_index)
+        if len(samples) != len(prompts) * num_generations:
+            raise UserError(
+                f"{self._path} holds {len(samples)} completions for step {step}, but the run asks for "
+                f"{len(prompts) * num_generations}; use the batch sizes of the run that recorded it"
+            )
+        for index, sample in enumerate(samples):
+            prompt = prompts[index // num_generations]
+            if sample.prompt_id != prompt.id or sample.tokens[: len(prompt.tokens)] != prompt.tokens:
+                raise UserError(
+                    f"{self._path}: completion {index} of step {step} answers prompt {sample.prompt_id}, but this run "
+                    f"asks prompt {prompt.id}; use the data, tokenizer and seed of the run that recorded it"
+                )
+        return samples
+
+    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+        """Nothing to do: the completions are there already."""
+
+    def sleep(self) -> None:
+        """Nothing to do."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def _read_recording(path: Path) -> Iterator[tuple[int, RolloutSample]]:
+    if not path.is_file():
+        raise UserError(f"rollout.replay_from: {path} does not exist; record one with rollout.record_to")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                record = json.loads(line)
+                fields = {name: _as_tuple(record[name]) for name in _FIELDS}
+                yield record["step"], RolloutSample(**fields)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}:{number} is not a recorded rollout ({error!r})") from None
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,44 @@
+"""Where a run keeps its checkpoints: step directories, an atomic pointer to the latest, and pruning."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from chord_megatron.tracking.files import atomic_write
+from chord_megatron.types import UserError
+
+
+class RunDir:
+    """`checkpoints/step_N`, `hf/step_N` and `checkpoints/latest` of one run; written by rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._checkpoints = path / "checkpoints"
+        self._latest = self._checkpoints / "latest"
+
+    def checkpoint(self, step: int) -> Path:
+        """The Megatron checkpoint of the weights after `step` optimizer steps."""
+        return self._checkpoints / f"step_{step}"
+
+    def hf(self, step: int) -> Path:
+        """The Hugging Face export of the weights after `step` optimizer steps."""
+        return self.path / "hf" / f"step_{step}"
+
+    def latest_step(self) -> int | None:
+        """The step to resume from, or None for a new run. Raises UserError when the pointer leads nowhere."""
+        if not self._latest.exists():
+            return None
+        name = self._latest.read_text(encoding="utf-8").strip()
+        step = name.removeprefix("step_")
+        if not step.isdigit() or not self.checkpoint(int(step)).is_dir():
+            raise UserError(f"{self._latest} names {name!r}, which is not there; write a step_N that is, or remove it")
+        return int(step)
+
+    def publish(self, step: int, keep: int | None) -> None:
+        """Make a complete checkpoint the latest, then remove the oldest beyond `keep` (None keeps all)."""
+        atomic_write(self._latest, [f"step_{step}\n".encode()])
+        saved = sorted(int(path.name.removeprefix("step_")) for path in self._checkpoints.glob("step_*[0-9]"))
+        for old in saved[:-keep] if keep else []:
+            shutil.rmtree(self.checkpoint(old))
+            shutil.rmtree(self.hf(old), ignore_errors=True)

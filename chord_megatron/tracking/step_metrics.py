@@ -1,0 +1,49 @@
+"""The line of metrics.jsonl for one optimizer step. Pure: sums and samples in, a mapping out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from chord_megatron.types import GlobalBatch, RolloutSample
+
+
+def loss_metrics(
+    sums: Mapping[str, float], largest_log_prob_diff: float, batch: GlobalBatch, *, mu: float, has_reference: bool
+) -> dict[str, float | int | None]:
+    """Means from the metric sums of a step; None where a stream was empty."""
+    rollout_tokens, expert_tokens = batch.num_rollout_tokens, batch.num_expert_tokens
+
+    def rollout_mean(name: str) -> float | None:
+        return sums[name] / rollout_tokens if rollout_tokens else None
+
+    return {
+        "loss": (1 - mu) * sums["loss_rollout"] + mu * sums["loss_expert"],
+        "loss_rollout": sums["loss_rollout"],
+        "loss_expert": sums["loss_expert"],
+        "mu": mu,
+        "phi_mean": sums["phi"] / expert_tokens if expert_tokens else None,
+        "entropy": rollout_mean("entropy"),
+        "kl": rollout_mean("kl") if has_reference else None,
+        "clip_fraction": rollout_mean("clipped"),
+        "log_prob_diff_mean": rollout_mean("log_prob_diff"),
+        "log_prob_diff_max": largest_log_prob_diff if rollout_tokens else None,
+        "num_rollout_tokens": rollout_tokens,
+        "num_expert_tokens": expert_tokens,
+    }
+
+
+def rollout_metrics(
+    rollouts: Sequence[RolloutSample], rewards: Sequence[float], by_function: Mapping[str, Sequence[float]]
+) -> dict[str, float | None]:
+    """Rewards and lengths of the completions of a step; None without completions."""
+    if not rollouts:
+        names = ("reward_mean", "reward_std", "response_length_mean", "truncated_fraction", "zero_std_fraction")
+        return dict.fromkeys(names)
+    return {
+        "reward_mean": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "response_length_mean": statistics.fmean(sum(rollout.response_mask) for rollout in rollouts),
+        "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
+        **{f"reward/{name}": statistics.fmean(values) for name, values in by_function.items()},
+    }

@@ -1,0 +1,192 @@
+"""Configuration: what loads, what is refused, and that the refusal names the key and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chord_megatron.config import Config, known_keys, load_config, to_yaml
+from chord_megatron.types import UserError
+
+MINIMAL = """
+model: {path: some/model}
+data: {dataset: prompts.jsonl}
+train: {output_dir: out, global_batch_size: 16, train_iters: 3}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(MINIMAL, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_config(path, list(overrides))
+    return str(error.value)
+
+
+def test_a_minimal_file_gets_the_documented_defaults(minimal: Path):
+    config = load_config(minimal)
+    assert config.model.path == "some/model" and config.model.dtype == "bfloat16"
+    assert config.parallel.tensor_model_parallel_size == 1
+    assert config.rewards.reward_funcs == ["accuracy"]
+    assert (config.rollout.num_generations, config.rollout.temperature, config.rollout.top_p) == (8, 1.0, 1.0)
+    assert (config.grpo.epsilon, config.grpo.epsilon_high, config.grpo.beta) == (0.2, None, 0.0)
+    assert config.grpo.loss_type == "dapo"
+    assert (config.chord.chord_mu_peak, config.chord.chord_mu_valley) == (0.5, 0.05)
+    assert config.chord.chord_sft_dataset is None and config.chord.chord_enable_phi_function is False
+    assert config.optimizer.lr == 1e-6
+    assert (config.train.global_batch_size, config.train.train_iters, config.train.seed) == (16, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.train_itres=5", "unknown configuration key 'train.train_itres'; did you mean 'train.train_iters'?"),
+        ("optmizer.lr=1", "unknown configuration key 'optmizer'; did you mean 'optimizer'?"),
+        ("train.beta=1", "unknown configuration key 'train.beta'; did you mean 'grpo.beta'?"),
+        ("train.lr=1", "unknown configuration key 'train.lr'; did you mean 'optimizer.lr'?"),
+        ("grpo.top_p=1", "unknown configuration key 'grpo.top_p'; did you mean 'rollout.top_p'?"),
+        ("rollout.seed=1", "unknown configuration key 'rollout.seed'; did you mean 'train.seed'?"),
+        ("num_generations=4", "unknown configuration key 'num_generations'; did you mean 'rollout.num_generations'?"),
+        ("chord.mu_peak=1", "unknown configuration key 'chord.mu_peak'; did you mean 'chord.chord_mu_peak'?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(minimal: Path, override: str, expected: str):
+    assert refusal(minimal, override) == expected
+
+
+def test_an_unknown_key_like_no_other_names_the_groups(minimal: Path):
+    message = refusal(minimal, "zzzz=1")
+    assert message == f"unknown configuration key 'zzzz'; known groups are {', '.join(Config.model_fields)}"
+
+
+def test_every_leaf_in_the_wrong_group_is_suggested_in_the_right_one(minimal: Path):
+    for key in known_keys():
+        group, _, leaf = key.partition(".")
+        if leaf:
+            wrong = "tracking" if group != "tracking" else "rewards"
+            assert refusal(minimal, f"{wrong}.{leaf}=1").endswith(f"did you mean {key!r}?")
+
+
+def test_overrides_are_yaml_values(minimal: Path):
+    config = load_config(
+        minimal,
+        [
+            "optimizer.lr=1e-3",
+            "optimizer.min_lr=2.5e-4",
+            "rewards.reward_funcs=[accuracy, format]",
+            "rewards.reward_weights=[1, 0.5]",
+            "rollout.stop_token_ids=[2, 5]",
+            "data.num_eval_prompts=null",
+            "model.recompute=true",
+            "train.seed=7",
+            "train.seed=8",
+        ],
+    )
+    assert (config.optimizer.lr, config.optimizer.min_lr) == (1e-3, 2.5e-4)
+    assert config.rewards.reward_funcs == ["accuracy", "format"] and config.rewards.reward_weights == [1.0, 0.5]
+    assert config.rollout.stop_token_ids == [2, 5]
+    assert config.data.num_eval_prompts is None and config.model.recompute is True
+    assert config.train.seed == 8  # the last one wins
+
+
+def test_an_override_fills_a_group_that_the_file_leaves_empty(minimal: Path):
+    minimal.write_text(MINIMAL + "grpo:\n", encoding="utf-8")
+    assert load_config(minimal, ["grpo.beta=0.04"]).grpo.beta == 0.04
+
+
+def test_the_value_of_an_override_may_hold_an_equals_sign(minimal: Path):
+    config = load_config(minimal, [r"data.reference_pattern=x=(\d+)"])
+    assert config.data.reference_pattern == r"x=(\d+)"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.seed", "override 'train.seed' must look like group.key=value"),
+        ("=3", "override '=3' must look like group.key=value"),
+        ("model.path.name=3", "override 'model.path.name=3': 'path' is a value, not a group"),
+        ("train.seed=[1", "override 'train.seed=[1': the value is not valid YAML"),
+    ],
+)
+def test_a_malformed_override_is_explained(minimal: Path, override: str, expected: str):
+    assert refusal(minimal, override) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("train.global_batch_size=0", "train.global_batch_size=0: "),
+        ("chord.chord_mu_peak=1.5", "chord.chord_mu_peak=1.5: "),
+        ("rollout.temperature=0", "rollout.temperature=0: "),
+        ("grpo.loss_type=bnpo", "grpo.loss_type='bnpo': "),
+        ("optimizer.lr=.nan", "optimizer.lr=nan: "),
+        ("train.train_iters=2.5", "train.train_iters=2.5: "),
+        ("rewards.reward_funcs=[]", "rewards.reward_funcs=[]: "),
+        ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: "),
+    ],
+)
+def test_a_value_out_of_range_names_key_and_value(minimal: Path, override: str, start: str):
+    assert refusal(minimal, override).startswith(start)
+
+
+def test_a_missing_key_is_named(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("model: {path: m}\ntrain: {output_dir: out, train_iters: 3}\n", encoding="utf-8")
+    message = refusal(path)
+    assert message == "configuration key 'data' is required; configuration key 'train.global_batch_size' is required"
+
+
+def test_an_empty_file_asks_for_the_required_groups(tmp_path: Path):
+    path = tmp_path / "config.yaml"
+    path.write_text("", encoding="utf-8")
+    assert [part.split("'")[1] for part in refusal(path).split("; ")] == ["model", "data", "train"]
+
+
+def test_several_mistakes_are_reported_at_once(minimal: Path):
+    message = refusal(minimal, "train.beta=1", "train.seed=-1")
+    assert "'grpo.beta'" in message and "train.seed=-1" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train: [1, 2", "is not valid YAML: while parsing a flow sequence"),
+        ("- model\n- data\n", "must hold a mapping of groups (model, data, train, ...), not list"),
+        ("only words", "must hold a mapping of groups (model, data, train, ...), not str"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, expected: str):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    message = refusal(path)
+    assert expected in message and str(path) in message and "\n" not in message
+
+
+def test_a_missing_file_is_a_user_error(tmp_path: Path):
+    path = tmp_path / "none.yaml"
+    assert refusal(path) == f"cannot read the configuration {path}: No such file or directory"
+
+
+def test_the_resolved_configuration_reads_back_equal(minimal: Path, tmp_path: Path):
+    config = load_config(
+        minimal,
+        ["optimizer.lr=3e-7", "grpo.epsilon_high=0.28", "rollout.stop_token_ids=[2]", "data.system_prompt='é: #'"],
+    )
+    written = tmp_path / "resolved.yaml"
+    written.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(written) == config
+    assert config.data.system_prompt == "é: #"
+    leaves = [f"{group}.{leaf}" for group, values in yaml.safe_load(to_yaml(config)).items() for leaf in values]
+    assert leaves == [key for key in known_keys() if "." in key]  # every leaf is written, defaults too
+
+
+def test_the_configuration_cannot_be_changed(minimal: Path):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(minimal).train.seed = 3

@@ -1,0 +1,159 @@
+"""Sampling: the inverse of the cumulative distribution, top-k and top-p by hand, and frozen uniform numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from chord_megatron.rollout.sampling import sample_tokens, uniform_numbers
+
+LAST = 1 - 2**-53  # the largest float64 below 1
+PROBABILITIES = [0.1, 0.4, 0.2, 0.3]  # sorted: tokens 1, 3, 2, 0 with the cumulative sums 0.4, 0.7, 0.9, 1
+
+
+def logits_of(probabilities: list[float], temperature: float = 1.0) -> Tensor:
+    """Logits with those probabilities at that temperature, and an offset that must not matter."""
+    return (temperature * torch.tensor(probabilities).log() + 3.0)[None]
+
+
+def draw(logits: Tensor, uniforms: list[float] | Tensor, **settings) -> tuple[list[int], list[float]]:
+    uniforms = torch.as_tensor(uniforms, dtype=torch.float64)
+    tokens, log_probs = sample_tokens(logits.expand(len(uniforms), -1), uniforms, **settings)
+    return tokens.tolist(), log_probs.tolist()
+
+
+# --- uniform numbers ------------------------------------------------------------------------------------------------
+
+
+def test_uniform_numbers_are_frozen():
+    """Golden values: a rollout is reproducible across versions only as long as these hold."""
+    assert uniform_numbers([0], 3).tolist() == [0.6369616873214543, 0.2697867137638703, 0.04097352393619469]
+    assert uniform_numbers([1, 2, 3], 3).tolist() == [0.6704722626516632, 0.1110146366693816, 0.5115090823948739]
+
+
+def test_uniform_numbers_depend_on_the_seed_only():
+    expected = uniform_numbers([4, 5], 10)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert torch.equal(uniform_numbers((4, 5), 10), expected)
+    assert torch.equal(uniform_numbers([4, 5], 4), expected[:4])  # a shorter limit does not move the others
+    assert not torch.equal(uniform_numbers([5, 4], 10), expected)
+    assert expected.dtype == torch.float64 and (expected >= 0).all() and (expected < 1).all()
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def test_temperature_zero_takes_the_largest():
+    logits = torch.tensor([[0.5, 2.0, -1.0], [7.0, 7.5, 8.0]])
+    tokens, log_probs = sample_tokens(logits, torch.tensor([0.0, LAST], dtype=torch.float64), temperature=0)
+    assert tokens.tolist() == [1, 2]
+    # The log-probs of temperature 1: -log sum e^(z - max).
+    expected = [-math.log(math.exp(-1.5) + 1 + math.exp(-3)), -math.log(math.exp(-1) + math.exp(-0.5) + 1)]
+    assert log_probs.tolist() == pytest.approx(expected, rel=4 * 2**-24)
+
+
+def test_inverse_cumulative_distribution_by_hand():
+    uniforms = [0.0, 0.39, 0.41, 0.69, 0.71, 0.89, 0.91, LAST]
+    assert draw(logits_of(PROBABILITIES), uniforms, temperature=1.0)[0] == [1, 1, 3, 3, 2, 2, 0, 0]
+
+
+def test_ties_fall_to_the_lower_token():
+    assert draw(torch.zeros(1, 4), [0.0, 0.26, 0.51, 0.76, LAST], temperature=1.0)[0] == [0, 1, 2, 3, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_over_a_grid_equal_the_probabilities(temperature: float):
+    """A grid of n uniforms puts n p +- 1 of them into an interval of length p."""
+    count = 20_000
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(6)) * 2
+    grid = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens, _ = draw(logits, grid, temperature=temperature)
+    frequencies = torch.bincount(torch.tensor(tokens), minlength=12).double() / count
+    expected = torch.softmax(logits[0].double() / temperature, dim=0)
+    assert (frequencies - expected).abs().max().item() <= 1.01 / count
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"top_k": 1}, [1]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 9}, [1, 3, 2, 0]),
+        ({"top_p": 0.3}, [1]),  # the first is kept even where it exceeds top_p
+        ({"top_p": 0.5}, [1, 3]),  # the token that crosses the threshold is kept
+        ({"top_p": 0.8}, [1, 3, 2]),
+        ({"top_p": 0.95}, [1, 3, 2, 0]),
+        ({"top_p": 1e-9}, [1]),
+        ({"top_p": 0.8, "top_k": 2}, [1, 3]),
+        ({"top_p": 0.3, "top_k": 3}, [1]),
+    ],
+)
+def test_top_k_and_top_p_by_hand(settings: dict[str, float], allowed: list[int]):
+    count = 1000
+    tokens, _ = draw(
+        logits_of(PROBABILITIES),
+        [*((torch.arange(count, dtype=torch.float64) + 0.5) / count).tolist(), 0.0, LAST],
+        temperature=1.0,
+        **settings,
+    )
+    mass = sum(PROBABILITIES[token] for token in allowed)
+    assert set(tokens) == set(allowed)
+    for token in allowed:  # renormalised over what is kept
+        assert abs(tokens[:count].count(token) / count - PROBABILITIES[token] / mass) <= 1.01 / count
+
+
+def test_log_probs_are_those_before_top_p_and_top_k():
+    tokens, log_probs = draw(
+        logits_of(PROBABILITIES, temperature=0.7), [0.0, LAST], temperature=0.7, top_p=0.5, top_k=3
+    )
+    assert tokens == [1, 3]
+    assert log_probs == pytest.approx([math.log(0.4), math.log(0.3)], rel=1e-6)
+
+
+def test_log_probs_are_at_the_temperature():
+    # Probabilities 1/3, 2/3 at temperature 1 become 1/5, 4/5 at temperature 1/2.
+    tokens, log_probs = draw(torch.tensor([[0.0, math.log(2)]]), [0.0, LAST], temperature=0.5)
+    assert tokens == [1, 0]
+    assert log_probs == pytest.approx([math.log(0.8), math.log(0.2)], rel=1e-6)
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(7))
+    uniforms = uniform_numbers([8], 6)
+    together = sample_tokens(logits, uniforms, temperature=0.9, top_p=0.9)
+    for row in range(6):
+        alone = sample_tokens(logits[row : row + 1], uniforms[row : row + 1], temperature=0.9, top_p=0.9)
+        assert alone[0].item() == together[0][row].item()
+        assert alone[1].item() == together[1][row].item()
+
+
+def test_tokens_of_probability_zero_are_never_drawn():
+    """Whatever the rounding of the sums, the largest uniform number stays within the possible tokens."""
+    logits = 3 * torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+    logits[:, 40:] = -torch.inf
+    for top_p in (1.0, 0.999999):
+        tokens, log_probs = sample_tokens(
+            logits, torch.full((200,), LAST, dtype=torch.float64), temperature=1.0, top_p=top_p
+        )
+        assert (tokens < 40).all() and log_probs.isfinite().all()
+
+
+def test_top_p_one_is_off():
+    """Float32 log-probs of many tokens sum to more than 1: the tail beyond 1 is still drawn."""
+    logits = 4 * torch.randn(8, 20_000, generator=torch.Generator().manual_seed(0))
+    tokens, _ = sample_tokens(logits, torch.full((8,), LAST, dtype=torch.float64), temperature=1.0, top_p=1.0)
+    assert tokens.tolist() == logits.argmin(dim=1).tolist()
+    tokens, _ = sample_tokens(logits, torch.full((8,), LAST, dtype=torch.float64), temperature=1.0, top_k=3)
+    assert tokens.tolist() == logits.topk(3).indices[:, 2].tolist()
+
+
+def test_bfloat16_logits_are_worked_on_in_float32():
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(9)).bfloat16()
+    uniforms = uniform_numbers([1], 3)
+    half, full = (sample_tokens(z, uniforms, temperature=1.0) for z in (logits, logits.float()))
+    assert torch.equal(half[0], full[0]) and torch.equal(half[1], full[1]) and half[1].dtype == torch.float32
