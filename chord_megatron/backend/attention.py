@@ -5,6 +5,7 @@ Megatron-Core's own DotProductAttention materialises the scores and refuses pack
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,15 +43,21 @@ class SDPACoreAttention(MegatronModule):
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * head]."""
-    lengths = cu_seqlens.diff().tolist()
-    outputs = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in sequence), is_causal=True, enable_gqa=True)[
-            0
-        ].transpose(0, 1)
-        for sequence in zip(query.split(lengths), key.split(lengths), value.split(lengths))
-    ]
-    return torch.cat(outputs).flatten(1)
+    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * head].
+
+    Sequences of one length are one SDPA call: short sequences would otherwise spend their time in call overhead.
+    """
+    starts_of: dict[int, list[int]] = {}
+    for start, end in pairwise(cu_seqlens.tolist()):
+        starts_of.setdefault(end - start, []).append(start)
+    rows, outputs = [], []
+    for length, starts in starts_of.items():
+        row = torch.tensor(starts, device=query.device)[:, None] + torch.arange(length, device=query.device)
+        q, k, v = (x[row].transpose(1, 2) for x in (query, key, value))
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        rows.append(row.flatten())
+        outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
+    return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
 def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:

@@ -87,9 +87,7 @@ def tiny_model(family: str, tied: bool) -> PreTrainedModel:
     return model
 
 
-def load(
-    name: str, arch: ModelArchitecture, tensors: dict[str, Tensor], rank: int = 0, size: int = 1
-) -> Tensor:
+def load(name: str, arch: ModelArchitecture, tensors: dict[str, Tensor], rank: int = 0, size: int = 1) -> Tensor:
     return import_parameter(
         name,
         arch,

@@ -130,9 +130,7 @@ def test_hub_name_and_subset_reach_datasets_and_failures_are_one_sentence(monkey
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert list(load_rows("openai/gsm8k:main", "test")) == [{"a": 1}]
-    with pytest.raises(
-        UserError, match=r"'org/data-v1.5' .*check the name and the network.*no route to host"
-    ):
+    with pytest.raises(UserError, match=r"'org/data-v1.5' .*check the name and the network.*no route to host"):
         load_rows("org/data-v1.5", "train")
     assert calls == [("openai/gsm8k", "main", "test"), ("org/data-v1.5", None, "train")]
 

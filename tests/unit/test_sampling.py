@@ -66,6 +66,11 @@ def test_ties_fall_to_the_lower_token():
     assert draw(torch.zeros(1, 4), [0.0, 0.26, 0.51, 0.76, LAST], temperature=1.0)[0] == [0, 1, 2, 3, 3]
 
 
+def test_a_boundary_belongs_to_the_token_above_it():
+    # Two equal tokens: 1/2 of the mass is exactly the first cumulative sum, and the intervals are half open.
+    assert draw(torch.zeros(1, 2), [0.5 - 2**-40, 0.5], temperature=1.0)[0] == [0, 1]
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_over_a_grid_equal_the_probabilities(temperature: float):
     """A grid of n uniforms puts n p +- 1 of them into an interval of length p."""

@@ -168,9 +168,7 @@ def test_tensorboard_values_and_purge(tmp_path: Path) -> None:
     with open_log(tmp_path, report_to=("tensorboard",)) as log:
         for step in range(3):
             log.log_eval(step, {"eval_reward_mean": step / 4})
-            log.log_step(
-                {"step": step, "loss": 1.0 + step, "kl": None, "entropy": math.nan, "time_step": 2.0}
-            )
+            log.log_step({"step": step, "loss": 1.0 + step, "kl": None, "entropy": math.nan, "time_step": 2.0})
     with open_log(tmp_path, resume_step=1, report_to=("tensorboard",)) as log:
         log.log_step({"step": 1, "loss": 8.0, "reward/accuracy": 0.5})
 
