@@ -35,7 +35,12 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m chord_megatron.train CONFIG.yaml [key=value ...]", file=sys.stderr)
         return 2
     try:
-        Run(load_config(arguments[0], arguments[1:])).train()
+        config = load_config(arguments[0], arguments[1:])
+        if RunDir(Path(config.train.output_dir)).is_finished(config.train.train_iters):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{config.train.output_dir} is finished; raise train.train_iters to train on", flush=True)
+            return 0
+        Run(config).train()
     except UserError as error:
         if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ def group_advantages(rewards: Tensor, num_generations: int) -> Tensor:
     rewards: [num_prompts * num_generations], a prompt's completions side by side. Returns the same shape.
     A group of one, or whose rewards are all equal, has advantage 0.
     """
+    assert rewards.is_floating_point()
     groups = rewards.double().view(-1, num_generations)
     if num_generations == 1:
         return torch.zeros_like(rewards)

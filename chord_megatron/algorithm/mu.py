@@ -8,6 +8,6 @@ def mu_schedule(step: int, *, peak: float, valley: float, warmup_steps: int, dec
     if step < warmup_steps:
         return peak * step / warmup_steps
     if step < warmup_steps + decay_steps:
-        progress = (step - warmup_steps) / decay_steps
-        return valley + (peak - valley) * (1 + math.cos(math.pi * progress)) / 2
+        peak_share = (1 + math.cos(math.pi * (step - warmup_steps) / decay_steps)) / 2
+        return peak * peak_share + valley * (1 - peak_share)  # exactly `peak` where the decay begins
     return valley

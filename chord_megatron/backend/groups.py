@@ -63,7 +63,10 @@ class ParallelGroups:
 
 
 def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroups:
-    """Join the job that torchrun started (or a job of one), and split it into the parallel groups."""
+    """Join the job that torchrun started (or a job of one), and split it into the parallel groups.
+
+    Called again in the same process, it returns the groups that are there.
+    """
     on_gpu = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if on_gpu:
@@ -79,12 +82,13 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
             timeout=timedelta(minutes=30),
             **options,
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        create_gloo_process_groups=True,  # checkpoints gather optimizer state over them
-    )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            create_gloo_process_groups=True,  # checkpoints gather optimizer state over them
+        )
     model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
         rank=dist.get_rank(),

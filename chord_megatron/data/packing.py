@@ -78,7 +78,9 @@ def pack(
         return torch.cat([*[row.to(dtype) for row in rows], torch.zeros(padding, dtype=dtype)])
 
     def optional(rows: list[Tensor | None]) -> Tensor | None:
-        if all(row is None for row in rows):
+        of_rollouts = {row is None for row, sample in zip(rows, chosen) if not sample.is_expert}
+        assert len(of_rollouts) < 2, "some rollouts have these log-probs and some do not"
+        if of_rollouts != {False}:
             return None
         return packed(
             torch.float32,

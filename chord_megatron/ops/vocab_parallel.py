@@ -39,7 +39,7 @@ def vocab_parallel_log_probs(
 
 class _VocabParallelLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         targets: Tensor,

@@ -16,6 +16,7 @@ class RunDir:
         self.path = path
         self._checkpoints = path / "checkpoints"
         self._latest = self._checkpoints / "latest"
+        self._finished = self._checkpoints / "finished"
 
     def checkpoint(self, step: int) -> Path:
         """The Megatron checkpoint of the weights after `step` optimizer steps."""
@@ -34,6 +35,14 @@ class RunDir:
         if not step.isdigit() or not self.checkpoint(int(step)).is_dir():
             raise UserError(f"{self._latest} names {name!r}, which is not there; write a step_N that is, or remove it")
         return int(step)
+
+    def is_finished(self, train_iters: int) -> bool:
+        """Whether a run of `train_iters` steps left everything it leaves."""
+        return self._finished.exists() and int(self._finished.read_text(encoding="utf-8")) == train_iters
+
+    def mark_finished(self, train_iters: int) -> None:
+        """Say so, after the report is written."""
+        atomic_write(self._finished, [f"{train_iters}\n".encode()])
 
     def publish(self, step: int, keep: int | None) -> None:
         """Make a complete checkpoint the latest, then remove the oldest beyond `keep` (None keeps all)."""

@@ -34,12 +34,7 @@ class RunOutputs:
         self._recorder = RolloutRecorder(Path(record_to), resume_step=resume_step) if record_to else None
         for note in notes:
             self.log.message(note)
-        if next_step >= config.train.train_iters:
-            self.log.message(
-                f"{run_dir.path} is finished at step {next_step}; raise train.train_iters to train on, "
-                "or choose another train.output_dir"
-            )
-        elif next_step > 0:
+        if next_step > 0:
             self.log.message(f"resuming {run_dir.path} at step {next_step}")
 
     def step(
@@ -63,6 +58,7 @@ class RunOutputs:
     def finish(self, step: int) -> None:
         """The report, and where everything is."""
         png, html = write_report(self._run_dir.path)
+        self._run_dir.mark_finished(step)
         print(f"model: {self._run_dir.hf(step)}\nreport: {html}, {png}", flush=True)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Make the quickstart: a tiny Qwen3 model with random weights, its tokenizer, and an addition task.
 
 A prompt is `347+585`, an expert answer is the sum worked column by column from the right,
-`7+5+0=12 4+8+1=13 3+5+1=9 #### 932` (digit + digit + carry), and the reference is `932`.
+`750=12 481=13 351=9 #### 932` (digit, digit and carry = their sum), and the reference is `932`.
 Everything depends on `--seed` only; running the script again writes the same files.
 """
 
@@ -39,11 +39,11 @@ def sample_problems(rng: random.Random, count: int) -> list[Problem]:
 
 
 def worked_solution(a: int, b: int) -> str:
-    """The addition as taught at school: `digit+digit+carry=sum` for each column, then the result."""
+    """The addition as taught at school: digit, digit, carry = sum for each column, then the result."""
     columns, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b))):
         total = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}+{carry}={total}")
+        columns.append(f"{x}{y}{carry}={total}")
         carry = total // 10
     return f"{' '.join(columns)} #### {a + b}"
 
