@@ -17,6 +17,7 @@ from rich.table import Table
 from chord_megatron.config import Config, load_config
 from chord_megatron.convert.architecture import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
+from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.types import UserError
 
 app = typer.Typer(
@@ -78,7 +79,10 @@ def train(
     """Train. The same command again resumes from the latest checkpoint."""
     launch = Launch(nproc_per_node, nnodes, node_rank, master_addr, master_port)
     arguments = [str(config), *(overrides or [])]
-    _validated(arguments, launch.world_size)  # here, so that a mistake shows before any process starts
+    resolved, _ = _validated(arguments, launch.world_size)  # here: a mistake shows before any process starts
+    if RunDir(Path(resolved.train.output_dir)).is_finished(resolved.train.train_iters):
+        print(f"{resolved.train.output_dir} is finished; raise train.train_iters to train on")
+        return 0
     if launch.world_size > 1:
         return _launch(launch, arguments)
     from chord_megatron.train import main as train_main

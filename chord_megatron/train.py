@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments:
         print("usage: python -m chord_megatron.train CONFIG.yaml [key=value ...]", file=sys.stderr)
         return 2
+    _end_with_launcher()
     try:
         config = load_config(arguments[0], arguments[1:])
         if RunDir(Path(config.train.output_dir)).is_finished(config.train.train_iters):
@@ -59,6 +62,14 @@ class Run:
         model_dir = Path(config.model.path)
         self.config = config
         self.run_dir = RunDir(Path(config.train.output_dir))
+        self.run_dir.refuse_other_run(
+            {
+                "model.path": config.model.path,
+                "data.dataset": config.data.dataset,
+                "chord.chord_sft_dataset": config.chord.chord_sft_dataset,
+                "train.seed": config.train.seed,
+            }
+        )
         plan = make_plan(config, read_architecture(model_dir), int(os.environ.get("WORLD_SIZE", 1)))
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer)
@@ -178,6 +189,13 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _end_with_launcher() -> None:
+    """Have Linux kill this process when torchrun is killed: orphans would train on, into a resumed run's files."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _is_first_to_fail() -> bool:

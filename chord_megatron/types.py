@@ -119,6 +119,7 @@ class MicroBatch:
     old_log_probs: Tensor | None  # float32
     ref_log_probs: Tensor | None  # float32
     num_tokens: int  # without padding
+    max_seqlen: int  # of the longest sequence, padding included
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
 
     def to(self, device: torch.device) -> MicroBatch:

@@ -212,7 +212,6 @@ class MegatronEngine:
 def _forward_step(loss_fn: Callable, data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
     """Megatron-Core's forward_step_func: the chunk's output and what turns it into a loss."""
     batch = next(data_iterator)
-    longest = int(batch.cu_seqlens.diff().max())
     output = model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -222,8 +221,8 @@ def _forward_step(loss_fn: Callable, data_iterator: Iterator[MicroBatch], model:
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
             cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
         ),
     )
     return output, lambda result: loss_fn(*result, batch)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
@@ -83,10 +84,9 @@ class _Decoder:
         queries = columns[cached - length :, None]
         # A padding row sees itself, because a softmax over nothing is NaN.
         mask = (columns > queries) | (hidden[:, None, None, :] & (columns != queries))
-        output = None
-        for number, (model, context) in enumerate(zip(self._models, self._contexts)):
+        for model, context in zip(self._models, self._contexts):
             if not model.pre_process:
-                model.set_input_tensor(self._receive(output, tokens, number))
+                model.set_input_tensor(self._receive(len(tokens), length, model.config))
             output = model(
                 input_ids=tokens,
                 position_ids=queries.T.expand(len(tokens), -1),
@@ -96,9 +96,8 @@ class _Decoder:
             )
             context.sequence_len_offset += length
             if not model.post_process:
-                self._send(output, number)
-        last = self._models[-1]
-        return output[:, -1, : last.real_vocab_size] if last.post_process else None
+                self._send(output)
+        return output[:, -1, : model.real_vocab_size] if model.post_process else None
 
     def keep_rows(self, keep: Tensor) -> None:
         """Drop finished rows from the cache."""
@@ -107,23 +106,19 @@ class _Decoder:
                 layer: (keys[keep], values[keep]) for layer, (keys, values) in context.key_value_memory_dict.items()
             }
 
-    def _receive(self, output: Tensor | None, tokens: Tensor, chunk: int) -> Tensor:
-        """Hidden states [new, batch, hidden] from the stage before; the first stage's later chunks close the ring."""
-        group, size = self._groups.pp_group, self._groups.pp_size
-        config = self._models[chunk].config
-        received = torch.empty(
-            tokens.shape[1],
-            tokens.shape[0],
-            config.hidden_size,
-            dtype=config.pipeline_dtype,
-            device=tokens.device,
-        )
-        dist.recv(received, dist.get_global_rank(group, (self._groups.pp_rank - 1) % size), group=group)
-        return received
+    def _receive(self, batch: int, length: int, config: TransformerConfig) -> Tensor:
+        """Hidden states [length, batch, hidden] of the stage before, which for later chunks is the ring's last."""
+        shape = (length, batch, config.hidden_size)
+        hidden_states = torch.empty(shape, dtype=config.pipeline_dtype, device=self._groups.device)
+        dist.recv(hidden_states, self._neighbour(-1), group=self._groups.pp_group)
+        return hidden_states
 
-    def _send(self, output: Tensor, chunk: int) -> None:
-        group, size = self._groups.pp_group, self._groups.pp_size
-        dist.send(output.contiguous(), dist.get_global_rank(group, (self._groups.pp_rank + 1) % size), group=group)
+    def _send(self, hidden_states: Tensor) -> None:
+        dist.send(hidden_states.contiguous(), self._neighbour(+1), group=self._groups.pp_group)
+
+    def _neighbour(self, offset: int) -> int:
+        """Global rank of the next (+1) or previous (-1) stage of the ring."""
+        return dist.get_global_rank(self._groups.pp_group, (self._groups.pp_rank + offset) % self._groups.pp_size)
 
 
 def _sample_on_last_stage(

@@ -103,6 +103,7 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
 
 
 def shut_down_distributed() -> None:
-    """Leave the job."""
+    """Leave the job, and forget its groups: the same process may join another one."""
     if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

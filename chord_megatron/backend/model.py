@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from torch import Tensor
@@ -214,14 +215,9 @@ def _te_layer_spec(config: TransformerConfig) -> Any:
     attention = spec.submodules.self_attention
     attention.module = CachedSelfAttention
     attention.submodules.core_attention = TECoreAttention
-    attention.params = {**attention.params, "attn_mask_type": _padding_causal()}
+    # What TransformerEngine wants for packed (thd) sequences.
+    attention.params = {**attention.params, "attn_mask_type": AttnMaskType.padding_causal}
     return spec
-
-
-def _padding_causal() -> Any:
-    from megatron.core.transformer.enums import AttnMaskType
-
-    return AttnMaskType.padding_causal  # what TransformerEngine wants for packed (thd) sequences
 
 
 def _te_norm() -> Any:

@@ -104,6 +104,7 @@ def pack(
         old_log_probs=optional([sample.old_log_probs for sample in chosen]),
         ref_log_probs=optional([sample.ref_log_probs for sample in chosen]),
         num_tokens=num_tokens,
+        max_seqlen=max(boundaries),
         sample_indices=tuple(indices),
     )
 

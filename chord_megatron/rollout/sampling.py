@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chord_megatron.types import UserError
+
 
 def uniform_numbers(seed: Sequence[int], count: int) -> Tensor:
     """`count` float64 numbers in [0, 1) that depend on `seed` only: one for each token of a completion."""
@@ -24,6 +26,11 @@ def sample_tokens(
     which is what the trainer computes. At temperature 0 they are those of temperature 1.
     """
     log_probs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if log_probs.isnan().any():
+        raise UserError(
+            "the model's logits are not finite, so the weights have diverged; lower optimizer.lr and start again, "
+            "or go on from an earlier checkpoint"
+        )
     if temperature == 0:
         tokens = log_probs.argmax(dim=-1)
     else:

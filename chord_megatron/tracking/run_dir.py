@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from chord_megatron.tracking.files import atomic_write
 from chord_megatron.types import UserError
@@ -14,6 +18,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.config = path / "config.yaml"
         self._checkpoints = path / "checkpoints"
         self._latest = self._checkpoints / "latest"
         self._finished = self._checkpoints / "finished"
@@ -35,6 +40,19 @@ class RunDir:
         if not step.isdigit() or not self.checkpoint(int(step)).is_dir():
             raise UserError(f"{self._latest} names {name!r}, which is not there; write a step_N that is, or remove it")
         return int(step)
+
+    def refuse_other_run(self, settings: Mapping[str, Any]) -> None:
+        """Raise UserError when the directory's config.yaml has other values than these (dotted keys)."""
+        if not self.config.exists():
+            return
+        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        for key, value in settings.items():
+            group, leaf = key.split(".")
+            if before[group].get(leaf) != value:
+                raise UserError(
+                    f"{self.path} holds a run with {key}={before[group].get(leaf)}, but this one has {value}; "
+                    "choose another train.output_dir"
+                )
 
     def is_finished(self, train_iters: int) -> bool:
         """Whether a run of `train_iters` steps left everything it leaves."""

@@ -115,8 +115,12 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
         return None
     # The evaluation at step k comes before training step k, so it outlives a resume at k.
     filter_json_lines(metrics, lambda record: record["step"] < resume_step + ("loss" not in record))
-    filter_json_lines(completions, lambda record: record["step"] < resume_step)
     evaluations = [record for record in read_json_lines(metrics) if "loss" not in record]
+    evaluated = {record["step"] for record in evaluations}
+    filter_json_lines(
+        completions,
+        lambda row: row["step"] in evaluated if row.get("split") == "eval" else row["step"] < resume_step,
+    )
     return evaluations[-1] if evaluations else None
 
 

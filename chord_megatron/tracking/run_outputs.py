@@ -21,7 +21,7 @@ class RunOutputs:
     def __init__(self, config: Config, run_dir: RunDir, next_step: int, notes: Sequence[str]) -> None:
         self._config, self._run_dir = config, run_dir
         # A run killed before its first checkpoint starts over, over its own lines.
-        is_restart = (run_dir.path / "config.yaml").exists()
+        is_restart = run_dir.config.exists()
         resume_step = next_step if next_step > 0 or is_restart else None
         self.log = RunLog(
             run_dir.path,
@@ -29,7 +29,7 @@ class RunOutputs:
             report_to=config.tracking.report_to,
             resume_step=resume_step,
         )
-        atomic_write(run_dir.path / "config.yaml", [to_yaml(config).encode()])
+        atomic_write(run_dir.config, [to_yaml(config).encode()])
         record_to = config.rollout.record_to
         self._recorder = RolloutRecorder(Path(record_to), resume_step=resume_step) if record_to else None
         for note in notes:

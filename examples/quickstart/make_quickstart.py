@@ -96,7 +96,9 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        # No pad_token_id: transformers would make its embedding exactly zero, and a zero vector that a rollout
+        # happens to sample has a huge gradient through RMSNorm.
+        pad_token_id=None,
     )
     model = Qwen3ForCausalLM(config).float()
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
