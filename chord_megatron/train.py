@@ -23,8 +23,8 @@ from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.engine import RolloutEngine
 from chord_megatron.rollout.megatron import MegatronRollout
 from chord_megatron.rollout.replay import ReplayRollout
+from chord_megatron.run_outputs import RunOutputs
 from chord_megatron.tracking.run_dir import RunDir
-from chord_megatron.tracking.run_outputs import RunOutputs
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.trainer import ChordTrainer, StepResult
 from chord_megatron.types import UserError
