@@ -88,8 +88,8 @@ def _check_layout(config: Config, arch: ModelArchitecture, world_size: int) -> i
         )
     if world_size % (tp * pp):
         raise UserError(
-            f"{world_size} processes cannot hold tensor x pipeline = {tp} x {pp} = {tp * pp} ranks a model; "
-            f"start a multiple of {tp * pp} processes (--nproc-per-node, --nnodes)"
+            f"{world_size} process{'es' * (world_size > 1)} cannot hold tensor x pipeline = {tp} x {pp} = {tp * pp} "
+            f"ranks a model; start a multiple of {tp * pp} processes (--nproc-per-node, --nnodes)"
         )
     return world_size // (tp * pp)
 
@@ -125,12 +125,10 @@ def _check_streams(config: Config) -> None:
     is_replay = rollout.engine == "replay"
     if is_replay != (rollout.replay_from is not None):
         raise UserError("rollout.engine=replay and rollout.replay_from go together; set both or neither")
-    if is_replay and rollout.record_to is not None:
-        raise UserError("rollout.record_to has nothing to record with rollout.engine=replay; remove it")
+    if is_replay and rollout.record_to == rollout.replay_from:
+        raise UserError("rollout.record_to and rollout.replay_from name one file; record into another one")
     if train.eval_steps is not None and config.data.eval_dataset is None:
         raise UserError("train.eval_steps needs data.eval_dataset; set it, or train.eval_steps=null for no evaluation")
-    if train.eval_steps is not None and is_replay:
-        raise UserError("rollout.engine=replay cannot answer held-out prompts; set train.eval_steps=null")
 
 
 def _check_lengths(config: Config, arch: ModelArchitecture) -> None:

@@ -20,7 +20,6 @@ from chord_megatron.data.load import load_run_data, load_tokenizer, stop_token_i
 from chord_megatron.export import export_hf
 from chord_megatron.plan import make_plan
 from chord_megatron.rewards.functions import build_reward_function
-from chord_megatron.rollout.engine import RolloutEngine
 from chord_megatron.rollout.megatron import MegatronRollout
 from chord_megatron.rollout.replay import ReplayRollout
 from chord_megatron.run_outputs import RunOutputs
@@ -83,13 +82,18 @@ class Run:
             train_iters=config.train.train_iters,
             keep_reference=config.grpo.beta > 0,
         )
+        embedded = MegatronRollout(
+            self.engine, self.groups.dp_group, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
+        )
+        replay_from = config.rollout.replay_from
         self.trainer = ChordTrainer(
             config,
             plan,
             data,
             tokenizer,
             self.engine,
-            self._build_rollout(),
+            ReplayRollout(Path(replay_from)) if replay_from else embedded,
+            embedded,  # a recording has no answers to the held-out prompts
             reward_function,
             stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids),
             PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None),
@@ -116,14 +120,6 @@ class Run:
                 self.outputs.close()
         if self.outputs:
             self.outputs.finish(self.next_step)
-
-    def _build_rollout(self) -> RolloutEngine:
-        config = self.config.rollout
-        if config.replay_from is not None:
-            return ReplayRollout(Path(config.replay_from))
-        return MegatronRollout(
-            self.engine, self.groups.dp_group, seed=self.config.train.seed, max_batch_size=config.max_batch_size
-        )
 
     def _resume(self) -> int:
         """Load the latest checkpoint of the run directory; returns the step to go on with."""

@@ -66,12 +66,14 @@ class ChordTrainer:
         tokenizer: Any,
         engine: MegatronEngine,
         rollout: RolloutEngine,
+        eval_rollout: RolloutEngine,
         reward_function: RewardFunctions,
         stop_token_ids: tuple[int, ...],
         timer: PhaseTimer,
     ) -> None:
         self.config, self.plan, self.data, self.tokenizer = config, plan, data, tokenizer
-        self.engine, self.rollout, self.reward_function, self.timer = engine, rollout, reward_function, timer
+        self.engine, self.rollout, self.eval_rollout = engine, rollout, eval_rollout
+        self.reward_function, self.timer = reward_function, timer
         # Two streams of numbers, so that the two data sets are not shuffled alike.
         self.prompt_cursor = ShuffledCursor(len(data.prompts), 2 * config.train.seed)
         self.expert_cursor = ShuffledCursor(max(1, len(data.experts)), 2 * config.train.seed + 1)
@@ -117,7 +119,7 @@ class ChordTrainer:
             return None
         count = self.plan.prompts_per_step * self.config.grpo.steps_per_generation
         prompts = [self.data.prompts[i] for i in self.prompt_cursor.next(count)]
-        rollouts = self._draw(prompts, self._sampling, self.config.rollout.num_generations, step)
+        rollouts = self._draw(self.rollout, prompts, self._sampling, self.config.rollout.num_generations, step)
         return self._score(prompts, rollouts)
 
     def to_training_samples(self, scored: ScoredRollouts | None) -> list[TrainingSample]:
@@ -196,7 +198,8 @@ class ChordTrainer:
     def evaluate(self) -> tuple[Metrics, ScoredRollouts]:
         """One completion of each held-out prompt at train.eval_temperature; the cursors stay."""
         params = dataclasses.replace(self._sampling, temperature=self.config.train.eval_temperature, top_p=1.0, top_k=0)
-        scored = self._score(self.data.eval_prompts, self._draw(self.data.eval_prompts, params, 1, _EVALUATION))
+        prompts = self.data.eval_prompts
+        scored = self._score(prompts, self._draw(self.eval_rollout, prompts, params, 1, _EVALUATION))
         self.timer.times()  # evaluations are not part of a step
         metrics = rollout_metrics(scored.rollouts, scored.rewards, scored.rewards_by_function)
         return {f"eval_{name}": value for name, value in metrics.items()}, scored
@@ -231,9 +234,9 @@ class ChordTrainer:
 
     @timed("rollout")
     def _draw(
-        self, prompts: Sequence[Prompt], params: SamplingParams, num_generations: int, step: int
+        self, engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, num_generations: int, step: int
     ) -> list[RolloutSample]:
-        return self.rollout.generate(
+        return engine.generate(
             prompts, params, num_generations=num_generations, step=step, policy_version=self.policy_version
         )
 
