@@ -1,0 +1,83 @@
+"""Asks a MegatronEngine for everything test_models.py compares: `models_worker.py QUESTIONS.json RESULTS.pt`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from chord_megatron.algorithm.losses import chord_loss
+from chord_megatron.backend.engine import MegatronEngine
+from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.data.packing import build_global_batch
+from chord_megatron.types import SamplingParams, TrainingSample
+
+MICRO_BATCH_SIZE = 2
+
+
+def main(questions: dict[str, Any], results: Path) -> None:
+    """Answer for each layout and model; rank 0 writes."""
+    answers = {}
+    for layout, settings in questions["layouts"].items():
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel = ParallelConfig(**settings)
+        groups = initialize_distributed(parallel, seed=0)
+        for name, path in questions["models"].items():
+            answers[layout, name] = answer(path, parallel, groups, questions)
+    if groups.rank == 0:
+        torch.save(answers, results)
+    shut_down_distributed()
+
+
+def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, questions: dict[str, Any]) -> dict[str, Any]:
+    """Log-probs, weights and completions of a model as it was loaded, and what a training step leaves of them."""
+    model = ModelConfig(path=path, dtype="float32")
+    engine = MegatronEngine(model, parallel, OptimizerConfig(lr=0.01), groups, train_iters=2, keep_reference=True)
+    samples = [as_sample(tokens, temperature=1.0) for tokens in questions["sequences"]]
+    log_probs = partial(engine.compute_log_probs, micro_batch_size=MICRO_BATCH_SIZE)
+    answers: dict[str, Any] = {"log_probs": log_probs(samples), "weights": copy_weights(engine)}
+
+    prompts, params = questions["prompts"], SamplingParams(**questions["sampling"])
+    seeds = [(0, index) for index in range(len(prompts))]
+    answers["sampled"] = engine.generate(prompts, seeds, params)
+    completed = [as_sample([*p, *c], params.temperature) for p, (c, _) in zip(prompts, answers["sampled"])]
+    answers["log_probs_of_sampled"] = log_probs(completed)
+    greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
+    answers["greedy"] = [tokens for tokens, _ in engine.generate(prompts, seeds, greedy)]
+
+    train_step(engine, samples)
+    answers["trained_weights"] = copy_weights(engine)
+    answers["trained_log_probs"] = log_probs(samples)
+    answers["ref_log_probs"] = log_probs(samples, reference=True)
+    answers["weights_after_reference"] = copy_weights(engine)
+    return answers
+
+
+def as_sample(tokens: list[int], temperature: float) -> TrainingSample:
+    """All tokens of a sequence as expert tokens."""
+    mask = torch.ones(len(tokens), dtype=torch.bool)
+    return TrainingSample(torch.tensor(tokens), mask, is_expert=True, temperature=temperature)
+
+
+def train_step(engine: MegatronEngine, samples: list[TrainingSample]) -> None:
+    """One step of SFT."""
+    batch = build_global_batch(samples, micro_batch_size=MICRO_BATCH_SIZE, **engine.packing)
+    engine.forward_backward(batch, partial(chord_loss, mu=1.0, epsilon=0.2, epsilon_high=0.2, beta=0.0, use_phi=False))
+    assert engine.optimizer_step().stepped
+
+
+def copy_weights(engine: MegatronEngine) -> dict[str, Tensor]:
+    """The exported tensors, which the next step would change."""
+    return {name: tensor.clone() for name, tensor in engine.export_hf_weights()}
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2]))

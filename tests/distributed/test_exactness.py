@@ -1,0 +1,253 @@
+"""Loss and gradient norm of the same rollouts are the same under every layout, and those of a float64 reference.
+
+One recording is replayed by whole training runs of three steps; what is compared is their metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from launching import launch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from chord_megatron.config import Config
+
+pytestmark = pytest.mark.distributed
+
+HERE = Path(__file__).parent
+QUICKSTART = HERE.parents[1] / "examples" / "quickstart" / "make_quickstart.py"
+NUM_PROMPTS, NUM_EXPERTS = 5, 7  # 6 and 9 are read: both streams go on into a second epoch
+STEPS = 3
+
+# Relative errors at the first step and at the next two, whose weights already differ by rounding. Measured: at
+# most 3e-7 and 2e-6.
+TOLERANCES = (1e-6, 1e-5, 1e-5)
+SMALLEST_LOSS = 0.1  # the losses of on-policy groups may cancel
+
+# The share of the experts, the losses and the models.
+CASES: dict[str, dict[str, Any]] = {
+    "mu 0": {"chord.chord_mu_valley": 0.0},
+    "mu 1": {"chord.chord_mu_valley": 1.0},
+    "mu 0.4": {"chord.chord_mu_valley": 0.4},
+    "mu 0.4, phi": {"chord.chord_mu_valley": 0.4, "chord.chord_enable_phi_function": True},
+    # Three steps on one generation batch: ratios leave 1, some are clipped, and the penalty is not zero.
+    "off-policy": {
+        "chord.chord_mu_peak": 0.9,
+        "chord.chord_mu_valley": 0.1,
+        "chord.chord_mu_decay_steps": STEPS,
+        "chord.chord_enable_phi_function": True,
+        "grpo.num_iterations": STEPS,
+        "grpo.epsilon": 0.02,
+        "grpo.epsilon_high": 0.03,
+        "grpo.beta": 0.1,
+        "grpo.loss_type": "grpo",
+        "optimizer.weight_decay": 0.1,
+        "optimizer.clip_grad": 0.3,
+    },
+    # Qwen2 has biases on query, key and value; the first and the last stage share the embedding.
+    "tied Qwen2": {"model.path": "tied", "chord.chord_mu_valley": 0.4},
+}
+
+TP_2 = {"parallel.tensor_model_parallel_size": 2}
+PP_2 = {"parallel.pipeline_model_parallel_size": 2}
+SHUFFLED = {"train.packing_order": "shuffled"}
+
+
+def micro_batch(size: int) -> dict[str, Any]:
+    return {"train.micro_batch_size": size}
+
+
+BASELINE = "TP 1"
+# Processes and settings.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    BASELINE: (1, {}),
+    "TP 1, micro-batch 1": (1, micro_batch(1)),
+    "TP 1, micro-batch 4": (1, micro_batch(4)),
+    "TP 1, shuffled": (1, SHUFFLED),
+    "TP 2": (2, TP_2),
+    "TP 2 + SP": (2, {**TP_2, "parallel.sequence_parallel": True}),
+    "PP 2": (2, PP_2),
+    "PP 2 x VPP 2": (2, {**PP_2, "parallel.virtual_pipeline_model_parallel_size": 2}),
+    "DP 2": (2, {}),
+    "DP 2, micro-batch 4, shuffled": (2, {**micro_batch(4), **SHUFFLED}),
+    "DP 2, distributed optimizer": (2, {"optimizer.use_distributed_optimizer": True}),
+    "TP 2 x PP 2": (4, {**TP_2, **PP_2}),
+}
+# Where completions are sampled too; the other settings do not reach the sampler.
+SAMPLING_LAYOUTS = (BASELINE, "TP 2", "TP 2 + SP", "PP 2", "PP 2 x VPP 2", "DP 2", "TP 2 x PP 2")
+SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
+
+Configs = dict[tuple[str, str], Config]  # by layout and case
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model and task, smaller, and a tied Qwen2 with the same tokenizer."""
+    root = tmp_path_factory.mktemp("exactness")
+    make = runpy.run_path(str(QUICKSTART))
+    problems = make["sample_problems"](random.Random(0), NUM_PROMPTS + NUM_EXPERTS)
+    make["write_jsonl"](root / "prompts.jsonl", make["prompt_rows"](problems[:NUM_PROMPTS]))
+    make["write_jsonl"](root / "experts.jsonl", make["expert_rows"](problems[NUM_PROMPTS:]))
+    torch.manual_seed(0)
+    tokenizer = make["build_tokenizer"]()
+    model = make["build_model"](tokenizer)
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    keys += ("num_key_value_heads", "max_position_embeddings", "initializer_range", "eos_token_id", "pad_token_id")
+    sizes = {key: getattr(model.config, key) for key in keys}
+    tied_model = Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=None, tie_word_embeddings=True)).float()
+    for name, parameter in tied_model.named_parameters():
+        if name.endswith("bias"):  # zero at first
+            torch.nn.init.normal_(parameter, std=0.1)
+    for name, built in (("model", model), ("tied", tied_model)):
+        # Zero at first too, and the norm of a zero vector has a slope of 1/sqrt(eps).
+        torch.nn.init.normal_(built.get_input_embeddings().weight[tokenizer.pad_token_id], std=0.05)
+        built.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
+    """The configuration of a run; `settings` are dotted keys."""
+    model = assets / settings.get("model.path", "model")
+    flat = {
+        "model.dtype": "float32",
+        "data.dataset": str(assets / "prompts.jsonl"),
+        "data.max_prompt_length": 16,
+        "rewards.reward_funcs": [f"{HERE / 'hash_reward.py'}:hash_reward"],
+        "rollout.num_generations": 4,
+        "rollout.max_completion_length": 24,
+        "rollout.temperature": 0.8,
+        "chord.chord_sft_dataset": str(assets / "experts.jsonl"),
+        "chord.chord_sft_global_batch_size": 3,  # neither DP nor the micro-batches divide 8 + 3 rows
+        "chord.chord_sft_max_length": 64,
+        "optimizer.lr": 1e-3,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 2,
+        "train.train_iters": STEPS,
+        "train.output_dir": str(assets / "runs" / name),
+        "tracking.report_to": [],
+        **settings,
+        "model.path": str(model),
+    }
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
+        group, leaf = key.split(".")
+        nested.setdefault(group, {})[leaf] = value
+    return Config.model_validate(nested)
+
+
+def make_configs(assets: Path, layout: str) -> Configs:
+    """All runs under a layout; the one that samples comes first."""
+    _, settings = LAYOUTS[layout]
+    settings_of = {
+        case: {**objective, "rollout.engine": "replay", "rollout.replay_from": str(assets / f"{BASELINE}.jsonl")}
+        for case, objective in CASES.items()
+    }
+    if layout in SAMPLING_LAYOUTS:
+        record = {"rollout.record_to": str(assets / f"{layout}.jsonl")}
+        settings_of = {SAMPLED: {**CASES["mu 0.4"], **record}, **settings_of}
+    return {
+        (layout, case): make_config(assets, f"{layout}, {case}", {**settings, **objective})
+        for case, objective in settings_of.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(assets: Path) -> Configs:
+    """Every run, done. Layouts of as many processes share a launch: starting takes longer than training."""
+    runs: Configs = {}
+    for processes in (1, 2, 4):
+        configs: Configs = {}
+        for layout in LAYOUTS:
+            if LAYOUTS[layout][0] == processes:
+                configs |= make_configs(assets, layout)
+        path = assets / f"{processes}.json"
+        path.write_text(json.dumps([config.model_dump() for config in configs.values()]), encoding="utf-8")
+        launch(HERE / "exactness_worker.py", path, processes=processes)
+        runs |= configs
+    return runs
+
+
+@pytest.fixture(scope="module")
+def references(runs: Configs) -> dict[str, list[reference.Step]]:
+    """The float64 steps of each case."""
+    return {case: reference.train(runs[BASELINE, case]) for case in CASES}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_loss_and_grad_norm_are_exact(
+    layout: str, runs: Configs, references: dict[str, list[reference.Step]], measurements: list[str]
+) -> None:
+    steps = {case: logged_steps(runs[layout, case]) for case in CASES}
+    from_baseline = {case: relative_errors(steps[case], logged_steps(runs[BASELINE, case])) for case in CASES}
+    from_reference = {case: relative_errors(steps[case], references[case]) for case in CASES}
+    measurements.append(
+        f"exactness: {layout:30} from {BASELINE} {worst(from_baseline)}, from float64 {worst(from_reference)}"
+    )
+    for errors in (from_baseline, from_reference):
+        outside = {case: e for case, e in errors.items() if any(x > bound for x, bound in zip(e, TOLERANCES))}
+        assert not outside
+
+
+@pytest.mark.parametrize("layout", SAMPLING_LAYOUTS)
+def test_one_seed_draws_the_same_completions(layout: str, runs: Configs) -> None:
+    wanted, actual = recorded(runs[BASELINE, SAMPLED]), recorded(runs[layout, SAMPLED])
+    assert len({sum(rollout["response_mask"]) for rollout in wanted}) > 4
+    assert {rollout["finish_reason"] for rollout in wanted} == {"stop", "length"}
+    assert [rollout["tokens"] for rollout in actual] == [rollout["tokens"] for rollout in wanted]
+    for ours, theirs in zip(actual, wanted):
+        assert ours["rollout_log_probs"] == pytest.approx(theirs["rollout_log_probs"], abs=1e-5)
+
+
+@pytest.mark.parametrize("layout", SAMPLING_LAYOUTS)
+def test_sampler_and_trainer_have_the_same_log_probs(layout: str, runs: Configs) -> None:
+    assert max(line["log_prob_diff_max"] for line in metrics(runs[layout, SAMPLED])) <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_case_is_not_trivial(case: str, runs: Configs) -> None:
+    """What the comparisons rest on: the weights move, rewards differ, ratios are clipped."""
+    lines = metrics(runs[BASELINE, case])
+    assert len({line["loss"] for line in lines}) == STEPS
+    if case != "mu 1":
+        assert all(line["reward_std"] > 0.1 and line["zero_std_fraction"] < 1 for line in lines)
+    if case == "off-policy":
+        assert 0 < lines[-1]["clip_fraction"] < 1 and lines[-1]["kl"] > 0
+
+
+def metrics(config: Config) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return reference.read_jsonl(Path(config.train.output_dir) / "metrics.jsonl")
+
+
+def logged_steps(config: Config) -> list[reference.Step]:
+    """What a run logged of its steps."""
+    return [reference.Step(line["loss"], line["grad_norm"]) for line in metrics(config)]
+
+
+def recorded(config: Config) -> list[dict[str, Any]]:
+    """The completions that a run recorded, in order."""
+    return sorted(reference.read_jsonl(config.rollout.record_to), key=lambda r: (r["step"], r["sample_index"]))
+
+
+def relative_errors(steps: list[reference.Step], expected: list[reference.Step]) -> list[float]:
+    """The larger of the errors of loss and gradient norm, of each step."""
+    return [
+        max(
+            abs(step.loss - wanted.loss) / max(abs(wanted.loss), SMALLEST_LOSS),
+            abs(step.grad_norm - wanted.grad_norm) / wanted.grad_norm,
+        )
+        for step, wanted in zip(steps, expected, strict=True)
+    ]
+
+
+def worst(errors: dict[str, list[float]]) -> str:
+    """The largest error over the cases, step by step."""
+    return " ".join(f"{max(of_step):.0e}" for of_step in zip(*errors.values()))

@@ -1,0 +1,186 @@
+"""Each model family, tied and untied, against transformers: weights, log-probs, greedy completions, the reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launching import launch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+pytestmark = pytest.mark.distributed
+
+HERE = Path(__file__).parent
+SIZES = {
+    "vocab_size": 131,  # padded to 256, half of which TP 2 puts on the second rank
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),  # not hidden_size / num_attention_heads
+    "llama": (LlamaForCausalLM, LlamaConfig, {"rope_theta": 500.0, "rms_norm_eps": 1e-5}),
+}
+MODELS = [f"{family}-{head}" for family in FAMILIES for head in ("untied", "tied")]
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "TP 1": (1, {}),
+    "TP 2 + SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "PP 2": (2, {"pipeline_model_parallel_size": 2}),
+}
+SEQUENCE_LENGTHS = (30, 1, 17, 2, 9)
+PROMPT_LENGTHS = (3, 11, 1, 6)
+Answers = dict[tuple[str, str], dict[str, Any]]  # by layout and model
+STOP_TOKENS = tuple(range(20))
+SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_completion_length": 12, "stop_token_ids": STOP_TOKENS}
+
+
+def random_sequences(lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
+
+
+SEQUENCES, PROMPTS = random_sequences(SEQUENCE_LENGTHS), random_sequences(PROMPT_LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every model with random norms and biases too, so that each tensor matters."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("models")
+    for name in MODELS:
+        family, head = name.split("-")
+        model_class, config_class, settings = FAMILIES[family]
+        # No special tokens: transformers does not learn the embedding of padding, and generation is told where to stop.
+        config = config_class(
+            **SIZES, **settings, tie_word_embeddings=head == "tied", bos_token_id=None, eos_token_id=None
+        )
+        model = model_class(config).float()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
+        model.save_pretrained(root / name)
+    return {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def answers(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What the engine says of each model under each layout; layouts of as many processes share a launch."""
+    answers: Answers = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp("answers")
+        questions = {
+            "models": {name: str(path) for name, path in model_dirs.items()},
+            "layouts": {layout: settings for layout, (count, settings) in LAYOUTS.items() if count == processes},
+            "sequences": SEQUENCES,
+            "prompts": PROMPTS,
+            "sampling": SAMPLING,
+        }
+        (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+        launch(HERE / "models_worker.py", folder / "questions.json", folder / "answers.pt", processes=processes)
+        answers |= torch.load(folder / "answers.pt", weights_only=True)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def expected(model_dirs: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What transformers says of each model."""
+    models = {name: AutoModelForCausalLM.from_pretrained(path) for name, path in model_dirs.items()}
+    return {
+        name: {
+            "log_probs": [log_probs(model, tokens) for tokens in SEQUENCES],
+            "greedy": [greedy_completion(model, tokens) for tokens in PROMPTS],
+        }
+        for name, model in models.items()
+    }
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, tokens: list[int]) -> Tensor:
+    """[length], 0 at the first token."""
+    logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1]
+    chosen = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(tokens[1:], dtype=torch.int64)[:, None])
+    return torch.cat([torch.zeros(1), chosen.squeeze(1)])
+
+
+def greedy_completion(model: PreTrainedModel, tokens: list[int]) -> list[int]:
+    """The completion with its stop token."""
+    output = model.generate(
+        torch.tensor([tokens]),
+        attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+        max_new_tokens=SAMPLING["max_completion_length"],
+        do_sample=False,
+        eos_token_id=list(STOP_TOKENS),
+        pad_token_id=0,
+    )
+    return output[0, len(tokens) :].tolist()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_come_back_bitwise(layout: str, model: str, answers: Answers, model_dirs: dict[str, Path]) -> None:
+    assert_same_tensors(answers[layout, model]["weights"], load_file(model_dirs[model] / "model.safetensors"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_probs_are_those_of_transformers(
+    layout: str, model: str, answers: Answers, expected: dict, measurements: list[str]
+) -> None:
+    pairs = zip(answers[layout, model]["log_probs"], expected[model]["log_probs"], strict=True)
+    error = max((actual - wanted).abs().max().item() for actual, wanted in pairs)
+    measurements.append(f"log-probs: {layout:10} {model:13} from transformers {error:.0e}")
+    assert error <= 1e-5
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sampler_and_trainer_have_the_same_log_probs(layout: str, model: str, answers: Answers) -> None:
+    """At a temperature and before top-p, with prompts of several lengths in one batch."""
+    completions = answers[layout, model]["sampled"]
+    assert len({len(tokens) for tokens, _ in completions}) > 1
+    for (tokens, sampler), trainer in zip(completions, answers[layout, model]["log_probs_of_sampled"], strict=True):
+        assert not set(tokens[:-1]) & set(STOP_TOKENS)
+        torch.testing.assert_close(torch.tensor(sampler), trainer[-len(tokens) :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_completions_are_those_of_transformers(
+    layout: str, model: str, answers: Answers, expected: dict
+) -> None:
+    assert answers[layout, model]["greedy"] == expected[model]["greedy"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_reference_stays_frozen(layout: str, model: str, answers: Answers) -> None:
+    """After a training step it has the log-probs from before, and asking for them changes no weight."""
+    of_model = answers[layout, model]
+    for before, after, reference in zip(*(of_model[k] for k in ("log_probs", "trained_log_probs", "ref_log_probs"))):
+        assert torch.equal(before, reference)
+        assert len(before) == 1 or not torch.allclose(before, after, atol=1e-2)
+    assert_same_tensors(of_model["weights_after_reference"], of_model["trained_weights"])
+
+
+def assert_same_tensors(actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert actual.keys() == wanted.keys()
+    different = [name for name in wanted if not torch.equal(actual[name], wanted[name])]
+    assert not different
