@@ -163,9 +163,19 @@ def _inference_mode(chunks: list[torch.nn.Module]) -> Iterator[None]:
         if sequence_parallel:
             set_model_to_sequence_parallel(model, False)
     try:
-        yield
+        with _upstream_flag():
+            yield
     finally:
         for model in models:
             if sequence_parallel:
                 set_model_to_sequence_parallel(model, True)
             model.train()
+
+
+def _upstream_flag() -> contextlib.AbstractContextManager[None]:
+    """Newer Megatron-Core asks a process-wide flag, and no longer the context argument, whether this is inference."""
+    try:
+        from megatron.core.inference.utils import InferenceMode
+    except ImportError:  # 0.16
+        return contextlib.nullcontext()
+    return InferenceMode.active()
