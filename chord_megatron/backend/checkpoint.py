@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
@@ -89,6 +90,14 @@ def refuse_unsafe(directory: Path) -> None:
             metadata = _MetadataUnpickler(file).load()
     except FileNotFoundError:
         raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
+    except UserError:
+        raise
+    except Exception:  # damaged pickles fail in every way there is
+        metadata = None
+    if not isinstance(metadata, Metadata):
+        raise UserError(
+            f"the .metadata file of {directory} is damaged; name an earlier checkpoint in {directory.parent}/latest"
+        )
     pickled = [
         key for key, entry in metadata.state_dict_metadata.items() if type(entry).__name__ == "BytesStorageMetadata"
     ]

@@ -15,6 +15,8 @@ from chord_megatron.data.prompts import load_prompts
 from chord_megatron.data.sources import load_rows
 from chord_megatron.types import ExpertSample, Prompt, UserError
 
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -28,6 +30,12 @@ class RunData:
 
 def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
     """The tokenizer of a Hugging Face directory; it must have an end token. Raises UserError."""
+    # Without any of these transformers 5 builds an empty tokenizer, for which every text has no tokens.
+    if not (trust_remote_code or any((model_dir / name).is_file() for name in _VOCABULARY_FILES)):
+        raise UserError(
+            f"{model_dir} has no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); "
+            "copy tokenizer.json and tokenizer_config.json of the model there"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:

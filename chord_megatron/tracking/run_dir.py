@@ -37,7 +37,7 @@ class RunDir:
             return None
         name = self._latest.read_text(encoding="utf-8").strip()
         step = name.removeprefix("step_")
-        if not step.isdigit() or not self.checkpoint(int(step)).is_dir():
+        if not step.isdecimal() or not self.checkpoint(int(step)).is_dir():
             raise UserError(f"{self._latest} names {name!r}, which is not there; write a step_N that is, or remove it")
         return int(step)
 

@@ -1,0 +1,51 @@
+"""What every end-to-end test starts from: a tiny model, a small task, and a configuration that trains in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from harness import write_config, write_rows
+from tiny_model import write_tiny_model
+
+# `letters` differs between random completions, so that the group advantages are not all 0. The others fail.
+REWARDS = """
+import itertools, os, time
+
+calls = itertools.count(1)
+
+def letters(prompts, completions, references, **columns):
+    if next(calls) == int(os.environ.get("HOLD_AT_CALL", 0)):
+        time.sleep(3600)  # a test kills the run here
+    return [sum(map(ord, completion)) % 7 / 7 for completion in completions]
+
+def raises(prompts, completions, references, **columns):
+    raise RuntimeError("no verdict\\non two lines")
+
+def nan(prompts, completions, references, **columns):
+    return [float("nan")] * len(completions)
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """As torchrun's workers: sums must not depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, prompts.jsonl, experts.jsonl and rewards.py; not to be written to."""
+    root = tmp_path_factory.mktemp("assets")
+    write_tiny_model(root / "model")
+    write_rows(root / "prompts.jsonl", [{"prompt": f"{n} + {n + 3} =", "answer": f"{2 * n + 3}"} for n in range(24)])
+    write_rows(root / "experts.jsonl", [{"prompt": f"{n} + {n} =", "answer": f"it is {2 * n}"} for n in range(16)])
+    (root / "rewards.py").write_text(REWARDS, encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def config(assets: Path, tmp_path: Path) -> Path:
+    """A configuration whose run goes to tmp_path/run."""
+    return write_config(assets, tmp_path)

@@ -1,0 +1,175 @@
+"""Stopped and started again, a run is the uninterrupted one: bitwise on the same layout, to 1e-5 on another."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from harness import (
+    files_below,
+    finish,
+    kill,
+    read_lines,
+    read_metrics,
+    start,
+    succeeded,
+    train_here,
+    train_on_two,
+    wait_until,
+    weight_bytes,
+    weights,
+    write_config,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+
+TENSOR_PARALLEL = ("parallel.tensor_model_parallel_size=2", "grpo.beta=0.05", "train.save_total_limit=2")
+SHARDED_OPTIMIZER = ("optimizer.use_distributed_optimizer=true", "train.train_iters=4")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run and the overrides that send its output below `root`."""
+
+    config: Path
+    root: Path
+
+    @property
+    def path(self) -> Path:
+        return self.root / "run"
+
+    @property
+    def recording(self) -> Path:
+        return self.root / "rollouts.jsonl"
+
+    @property
+    def overrides(self) -> tuple[str, str]:
+        return f"train.output_dir={self.path}", f"rollout.record_to={self.recording}"
+
+    def copy_to(self, root: Path) -> RunFiles:
+        shutil.copytree(self.root, root)
+        return RunFiles(self.config, root)
+
+    def rewind_to(self, step: int) -> None:
+        """As if it had been stopped some time after the checkpoint of `step`."""
+        (self.path / "checkpoints" / "latest").write_text(f"step_{step}\n", encoding="utf-8")
+        (self.path / "checkpoints" / "finished").unlink()
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """Six steps at TP 2 without an interruption."""
+    return finished_run(assets, tmp_path_factory.mktemp("tensor_parallel"), *TENSOR_PARALLEL)
+
+
+@pytest.fixture(scope="module")
+def sharded_optimizer(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """Four steps at DP 2 with the distributed optimizer."""
+    return finished_run(assets, tmp_path_factory.mktemp("sharded_optimizer"), *SHARDED_OPTIMIZER)
+
+
+@pytest.fixture(scope="module")
+def killed(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """The TP 2 run, killed in its sixth step: its last checkpoint is that of four."""
+    base = tmp_path_factory.mktemp("killed")
+    run = RunFiles(write_config(assets, base), base / "files")
+    arguments = ("train", run.config, *run.overrides, *TENSOR_PARALLEL, "--nproc-per-node", "2")
+    process = start("chord_megatron.cli", *arguments, env={"HOLD_AT_CALL": "6"})
+    metrics = run.path / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) == 5, process)
+    alive = kill(process)
+    assert not alive, "the workers outlived their launcher, and would have written into the resumed run"
+    assert finish(process).code == -signal.SIGKILL
+    return run
+
+
+def finished_run(assets: Path, base: Path, *overrides: str) -> RunFiles:
+    run = RunFiles(write_config(assets, base), base / "files")
+    succeeded(train_on_two(run.config, *run.overrides, *overrides))
+    return run
+
+
+def losses(run: RunFiles) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in read_metrics(run.path)], dtype=torch.float64)
+
+
+def assert_same_run(run: RunFiles, expected: RunFiles, step: int) -> None:
+    """Bitwise: metrics, completions, sampled tokens and the weights after `step` steps."""
+    assert read_metrics(run.path) == read_metrics(expected.path)
+    for name in ("completions.jsonl", "../rollouts.jsonl"):
+        assert (run.path / name).read_bytes() == (expected.path / name).read_bytes(), name
+    assert weight_bytes(run.path, step) == weight_bytes(expected.path, step)
+
+
+def assert_close_run(run: RunFiles, expected: RunFiles, step: int) -> None:
+    """The same samples, losses within 1e-5 and weights within a hundredth of an optimizer step (lr 1e-3)."""
+    tokens = [[line["tokens"] for line in read_lines(files.recording)] for files in (run, expected)]
+    assert tokens[0] == tokens[1]
+    torch.testing.assert_close(losses(run), losses(expected), rtol=0, atol=1e-5)
+    torch.testing.assert_close(weights(run.path, step), weights(expected.path, step), rtol=0, atol=1e-5)
+
+
+def test_a_killed_run_resumes_bitwise(tensor_parallel: RunFiles, killed: RunFiles, tmp_path: Path):
+    assert [line["step"] for line in read_lines(killed.path / "metrics.jsonl")] == [0, 1, 2, 3, 4]
+    assert (killed.path / "checkpoints" / "latest").read_text() == "step_4\n"
+    run = killed.copy_to(tmp_path / "files")
+
+    outcome = succeeded(train_on_two(run.config, *run.overrides, *TENSOR_PARALLEL))
+
+    assert f"resuming {run.path} at step 4" in outcome.stdout
+    assert_same_run(run, tensor_parallel, step=6)
+
+
+def test_a_killed_run_resumes_on_one_process(tensor_parallel: RunFiles, killed: RunFiles, tmp_path: Path):
+    run = killed.copy_to(tmp_path / "files")
+    # What a kill in the middle of a write leaves.
+    for name in ("checkpoints/step_6.partial", "hf/step_6.partial"):
+        (run.path / name).mkdir()
+        (run.path / name / "model.safetensors").write_bytes(b"torn")
+    for path in (run.path / "metrics.jsonl", run.recording):
+        with path.open("ab") as file:
+            file.write(b'{"step": 5, "loss": 0.')
+    one_process = (*run.overrides, *TENSOR_PARALLEL, "parallel.tensor_model_parallel_size=1")
+
+    succeeded(train_here(run.config, *one_process))
+    assert_close_run(run, tensor_parallel, step=6)
+
+    before = files_below(run.path)
+    outcome = succeeded(train_here(run.config, *one_process))
+    assert outcome.stdout == f"{run.path} is finished; raise train.train_iters to train on\n"
+    assert files_below(run.path) == before
+
+    succeeded(train_here(run.config, *one_process, "train.train_iters=7"))
+    assert [line["step"] for line in read_metrics(run.path)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_old_checkpoints_are_pruned(tensor_parallel: RunFiles):
+    for folder, others in (("checkpoints", {"latest", "finished"}), ("hf", set())):
+        assert {path.name for path in (tensor_parallel.path / folder).iterdir()} == {"step_4", "step_6"} | others
+
+
+def test_the_distributed_optimizer_resumes_bitwise(sharded_optimizer: RunFiles, tmp_path: Path):
+    run = sharded_optimizer.copy_to(tmp_path / "files")
+    run.rewind_to(2)
+    succeeded(train_on_two(run.config, *run.overrides, *SHARDED_OPTIMIZER))
+    assert_same_run(run, sharded_optimizer, step=4)
+
+
+def test_the_distributed_optimizer_resumes_on_one_process(sharded_optimizer: RunFiles, tmp_path: Path):
+    run = sharded_optimizer.copy_to(tmp_path / "files")
+    run.rewind_to(2)
+    succeeded(train_here(run.config, *run.overrides, *SHARDED_OPTIMIZER))
+    assert_close_run(run, sharded_optimizer, step=4)
+
+
+def test_a_finished_run_says_so_without_starting_workers(sharded_optimizer: RunFiles, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("chord_megatron.cli._launch", lambda *_: pytest.fail("started workers"))
+    before = files_below(sharded_optimizer.root)
+    overrides = (*sharded_optimizer.overrides, *SHARDED_OPTIMIZER)
+    outcome = succeeded(train_here(sharded_optimizer.config, *overrides, "--nproc-per-node", "2"))
+    assert outcome.stdout == f"{sharded_optimizer.path} is finished; raise train.train_iters to train on\n"
+    assert files_below(sharded_optimizer.root) == before

@@ -1,0 +1,161 @@
+"""The two streams of a run on one process: replayed rollouts, mu at its ends, and several steps a generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import (
+    Outcome,
+    read_lines,
+    read_metrics,
+    read_state,
+    succeeded,
+    train_here,
+    weight_bytes,
+    write_config,
+    write_rows,
+)
+
+pytestmark = pytest.mark.e2e
+
+
+def fixed_mu(mu: float) -> tuple[str, str]:
+    return f"chord.chord_mu_peak={mu}", f"chord.chord_mu_valley={mu}"
+
+
+@pytest.fixture(scope="module")
+def recorded(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps; what it recorded lies beside it."""
+    root = tmp_path_factory.mktemp("recorded")
+    recording = root / "rollouts.jsonl"
+    succeeded(train_here(write_config(assets, root), "train.train_iters=2", f"rollout.record_to={recording}"))
+    return root / "run"
+
+
+@pytest.fixture
+def recording(recorded: Path) -> Path:
+    return recorded.with_name("rollouts.jsonl")
+
+
+def replay(config: Path, recording: Path, *overrides: str) -> Outcome:
+    """Two steps from a recording, into the folder of `config`."""
+    return train_here(
+        config, "train.train_iters=2", "rollout.engine=replay", f"rollout.replay_from={recording}", *overrides
+    )
+
+
+def test_a_replayed_run_is_the_recorded_one(config: Path, recorded: Path, recording: Path, tmp_path: Path):
+    lines = read_lines(recording)
+    assert [(line["step"], line["sample_index"]) for line in lines] == [(s, i) for s in (0, 1) for i in range(8)]
+    assert [line["policy_version"] for line in lines] == [0] * 8 + [1] * 8
+
+    recorded_again = tmp_path / "again.jsonl"
+    succeeded(replay(config, recording, f"rollout.record_to={recorded_again}"))
+
+    assert read_metrics(tmp_path / "run") == read_metrics(recorded)
+    assert weight_bytes(tmp_path / "run", 2) == weight_bytes(recorded, 2)
+    assert recorded_again.read_bytes() == recording.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("train.seed=1",), "; use the data, tokenizer and seed of the run that recorded it"),
+        (
+            ("train.global_batch_size=4",),
+            "holds 8 completions for step 0, but the run asks for 4; use the batch sizes of the run that recorded it",
+        ),
+        (
+            ("train.train_iters=3",),
+            "holds 0 completions for step 2, but the run asks for 8; use the batch sizes of the run that recorded it",
+        ),
+    ],
+)
+def test_a_recording_of_another_run_is_refused(config: Path, recording: Path, overrides: tuple[str, ...], message: str):
+    outcome = replay(config, recording, *overrides)
+    assert outcome.code == 2
+    (error,) = outcome.errors
+    assert error.startswith(f"error: {recording}") and error.endswith(message)
+
+
+def test_a_damaged_recording_names_the_line(config: Path, recording: Path, tmp_path: Path):
+    lines = recording.read_text(encoding="utf-8").splitlines()
+    damaged = tmp_path / "damaged.jsonl"
+    damaged.write_text("\n".join([lines[0], '{"step": 0}', *lines[2:]]), encoding="utf-8")
+    outcome = replay(config, damaged)
+    assert outcome.code == 2
+    assert outcome.errors == [f"error: {damaged}:2 is not a recorded rollout (KeyError('prompt_id'))"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_mu_1_draws_no_rollouts(config: Path, tmp_path: Path):
+    succeeded(train_here(config, "train.train_iters=2", *fixed_mu(1.0)))
+    for line in read_metrics(tmp_path / "run"):
+        assert line["num_rollout_tokens"] == 0 and line["num_expert_tokens"] > 0
+        assert line["loss"] == line["loss_expert"] and line["loss_rollout"] == 0
+        assert line["reward_mean"] is None and line["entropy"] is None
+    trainer = read_state(tmp_path / "run", 2)["trainer"]
+    assert trainer["prompt_cursor"]["position"] == 0 and trainer["expert_cursor"]["position"] == 12
+    assert (tmp_path / "run" / "completions.jsonl").read_bytes() == b""
+
+
+def test_mu_0_draws_no_expert_rows(config: Path, tmp_path: Path):
+    succeeded(train_here(config, "train.train_iters=2", *fixed_mu(0.0)))
+    for line in read_metrics(tmp_path / "run"):
+        assert line["num_expert_tokens"] == 0 and line["num_rollout_tokens"] > 0
+        assert line["loss"] == line["loss_rollout"] and line["loss_expert"] == 0
+        assert line["phi_mean"] is None and line["clip_fraction"] == 0
+    trainer = read_state(tmp_path / "run", 2)["trainer"]
+    assert trainer["prompt_cursor"]["position"] == 4 and trainer["expert_cursor"]["position"] == 0
+
+
+def test_off_policy_steps_clip_against_the_policy_that_drew(config: Path, tmp_path: Path):
+    """Two steps a generation, twice over it: the first step is on-policy, and the clip holds only later ones."""
+    recording = tmp_path / "rollouts.jsonl"
+    succeeded(
+        train_here(
+            config,
+            "grpo.steps_per_generation=2",
+            "grpo.num_iterations=2",
+            "grpo.epsilon=1e-4",
+            "train.train_iters=8",
+            "train.save_steps=4",
+            f"rollout.record_to={recording}",
+            *fixed_mu(0.5),
+        )
+    )
+    lines = read_metrics(tmp_path / "run")
+    clip_fractions = [line["clip_fraction"] for line in lines]
+    assert clip_fractions[0] == clip_fractions[4] == 0
+    assert sum(clip_fractions[1:4]) > 0 and sum(clip_fractions[5:8]) > 0
+    # The trainer's log-probs move away from the sampler's, at rounding distance while on-policy.
+    differences = [line["log_prob_diff_mean"] for line in lines]
+    assert max(differences[0], differences[4]) < 1e-5 < min(differences[1:4] + differences[5:8])
+
+    drawn = read_lines(recording)
+    assert [(line["step"], line["policy_version"]) for line in drawn] == [(0, 0)] * 16 + [(4, 4)] * 16
+    # Steps 0 and 2 train on the first half of the generation, 1 and 3 on the second.
+    tokens = [line["num_rollout_tokens"] for line in lines]
+    halves = [sum(sum(line["response_mask"]) for line in drawn[start : start + 8]) for start in (0, 8, 16, 24)]
+    assert tokens == halves[:2] * 2 + halves[2:] * 2
+    assert read_state(tmp_path / "run", 8)["trainer"]["prompt_cursor"]["position"] == 8
+
+
+def test_a_checkpoint_of_other_data_is_refused(config: Path, tmp_path: Path, assets: Path):
+    rows = read_lines(assets / "prompts.jsonl")
+    prompts = write_rows(tmp_path / "prompts.jsonl", rows)
+    succeeded(train_here(config, "train.train_iters=2", f"data.dataset={prompts}"))
+
+    write_rows(prompts, rows[:-1])
+    outcome = train_here(config, "train.train_iters=4", f"data.dataset={prompts}")
+    assert outcome.code == 2
+    assert outcome.errors == [
+        "error: the data set or the seed changed since the checkpoint: size was 24, now 23; "
+        "restore it or start a new run"
+    ]
+    outcome = train_here(config, "train.train_iters=4", f"data.dataset={prompts}", "train.seed=1")
+    assert outcome.code == 2
+    assert outcome.errors == [
+        f"error: {tmp_path / 'run'} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
+    ]

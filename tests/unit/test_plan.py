@@ -1,0 +1,287 @@
+"""The batch arithmetic, the rules that span several fields, and the example configurations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from chord_megatron.cli import app
+from chord_megatron.config import Config
+from chord_megatron.convert.architecture import read_architecture
+from chord_megatron.plan import Plan, make_plan, mu_at
+from chord_megatron.types import UserError
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shape of Qwen2.5-7B, which is all that planning reads."""
+    path = tmp_path_factory.mktemp("Qwen2.5-7B")
+    (path / "config.json").write_text(json.dumps(QWEN2_5_7B), encoding="utf-8")
+    return path
+
+
+def plan_of(model_dir: Path, world_size: int, **changes: Any) -> Plan:
+    """The plan of 32 prompts x 8 completions with experts; `changes` are group__leaf=value."""
+    settings: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model_dir)},
+        "data": {"dataset": "prompts.jsonl"},
+        "chord": {"chord_sft_dataset": "experts.jsonl", "chord_sft_global_batch_size": 64},
+        "train": {"output_dir": "out", "global_batch_size": 256, "micro_batch_size": 4, "train_iters": 12},
+    }
+    for key, value in changes.items():
+        group, leaf = key.split("__")
+        settings.setdefault(group, {})[leaf] = value
+    return make_plan(Config.model_validate(settings), read_architecture(model_dir), world_size)
+
+
+def refusal(model_dir: Path, world_size: int = 8, **changes: Any) -> str:
+    with pytest.raises(UserError) as error:
+        plan_of(model_dir, world_size, **changes)
+    return str(error.value)
+
+
+def test_batch_arithmetic(model_dir: Path):
+    assert plan_of(model_dir, 8, parallel__tensor_model_parallel_size=2) == Plan(
+        world_size=8,
+        data_parallel_size=4,
+        prompts_per_step=32,
+        completions_per_step=256,
+        expert_rows_per_step=64,
+        micro_batches_per_step=20,  # (256 + 64) rows / 4 ranks / 4 a micro-batch
+        steps_per_rollout=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("world_size", "tensor_parallel", "micro_batch_size", "rows"),
+    [
+        (8, 1, 4, 64),  # 1 x DP 8 x 8 accumulation steps: ms-swift's reference run
+        (8, 2, 4, 64),  # 1 x DP 4 x 16
+        (8, 1, 8, 32),  # 1 x DP 8 x 4
+        (1, 1, 256, 1),
+    ],
+)
+def test_expert_rows_per_device_are_counted_as_in_ms_swift(
+    model_dir: Path, world_size: int, tensor_parallel: int, micro_batch_size: int, rows: int
+):
+    plan = plan_of(
+        model_dir,
+        world_size,
+        parallel__tensor_model_parallel_size=tensor_parallel,
+        train__micro_batch_size=micro_batch_size,
+        chord__chord_sft_global_batch_size=None,
+        chord__chord_sft_per_device_train_batch_size=1,
+    )
+    assert plan.expert_rows_per_step == rows
+
+
+def test_micro_batches_round_up(model_dir: Path):
+    # 8 + 3 rows on one rank, 4 at a time.
+    plan = plan_of(model_dir, 1, train__global_batch_size=8, chord__chord_sft_global_batch_size=3)
+    assert plan.micro_batches_per_step == 3
+
+
+def test_steps_that_share_a_generation_batch_multiply(model_dir: Path):
+    assert plan_of(model_dir, 8, grpo__steps_per_generation=2, grpo__num_iterations=3).steps_per_rollout == 6
+
+
+def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
+    plan = plan_of(
+        model_dir,
+        8,
+        parallel__pipeline_model_parallel_size=2,
+        parallel__virtual_pipeline_model_parallel_size=7,
+        parallel__tensor_model_parallel_size=4,
+    )
+    assert plan.data_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"parallel__tensor_model_parallel_size": 3},
+            "parallel.tensor_model_parallel_size=3 does not divide the model's 28 attention heads; "
+            "choose a divisor of 28",
+        ),
+        (
+            {"parallel__tensor_model_parallel_size": 7},
+            "parallel.tensor_model_parallel_size=7 does not divide the model's 4 query groups (key/value heads); "
+            "choose a divisor of 4",
+        ),
+        (
+            {"parallel__pipeline_model_parallel_size": 8},
+            "parallel.pipeline_model_parallel_size=8 does not divide the model's 28 layers; choose a divisor of 28",
+        ),
+        (
+            {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 4},
+            "parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size=8 does not divide "
+            "the model's 28 layers; choose a divisor of 28",
+        ),
+        (
+            {"parallel__virtual_pipeline_model_parallel_size": 2},
+            "parallel.virtual_pipeline_model_parallel_size=2 needs parallel.pipeline_model_parallel_size > 1; "
+            "remove it or raise the pipeline size",
+        ),
+        (
+            {"train__global_batch_size": 100},
+            "train.global_batch_size=100 completions is not a multiple of rollout.num_generations=8; "
+            "every prompt needs its whole group",
+        ),
+        (
+            {"train__global_batch_size": 24},
+            "train.global_batch_size=24 is not a multiple of train.micro_batch_size x data-parallel size = 4 x 8 = 32",
+        ),
+        (
+            {"chord__chord_sft_dataset": None},
+            "chord.chord_sft_dataset is required while mu > 0; "
+            "for GRPO alone set chord.chord_mu_peak=0 and chord.chord_mu_valley=0",
+        ),
+        (
+            {"chord__chord_sft_per_device_train_batch_size": 1},
+            "set exactly one of chord.chord_sft_global_batch_size and chord.chord_sft_per_device_train_batch_size",
+        ),
+        (
+            {"chord__chord_sft_global_batch_size": None},
+            "set exactly one of chord.chord_sft_global_batch_size and chord.chord_sft_per_device_train_batch_size",
+        ),
+        (
+            {"rollout__engine": "replay"},
+            "rollout.engine=replay and rollout.replay_from go together; set both or neither",
+        ),
+        (
+            {"rollout__replay_from": "rollouts.jsonl"},
+            "rollout.engine=replay and rollout.replay_from go together; set both or neither",
+        ),
+        (
+            {"rollout__engine": "replay", "rollout__replay_from": "r.jsonl", "rollout__record_to": "r.jsonl"},
+            "rollout.record_to and rollout.replay_from name one file; record into another one",
+        ),
+        (
+            {"train__eval_steps": 5},
+            "train.eval_steps needs data.eval_dataset; set it, or train.eval_steps=null for no evaluation",
+        ),
+        (
+            {"data__max_prompt_length": 32768},
+            "data.max_prompt_length + rollout.max_completion_length = 33024 tokens, but the model reads 32768; "
+            "lower one of them",
+        ),
+        (
+            {"chord__chord_sft_max_length": 32769},
+            "chord.chord_sft_max_length=32769, but the model reads 32768 tokens; lower it",
+        ),
+        (
+            {"grpo__steps_per_generation": 5},
+            "train.train_iters=12 is not a multiple of grpo.steps_per_generation x num_iterations = 5; "
+            "a generation batch is not kept in checkpoints",
+        ),
+        (
+            {"grpo__num_iterations": 4, "train__save_steps": 6},
+            "train.save_steps=6 is not a multiple of grpo.steps_per_generation x num_iterations = 4; "
+            "a generation batch is not kept in checkpoints",
+        ),
+        (
+            {"optimizer__lr": 1e-6, "optimizer__min_lr": 1e-5},
+            "optimizer.min_lr=1e-05 is above optimizer.lr=1e-06",
+        ),
+        (
+            {"optimizer__lr_warmup_iters": 12},
+            "optimizer.lr_warmup_iters=12 must be below train.train_iters=12",
+        ),
+    ],
+)
+def test_a_rule_names_the_values_and_the_remedy(model_dir: Path, changes: dict[str, Any], message: str):
+    assert refusal(model_dir, **changes) == message
+
+
+@pytest.mark.parametrize(
+    ("world_size", "message"),
+    [
+        (1, "1 process cannot hold tensor x pipeline = 4 x 2 = 8 ranks a model; "),
+        (12, "12 processes cannot hold tensor x pipeline = 4 x 2 = 8 ranks a model; "),
+    ],
+)
+def test_the_number_of_processes_holds_whole_models(model_dir: Path, world_size: int, message: str):
+    assert refusal(
+        model_dir,
+        world_size,
+        parallel__tensor_model_parallel_size=4,
+        parallel__pipeline_model_parallel_size=2,
+    ) == (message + "start a multiple of 8 processes (--nproc-per-node, --nnodes)")
+
+
+def test_grpo_alone_needs_no_experts(model_dir: Path):
+    plan = plan_of(
+        model_dir,
+        8,
+        chord__chord_mu_peak=0,
+        chord__chord_mu_valley=0,
+        chord__chord_sft_dataset=None,
+        chord__chord_sft_global_batch_size=None,
+    )
+    assert plan.expert_rows_per_step == 0
+
+
+def test_experts_that_only_a_later_step_uses_are_required(model_dir: Path):
+    """mu rises from 0: the first step alone would need none."""
+    changes = {"chord__chord_mu_warmup_steps": 5, "chord__chord_mu_valley": 0, "chord__chord_sft_dataset": None}
+    assert refusal(model_dir, **changes).startswith("chord.chord_sft_dataset is required while mu > 0")
+    assert plan_of(model_dir, 8, train__train_iters=1, **changes).completions_per_step == 256
+
+
+def test_mu_of_the_configured_schedule():
+    config = Config.model_validate(
+        {
+            "model": {"path": "model"},
+            "data": {"dataset": "prompts.jsonl"},
+            "chord": {
+                "chord_mu_peak": 0.9,
+                "chord_mu_valley": 0.05,
+                "chord_mu_warmup_steps": 2,
+                "chord_mu_decay_steps": 4,
+            },
+            "train": {"output_dir": "out", "global_batch_size": 8, "train_iters": 9},
+        }
+    )
+    # 0.9 s / 2, then 0.05 + 0.85 (1 + cos(pi (s - 2) / 4)) / 2, then 0.05.
+    expected = [0.0, 0.45, 0.9, 0.7755204, 0.475, 0.1744796, 0.05, 0.05]
+    assert [mu_at(config, step) for step in range(8)] == pytest.approx(expected, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("example", "rows"),
+    [
+        ("gsm8k/gsm8k.yaml", ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0")),
+        (
+            "ms_swift_chord/chord_8gpu.yaml",
+            ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0, 0.05 at step 999"),
+        ),
+    ],
+)
+def test_the_examples_validate(model_dir: Path, example: str, rows: tuple[str, ...]):
+    arguments = ["validate", str(EXAMPLES / example), f"model.path={model_dir}", "--nproc-per-node", "8"]
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stderr
+    for row in rows:
+        assert row in result.stdout
