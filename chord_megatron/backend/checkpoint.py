@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from chord_megatron.backend.groups import ParallelGroups
@@ -67,9 +69,16 @@ def load(
 ) -> dict[str, Any]:
     """Read what `save` wrote into the model, the optimizer and the scheduler; returns `state`. Collective."""
     refuse_unsafe(directory)
-    document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     _allocate_adam_state(optimizer)
-    loaded = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(directory))
+    sharded_state = _sharded_state(chunks, optimizer, is_loading=True)
+    try:
+        document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        loaded = dist_checkpointing.load(sharded_state, str(directory))
+    except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        cause = str(error).strip().splitlines()[-1]  # torch's holds the tracebacks of all ranks before it
+        raise UserError(
+            f"the checkpoint {directory} cannot be read ({cause}); name an earlier one in {directory.parent}/latest"
+        ) from error
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])
     optimizer.load_state_dict(loaded["optimizer"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,18 @@ def test_a_checkpoint_of_other_data_is_refused(config: Path, tmp_path: Path, ass
     assert outcome.errors == [
         f"error: {tmp_path / 'run'} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
     ]
+
+
+@pytest.mark.parametrize("missing", ["state.json", "__0_0.distcp"])
+def test_an_incomplete_checkpoint_is_named(missing: str, config: Path, recorded: Path, tmp_path: Path):
+    shutil.copytree(recorded, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
+    (checkpoint / missing).unlink()
+
+    outcome = train_here(config, "train.train_iters=4")
+
+    assert outcome.code == 2
+    [error] = outcome.errors
+    assert error.startswith(f"error: the checkpoint {checkpoint} cannot be read (")
+    assert missing in error
+    assert error.endswith(f"name an earlier one in {checkpoint.parent}/latest")
