@@ -111,7 +111,7 @@ def read_architecture(model_dir: Path) -> ModelArchitecture:
 
 def _read_config(model_dir: Path) -> dict[str, Any]:
     if not model_dir.is_dir():
-        raise UserError(f"{model_dir} is not a directory; give the folder that holds config.json.")
+        raise UserError(f"the model folder {model_dir} is not a directory; give the folder that holds config.json.")
     path = model_dir / "config.json"
     if not path.is_file():
         raise UserError(f"{model_dir} has no config.json; give a model folder saved by save_pretrained.")
