@@ -29,7 +29,6 @@ class ModelArchitecture:
     tie_word_embeddings: bool
     qkv_bias: bool
     qk_layernorm: bool
-    initializer_range: float
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,6 @@ def read_architecture(model_dir: Path) -> ModelArchitecture:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_layernorm,
-        initializer_range=config.get("initializer_range", 0.02),
     )
 
 

@@ -14,7 +14,6 @@ class Layout(Enum):
     """How the Hugging Face tensors of one parameter are joined and split over tensor-parallel ranks."""
 
     REPLICATED = "every rank holds the whole tensor"
-    COLUMN = "split along dim 0"
     ROW = "split along dim 1"
     GATE_UP = "gate and up, each split along dim 0, then concatenated per rank"
     QKV = "per query group its query heads, then its key, then its value; groups split over ranks"
@@ -137,12 +136,6 @@ def hf_shapes(mapping: Mapping, layer: int | None, arch: ModelArchitecture) -> d
         "head": arch.head_dim,
     }
     return {name.format(layer=layer): tuple(sizes[dim] for dim in dims) for name, dims in mapping.hf.items()}
-
-
-def canonical_name(name: str, arch: ModelArchitecture) -> str:
-    """The local-spec name of a Megatron parameter; UserError when it is unknown."""
-    mapping, layer = find_mapping(name, arch)
-    return mapping.megatron.format(layer=layer)
 
 
 def parameter_names(arch: ModelArchitecture) -> list[str]:

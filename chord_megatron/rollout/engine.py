@@ -27,14 +27,6 @@ class RolloutEngine(Protocol):
         """Take over the trainer's weights, given as (HF name, full tensor)."""
         ...
 
-    def sleep(self) -> None:
-        """Give back device memory while the trainer works."""
-        ...
-
-    def wake(self) -> None:
-        """Undo `sleep`, before the next `update_weights` or `generate`."""
-        ...
-
     def close(self) -> None:
         """Release everything."""
         ...

@@ -51,12 +51,6 @@ class MegatronRollout:
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """Nothing to do: the trainer's weights are the sampler's."""
 
-    def sleep(self) -> None:
-        """Nothing to do: the cache is freed after each batch."""
-
-    def wake(self) -> None:
-        """Nothing to do."""
-
     def close(self) -> None:
         """Nothing to do."""
 

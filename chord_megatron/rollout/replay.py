@@ -68,12 +68,6 @@ class ReplayRollout:
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """Nothing to do: the completions are there already."""
 
-    def sleep(self) -> None:
-        """Nothing to do."""
-
-    def wake(self) -> None:
-        """Nothing to do."""
-
     def close(self) -> None:
         """Nothing to do."""
 

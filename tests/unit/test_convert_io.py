@@ -32,7 +32,6 @@ ARCH = ModelArchitecture(
     tie_word_embeddings=True,
     qkv_bias=False,
     qk_layernorm=True,
-    initializer_range=0.02,
 )
 
 
