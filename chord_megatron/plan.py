@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.config import Config
@@ -37,13 +38,17 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     train, num_generations = config.train, config.rollout.num_generations
     expert_rows = _expert_rows(config, data_parallel_size)
     rows_per_rank = -(-(train.global_batch_size + expert_rows) // data_parallel_size)
+    # The interleaved schedule runs micro-batches in groups of the pipeline size.
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    multiple = config.parallel.pipeline_model_parallel_size if interleaved else 1
+    micro_batches = -(-rows_per_rank // (train.micro_batch_size * multiple)) * multiple
     return Plan(
         world_size=world_size,
         data_parallel_size=data_parallel_size,
         prompts_per_step=train.global_batch_size // num_generations,
         completions_per_step=train.global_batch_size,
         expert_rows_per_step=expert_rows,
-        micro_batches_per_step=-(-rows_per_rank // train.micro_batch_size),
+        micro_batches_per_step=micro_batches,
         steps_per_rollout=steps_per_rollout,
     )
 
@@ -125,7 +130,11 @@ def _check_streams(config: Config) -> None:
     is_replay = rollout.engine == "replay"
     if is_replay != (rollout.replay_from is not None):
         raise UserError("rollout.engine=replay and rollout.replay_from go together; set both or neither")
-    if is_replay and rollout.record_to == rollout.replay_from:
+    if (
+        rollout.record_to
+        and rollout.replay_from
+        and Path(rollout.record_to).resolve() == Path(rollout.replay_from).resolve()
+    ):
         raise UserError("rollout.record_to and rollout.replay_from name one file; record into another one")
     if train.eval_steps is not None and config.data.eval_dataset is None:
         raise UserError("train.eval_steps needs data.eval_dataset; set it, or train.eval_steps=null for no evaluation")

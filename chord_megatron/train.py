@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -46,9 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if _is_first_to_fail():
             print(f"error: {error}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            os._exit(2)  # now: the other ranks wait in a collective until torchrun sees this one gone
+        _leave_others(2)
         return 2
+    except Exception:
+        traceback.print_exc()
+        _leave_others(1)
+        raise
     finally:
         shut_down_distributed()
     return 0
@@ -163,7 +167,7 @@ class Run:
             return
         state = {
             "trainer": self.trainer.state_dict(),
-            "mu_step": step,
+            "step": step,  # of mu and of everything else that follows a schedule
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
         }
@@ -192,6 +196,13 @@ def _end_with_launcher() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _leave_others(exit_code: int) -> None:
+    """End now where there are other ranks: they wait in a collective until torchrun sees this one gone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def _is_first_to_fail() -> bool:

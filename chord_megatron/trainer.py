@@ -186,9 +186,10 @@ class ChordTrainer:
 
     @timed("train")
     def optimizer_step(self) -> OptimizerStep:
-        """Update the policy; its version counts the steps."""
-        self.policy_version += 1
-        return self.engine.optimizer_step()
+        """Update the policy; its version counts the updates."""
+        update = self.engine.optimizer_step()
+        self.policy_version += update.stepped
+        return update
 
     @timed("sync")
     def update_rollout_weights(self) -> None:

@@ -63,6 +63,9 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
 def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
     """query [length, batch, heads, head]; keys, values [batch, groups, cached, head]; masked [batch, 1, length,
     cached] with True = hidden (Megatron's convention). Returns [length, batch, heads * head]."""
+    if keys.is_cuda:  # the fused CUDA kernel that takes a mask takes no grouped heads
+        heads_per_group = query.shape[2] // keys.shape[1]
+        keys, values = (x.repeat_interleave(heads_per_group, dim=1) for x in (keys, values))
     output = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), keys, values, attn_mask=~masked, enable_gqa=True)
     return output.permute(2, 0, 1, 3).flatten(2)
 

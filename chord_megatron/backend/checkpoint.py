@@ -37,6 +37,10 @@ _METADATA = {
     "chained_optim_avoid_prefix": True,
 }
 
+# What the configuration says again on resuming, so that a user can change it; Megatron-Core keeps it in the
+# optimizer's parameter groups, and its scheduler believes those.
+_CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps")
+
 
 def save(
     directory: Path,
@@ -52,6 +56,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    _allocate_adam_state(optimizer)
     dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
     save_file(_rng_state(), partial / f"rng_{groups.rank:05d}.safetensors")
     if groups.rank == 0:
@@ -69,20 +74,27 @@ def load(
 ) -> dict[str, Any]:
     """Read what `save` wrote into the model, the optimizer and the scheduler; returns `state`. Collective."""
     refuse_unsafe(directory)
+    configured = [dict(group) for group in optimizer.param_groups]
     _allocate_adam_state(optimizer)
+    _keep_absent_states(optimizer)
     sharded_state = _sharded_state(chunks, optimizer, is_loading=True)
     try:
         document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
         loaded = dist_checkpointing.load(sharded_state, str(directory))
     except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        cause = str(error).strip().splitlines()[-1]  # torch's holds the tracebacks of all ranks before it
+        cause = (str(error).strip() or type(error).__name__).splitlines()[
+            -1
+        ]  # torch's holds the tracebacks of all ranks before it
         raise UserError(
             f"the checkpoint {directory} cannot be read ({cause}); name an earlier one in {directory.parent}/latest"
         ) from error
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])
+    _restore_step_zero(optimizer, loaded["optimizer"])
     optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(optimizer)
+    for group, settings in zip(optimizer.param_groups, configured, strict=True):
+        group.update({key: settings[key] for key in _CONFIGURED if key in settings})
     scheduler.load_state_dict(document["scheduler"])
     _restore_rng(directory / f"rng_{groups.rank:05d}.safetensors")
     return document["state"]
@@ -183,16 +195,22 @@ def _allocate_adam_state(optimizer: Any) -> None:
             continue  # the fused optimizers allocate their own
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
-                inner.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                if not inner.optimizer.state[parameter]:
+                    inner.optimizer.state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _keep_absent_states(optimizer: Any) -> None:
+    """Load what a checkpoint holds of a parameter's states and leave the others."""
+    for inner in optimizer.chained_optimizers:
         if isinstance(inner, DistributedOptimizer):
-            _keep_absent_states(inner)
+            _set_present_states_only(inner)
 
 
-def _keep_absent_states(inner: DistributedOptimizer) -> None:
+def _set_present_states_only(inner: DistributedOptimizer) -> None:
     """distrib_optimizer.py:940 expects every state in the checkpoint; torch Adam's `step` is not among them."""
     set_states = inner._set_main_param_and_optimizer_states
 
@@ -200,6 +218,13 @@ def _keep_absent_states(inner: DistributedOptimizer) -> None:
         set_states(model_param, {**inner._get_main_param_and_optimizer_states(model_param), **tensors})
 
     inner._set_main_param_and_optimizer_states = set_present
+
+
+def _restore_step_zero(optimizer: Any, state: dict[str, Any]) -> None:
+    """optimizer.py:1034 leaves a step of zero out of the checkpoint, where torch's Adam then misses it."""
+    state = state.get("optimizer", state)  # the mixed-precision optimizer has the inner one's below this key
+    if "state" in state and isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
+        state["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
 
 
 def _unshare_steps(optimizer: Any) -> None:

@@ -132,8 +132,11 @@ def _sample_on_last_stage(
     else:
         tokens = torch.empty(batch_size, dtype=torch.int64, device=groups.device)
         log_probs = torch.empty(batch_size, dtype=torch.float32, device=groups.device)
-    if groups.pp_size > 1:
-        for values in (tokens, log_probs):
+    for values in (tokens, log_probs):
+        if groups.device.type == "cuda" and groups.is_last_stage and groups.tp_size > 1:
+            # CUDA sums need not be the same twice, and a token that differs between TP ranks would be a deadlock.
+            dist.broadcast(values, dist.get_global_rank(groups.tp_group, 0), group=groups.tp_group)
+        if groups.pp_size > 1:
             dist.broadcast(values, groups.last_stage_rank, group=groups.pp_group)
     return tokens, log_probs
 

@@ -20,7 +20,6 @@ class ParallelGroups:
     """This process's place in the parallel layout."""
 
     rank: int
-    world_size: int
     device: torch.device
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
@@ -92,7 +91,6 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
     model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
         rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
         device=torch.device("cuda", local_rank) if on_gpu else torch.device("cpu"),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),

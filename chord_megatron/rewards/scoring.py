@@ -24,19 +24,25 @@ def score_rollouts(
     completions = [tokenizer.decode(rollout.response_tokens, skip_special_tokens=True) for rollout in rollouts]
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     mine = [i for i in range(len(rollouts)) if (i // num_generations) % world_size == rank]
-    result: Rewards | str
-    try:
-        result = reward_function(
-            [repeated[i].text for i in mine],
-            [completions[i] for i in mine],
-            [repeated[i].reference for i in mine],
-            [repeated[i].columns for i in mine],
-        )
-    except UserError as error:
-        result = str(error)
+    result = _reward([repeated[i] for i in mine], [completions[i] for i in mine], reward_function)
     results: list[tuple[list[int], Rewards | str]] = [(mine, result)] * world_size
     dist.all_gather_object(results, (mine, result))
     return _merge(repeated, completions, rollouts, results)
+
+
+def _reward(prompts: list[Prompt], completions: list[str], reward_function: RewardFunctions) -> Rewards | str:
+    """The rewards, or what was wrong: the other ranks must hear of it."""
+    if not prompts:  # more ranks than groups; a function of the user's need not expect empty lists
+        return Rewards([], {})
+    try:
+        return reward_function(
+            [prompt.text for prompt in prompts],
+            completions,
+            [prompt.reference for prompt in prompts],
+            [prompt.columns for prompt in prompts],
+        )
+    except UserError as error:
+        return str(error)
 
 
 def _merge(

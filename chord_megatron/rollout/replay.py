@@ -19,10 +19,12 @@ class RolloutRecorder:
     """Appends every rollout of a run to a jsonl file, one completion a line; used by rank 0."""
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
-        """`resume_step`: keep what was recorded before that step; None starts the file anew."""
-        if resume_step is None:
-            path.unlink(missing_ok=True)
-        elif path.exists():
+        """`resume_step`: keep what was recorded before that step; None starts a new file. Raises UserError."""
+        if resume_step is None and path.exists() and path.stat().st_size:
+            raise UserError(
+                f"rollout.record_to: {path} holds the rollouts of another run; remove it or name another file"
+            )
+        if resume_step is not None:
             filter_json_lines(path, lambda record: record["step"] < resume_step)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lines = JsonLines(path)

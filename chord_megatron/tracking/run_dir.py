@@ -66,6 +66,9 @@ class RunDir:
         """Make a complete checkpoint the latest, then remove the oldest beyond `keep` (None keeps all)."""
         atomic_write(self._latest, [f"step_{step}\n".encode()])
         saved = sorted(int(path.name.removeprefix("step_")) for path in self._checkpoints.glob("step_*[0-9]"))
-        for old in saved[:-keep] if keep else []:
-            shutil.rmtree(self.checkpoint(old))
-            shutil.rmtree(self.hf(old), ignore_errors=True)
+        # Later ones are of a run that was taken back to an earlier step: this run writes them again.
+        later = [other for other in saved if other > step]
+        earlier = [other for other in saved if other <= step]
+        for stale in later + (earlier[:-keep] if keep else []):
+            shutil.rmtree(self.checkpoint(stale))
+            shutil.rmtree(self.hf(stale), ignore_errors=True)

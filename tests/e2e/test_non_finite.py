@@ -55,16 +55,21 @@ def test_diverged_weights_are_named(config: Path, tmp_path: Path):
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0]
 
 
-def test_a_run_that_never_steps_keeps_its_weights(config: Path, tmp_path: Path, assets: Path):
+@pytest.mark.parametrize("distributed", ["false", "true"])
+def test_a_run_that_never_steps_keeps_its_weights(distributed: str, config: Path, tmp_path: Path, assets: Path):
     """Experts alone, and weights so large that the loss is not finite from the start."""
     model = shutil.copytree(assets / "model", tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"] = torch.full_like(tensors["lm_head.weight"], 3e38)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     mu_1 = ("chord.chord_mu_peak=1.0", "chord.chord_mu_valley=1.0")
-    outcome = train_here(config, f"model.path={model}", "train.max_skipped_steps=2", *mu_1)
+    overrides = (f"model.path={model}", f"optimizer.use_distributed_optimizer={distributed}", *mu_1)
+    outcome = train_here(config, "train.max_skipped_steps=2", *overrides)
     assert outcome.code == 2
     assert "stopped after 2 steps in a row" in outcome.errors[0]
     (exported,) = (tmp_path / "run" / "hf").iterdir()
     for name, tensor in load_file(exported / "model.safetensors").items():
         assert torch.equal(tensor, tensors[name])
+
+    outcome = train_here(config, "train.max_skipped_steps=3", *overrides)  # goes on, although Adam has no state yet
+    assert "stopped after 3 steps in a row" in outcome.errors[0]

@@ -175,3 +175,18 @@ def test_an_incomplete_checkpoint_is_named(missing: str, config: Path, recorded:
     assert error.startswith(f"error: the checkpoint {checkpoint} cannot be read (")
     assert missing in error
     assert error.endswith(f"name an earlier one in {checkpoint.parent}/latest")
+
+
+def test_a_resumed_run_takes_the_new_learning_rate(config: Path, recorded: Path, tmp_path: Path):
+    shutil.copytree(recorded, tmp_path / "run")
+    succeeded(train_here(config, "train.train_iters=4", "optimizer.lr=2e-4"))
+    assert [line["lr"] for line in read_metrics(tmp_path / "run")] == [1e-3, 1e-3, 2e-4, 2e-4]
+
+
+def test_a_recording_is_not_overwritten(config: Path, recording: Path):
+    before = recording.read_bytes()
+    outcome = train_here(config, f"rollout.record_to={recording}")
+    assert outcome.errors == [
+        f"error: rollout.record_to: {recording} holds the rollouts of another run; remove it or name another file"
+    ]
+    assert recording.read_bytes() == before

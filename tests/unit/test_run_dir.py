@@ -101,3 +101,14 @@ def test_another_run_in_the_directory_is_refused(tmp_path: Path):
     assert str(error.value) == (
         f"{tmp_path} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
     )
+
+
+def test_publishing_an_earlier_step_removes_the_later_ones(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in (10, 22, 30):
+        run.checkpoint(step).mkdir(parents=True)
+        run.hf(step).mkdir(parents=True)
+    run.publish(22, keep=1)  # the run was taken back to step 10, and went on
+    assert run.latest_step() == 22
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["step_22"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_22"]
