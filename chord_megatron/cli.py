@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chord_megatron.config import Config, load_config
-from chord_megatron.convert.architecture import read_architecture
+from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.types import UserError

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
 from chord_megatron.config import Config, load_config
-from chord_megatron.convert.architecture import read_architecture
+from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.data.load import load_run_data, load_tokenizer, stop_token_ids
 from chord_megatron.export import export_hf
 from chord_megatron.plan import make_plan
@@ -28,6 +29,8 @@ from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.trainer import ChordTrainer, StepResult
 from chord_megatron.types import UserError
+
+_SECONDS_FOR_RANK_0 = 60
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -208,7 +211,11 @@ def _leave_others(exit_code: int) -> None:
 def _is_first_to_fail() -> bool:
     """Whether this process is the first of the job to report an error, so that it is reported once."""
     if not dist.is_initialized():
-        return int(os.environ.get("RANK", 0)) == 0
+        if int(os.environ.get("RANK", 0)) > 0:
+            # Rank 0 meets the same error and reports it, upon which torchrun ends this process: unless the
+            # mistake is this machine's alone. Leaving earlier would have torchrun end rank 0 unheard.
+            time.sleep(_SECONDS_FOR_RANK_0)
+        return True
     store = dist.distributed_c10d._get_default_store()
     return store.add("chord_megatron/errors", 1) == 1
 

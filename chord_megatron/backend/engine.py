@@ -25,7 +25,7 @@ from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_parameters
 from chord_megatron.backend.model import Targets, build_model_chunks, unwrap, wrap_data_parallel
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.convert.architecture import read_architecture
+from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.data.packing import build_global_batch, unpack
 from chord_megatron.types import GlobalBatch, MicroBatch, SamplingParams, TrainingSample
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from harness import Outcome, read_metrics, train_here, train_on_two, write_rows
 
+from chord_megatron import train
+
 pytestmark = pytest.mark.e2e
 
 
@@ -209,3 +211,14 @@ def test_two_processes_stop_at_a_failing_reward_function(config: Path, assets: P
     )
     assert "RuntimeError: no verdict on two lines" in the_error(outcome)
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "hf").exists()
+
+
+def test_only_rank_0_reports_before_the_ranks_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank that meets the same mistake first waits: torchrun would end rank 0 before it could speak."""
+    waits: list[float] = []
+    monkeypatch.setattr(train.time, "sleep", waits.append)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: False)
+    monkeypatch.setenv("RANK", "0")
+    assert train._is_first_to_fail() and waits == []
+    monkeypatch.setenv("RANK", "1")
+    assert train._is_first_to_fail() and waits == [60]

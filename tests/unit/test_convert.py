@@ -19,8 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from chord_megatron.convert.architecture import ModelArchitecture, read_architecture
+from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.families import find_mapping, hf_names, parameter_names
+from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete, write_safetensors
 from chord_megatron.convert.shards import export_parameter, import_parameter
 from chord_megatron.types import UserError

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from chord_megatron.cli import app
 from chord_megatron.config import Config
-from chord_megatron.convert.architecture import read_architecture
+from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
 from chord_megatron.types import UserError
 
