@@ -1,4 +1,4 @@
-"""The command line: `chord-megatron train | validate | report`."""
+"""The command line: `chord-megatron train | validate | report | convert`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from chord_megatron import cli_convert
 from chord_megatron.config import Config, load_config
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(cli_convert.app, name="convert")
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as optimizer.lr=1e-6")]

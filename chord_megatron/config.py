@@ -25,9 +25,10 @@ class _Group(BaseModel):
 
 
 class ModelConfig(_Group):
-    path: str  # a Hugging Face directory: config.json, safetensors, tokenizer
+    path: str  # config.json and tokenizer, with safetensors or a Megatron checkpoint
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = False  # full activation recomputation, layer by layer
+    export_bucket_megabytes: Positive = 512  # full weights gathered at a time, for saving and for rollout engines
     trust_remote_code: bool = False  # passed to the tokenizer only; models never run foreign code
 
 
@@ -37,7 +38,7 @@ class ParallelConfig(_Group):
     virtual_pipeline_model_parallel_size: Positive | None = None
     sequence_parallel: bool = False
     context_parallel_size: Literal[1] = 1
-    expert_model_parallel_size: Literal[1] = 1
+    expert_model_parallel_size: Positive = 1  # splits each layer's experts over TP x DP ranks
 
 
 class DataConfig(_Group):

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from chord_megatron.convert.safetensors_io import write_safetensors
-
-# What a model directory holds beside its weights; copied so that the export loads by itself.
-_COPIED = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.convert.mapping import hf_tensors
+from chord_megatron.convert.model_files import copy_model_files
+from chord_megatron.convert.safetensors_io import TensorSpec
+from chord_megatron.convert.safetensors_writer import write_safetensors
 
 
 class Exporter(Protocol):
     """The part of MegatronEngine that yields (HF name, full tensor) on every rank."""
 
-    def export_hf_weights(self) -> Iterable[tuple[str, Tensor]]: ...
+    arch: ModelArchitecture
+
+    def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]: ...
 
 
 def export_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> None:
@@ -48,9 +40,10 @@ def export_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> None:
     partial = target_dir.with_name(target_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write_safetensors(partial, weights)
-    for name in _COPIED:
-        if (source_dir / name).is_file():
-            shutil.copy2(source_dir / name, partial / name)
+    first = next(weights)  # the embedding, which has the dtype of the model
+    tensors = hf_tensors(engine.arch, first[1].dtype)
+    specs = {name: TensorSpec(*tensor) for name, tensor in tensors.items()}
+    write_safetensors(partial, specs, chain([first], weights))
+    copy_model_files([source_dir], partial)
     shutil.rmtree(target_dir, ignore_errors=True)
     os.replace(partial, target_dir)

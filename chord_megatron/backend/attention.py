@@ -15,14 +15,18 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
 
 class SDPACoreAttention(MegatronModule):
     """Causal attention of each packed sequence by itself; with a KV cache, attention under an explicit mask."""
 
-    def __init__(self, config: Any, layer_number: int, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, *args: Any, softmax_scale: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(config=config)
+        self._softmax_scale = softmax_scale  # None = 1 / sqrt(head)
 
     def forward(
         self,
@@ -38,12 +42,14 @@ class SDPACoreAttention(MegatronModule):
         assert attention_bias is None
         if packed_seq_params is None:
             assert attention_mask is not None
-            return cached_attention(query, key, value, attention_mask)
-        return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q)
+            return cached_attention(query, key, value, attention_mask, self._softmax_scale)
+        return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q, self._softmax_scale)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * head].
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
+) -> Tensor:
+    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * value's head].
 
     Sequences of one length are one SDPA call: short sequences would otherwise spend their time in call overhead.
     """
@@ -54,19 +60,21 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tens
     for length, starts in starts_of.items():
         row = torch.tensor(starts, device=query.device)[:, None] + torch.arange(length, device=query.device)
         q, k, v = (x[row].transpose(1, 2) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         rows.append(row.flatten())
         outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
-def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor) -> Tensor:
+def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor, scale: float | None = None) -> Tensor:
     """query [length, batch, heads, head]; keys, values [batch, groups, cached, head]; masked [batch, 1, length,
-    cached] with True = hidden (Megatron's convention). Returns [length, batch, heads * head]."""
+    cached] with True = hidden (Megatron's convention). Returns [length, batch, heads * value's head]."""
     if keys.is_cuda:  # the fused CUDA kernel that takes a mask takes no grouped heads
         heads_per_group = query.shape[2] // keys.shape[1]
         keys, values = (x.repeat_interleave(heads_per_group, dim=1) for x in (keys, values))
-    output = F.scaled_dot_product_attention(query.permute(1, 2, 0, 3), keys, values, attn_mask=~masked, enable_gqa=True)
+    output = F.scaled_dot_product_attention(
+        query.permute(1, 2, 0, 3), keys, values, attn_mask=~masked, scale=scale, enable_gqa=True
+    )
     return output.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -95,12 +103,63 @@ class CachedSelfAttention(SelfAttention):
             apply_rotary_pos_emb(x, emb[start:end], config=self.config, cp_group=self.pg_collection.cp)
             for x, emb in zip((query, key), rotary_pos_emb)
         )
-        cache = inference_context.key_value_memory_dict
-        if self.layer_number not in cache:
-            _, batch, groups, head = key.shape
-            shape = (batch, groups, inference_context.max_sequence_length, head)
-            cache[self.layer_number] = (key.new_empty(shape), value.new_empty(shape))
-        keys, values = cache[self.layer_number]
-        keys[:, :, start:end] = key.permute(1, 2, 0, 3)
-        values[:, :, start:end] = value.permute(1, 2, 0, 3)
-        return query, keys[:, :, :end], values[:, :, :end], None, AttnMaskType.arbitrary, None
+        keys, values = _append_to_cache(inference_context, self.layer_number, key, value)
+        return query, keys, values, None, AttnMaskType.arbitrary, None
+
+
+class CachedLatentAttention(MLASelfAttention):
+    """Multi-head latent attention whose cache holds what SDPA reads: rotated keys and values of every head.
+
+    Megatron-Core's static cache has another shape, and its cache of the latents needs FlashMLA.
+    """
+
+    def _adjust_key_value_for_inference(
+        self, inference_context: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple:
+        if inference_context is None:
+            return query, key, value, None, self.attn_mask_type, None
+        keys, values = _append_to_cache(inference_context, self.layer_number, key, value)
+        return query, keys, values, None, AttnMaskType.arbitrary, None
+
+
+class LocalLatentAttention(CachedLatentAttention):
+    """Latent attention with the down projections whole on every tensor-parallel rank, as TransformerEngine has them.
+
+    The local spec splits them and gathers the result, and the gradient of the gathered rotary key then comes from
+    the heads of one rank only (multi_latent_attention.py:607: the backward of the gather splits without summing).
+    """
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.q_lora_rank is not None:
+            self.linear_q_down_proj = ReplicatedLinear(config, config.hidden_size, config.q_lora_rank)
+        key_size = config.kv_lora_rank + config.qk_pos_emb_head_dim
+        self.linear_kv_down_proj = ReplicatedLinear(config, config.hidden_size, key_size)
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """A bias-free projection of each rank's share of the sequence; returns (output, no bias)."""
+
+    def __init__(self, config: Any, input_size: int, output_size: int) -> None:
+        super().__init__(
+            input_size, output_size, bias=False, dtype=config.params_dtype, device=torch.cuda.current_device()
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over TP
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+        return super().forward(hidden_states), None
+
+
+def _append_to_cache(context: Any, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keep key and value [length, batch, groups, head]; returns all so far, [batch, groups, cached, head]."""
+    start = context.sequence_len_offset
+    end = start + key.shape[0]
+    cache = context.key_value_memory_dict
+    if layer_number not in cache:
+        cache[layer_number] = tuple(
+            x.new_empty((x.shape[1], x.shape[2], context.max_sequence_length, x.shape[3])) for x in (key, value)
+        )
+    for cached, new in zip(cache[layer_number], (key, value)):
+        cached[:, :, start:end] = new.permute(1, 2, 0, 3)
+    keys, values = cache[layer_number]
+    return keys[:, :, :end], values[:, :, :end]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
 
+from chord_megatron.backend.checkpoint_metadata import refuse_unsafe
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
+from chord_megatron.convert.model_files import copy_model_files
 from chord_megatron.types import UserError
 
 _METADATA = {
@@ -35,6 +35,8 @@ _METADATA = {
     # Without it every data-parallel rank gathers the whole fp32 state of its shard.
     "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
+    # A key for each layer, as converted checkpoints have; Megatron-Core will drop the other form.
+    "non_homogeneous_layers": True,
 }
 
 # What the configuration says again on resuming, so that a user can change it; Megatron-Core keeps it in the
@@ -49,8 +51,13 @@ def save(
     scheduler: Any,
     state: dict[str, Any],
     groups: ParallelGroups,
+    *,
+    model_dir: Path,
 ) -> None:
-    """Write a checkpoint beside `directory` and rename it into place when it is complete. Collective."""
+    """Write a checkpoint beside `directory` and rename it into place when it is complete. Collective.
+
+    The configuration and tokenizer of `model_dir` come along, so that it can be converted by itself.
+    """
     partial = directory.with_name(directory.name + ".partial")
     if groups.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
@@ -62,6 +69,7 @@ def save(
     if groups.rank == 0:
         document = {"state": state, "scheduler": scheduler.state_dict()}
         (partial / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+        copy_model_files([model_dir], partial)
     dist.barrier()
     if groups.rank == 0:
         shutil.rmtree(directory, ignore_errors=True)
@@ -98,76 +106,6 @@ def load(
     scheduler.load_state_dict(document["scheduler"])
     _restore_rng(directory / f"rng_{groups.rank:05d}.safetensors")
     return document["state"]
-
-
-def refuse_unsafe(directory: Path) -> None:
-    """Raise UserError unless reading the checkpoint cannot run code.
-
-    torch reads `.metadata` with plain pickle, and pickles any object (not tensor) that it lists: the first must
-    pass an allow-list of names, the second must not be there.
-    """
-    try:
-        with open(directory / ".metadata", "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
-    except UserError:
-        raise
-    except Exception:  # damaged pickles fail in every way there is
-        metadata = None
-    if not isinstance(metadata, Metadata):
-        raise UserError(
-            f"the .metadata file of {directory} is damaged; name an earlier checkpoint in {directory.parent}/latest"
-        )
-    pickled = [
-        key for key, entry in metadata.state_dict_metadata.items() if type(entry).__name__ == "BytesStorageMetadata"
-    ]
-    if pickled:
-        raise UserError(
-            f"the checkpoint {directory} holds pickled objects ({', '.join(pickled[:5])}), "
-            "which are not read: only tensors are"
-        )
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Only the classes of which torch.distributed.checkpoint builds its metadata."""
-
-    _ALLOWED = frozenset(
-        {
-            f"torch.distributed.checkpoint.metadata.{name}"
-            for name in (
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        }
-        | {
-            f"torch.distributed.checkpoint.planner.{name}"
-            for name in (
-                "SavePlan",
-                "TensorWriteData",
-                "WriteItem",
-                "WriteItemType",
-            )
-        }
-        | {
-            "torch.distributed.checkpoint.filesystem._StorageInfo",
-            "torch.Size",
-            "torch.serialization._get_layout",
-            "pathlib.PosixPath",
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if f"{module}.{name}" not in self._ALLOWED and not is_dtype:
-            raise UserError(f"refusing a checkpoint whose .metadata names {module}.{name}: it could run code")
-        return super().find_class(module, name)
 
 
 def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:

@@ -41,7 +41,8 @@ _CONSTANTS = {
 
 
 def enable_cpu_support() -> None:
-    """Prepare this process for Megatron-Core on CPU; does nothing when called again or with CUDA."""
+    """Prepare this process for Megatron-Core on CPU; does nothing more when called again or with CUDA."""
+    _tell_that_transformer_engine_is_missing()
     if torch.cuda.is_available() or getattr(torch.cuda.current_device, "is_cpu_support", False):
         return
     _replace_cuda_functions()
@@ -49,6 +50,7 @@ def enable_cpu_support() -> None:
         _rewrite_constants(importlib.import_module(name))
     _use_cpu_random_state()
     _use_local_results_queue()
+    _use_host_splits()
 
 
 def _replace_cuda_functions() -> None:
@@ -139,3 +141,30 @@ def _use_local_results_queue() -> None:
 
     make_queue: Callable[[], queue.Queue] = queue.Queue
     filesystem_async._results_queue = make_queue()
+
+
+def _tell_that_transformer_engine_is_missing() -> None:
+    """Two modules of 0.16 misjudge it, also where there is CUDA."""
+    from megatron.core.extensions import transformer_engine
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # moe_utils.py:1192 asks whether it is None, and it is not defined
+    # multi_latent_attention.py:54 believes it is there when its wrappers can be imported, which are mocks without it.
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+
+
+def _use_host_splits() -> None:
+    """token_dispatcher.py:862 copies split sizes to the host on a stream of its own; gloo wants them as integers."""
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+
+    def take_splits(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        for name in ("input_splits", "output_splits", "output_splits_tp"):
+            splits = getattr(dispatcher, name)
+            if isinstance(splits, torch.Tensor):
+                setattr(dispatcher, name, splits.tolist())
+        return tokens_per_expert
+
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = take_splits
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # token_dispatcher.py:444 makes one where there is none

@@ -20,9 +20,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from chord_megatron.backend import checkpoint
+from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_parameters
+from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import Targets, build_model_chunks, unwrap, wrap_data_parallel
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.convert.hf_config import read_architecture
@@ -57,15 +59,20 @@ class MegatronEngine:
         keep_reference: bool,
     ) -> None:
         self.groups = groups
-        self.arch = read_architecture(Path(model.path))
+        self._model_dir = Path(model.path)
+        self.arch = read_architecture(self._model_dir)
         chunks = build_model_chunks(self.arch, model, parallel, groups)
-        load_hf_weights(chunks, Path(model.path), self.arch, groups)
+        if (self._model_dir / METADATA_FILE).is_file():
+            load_megatron_weights(chunks, self._model_dir, self.arch)
+        else:
+            load_hf_weights(chunks, self._model_dir, self.arch, groups)
         # On the host: it is needed once a step, and a second model on the device is what others run out of memory by.
         self._reference = [p.detach().cpu().clone() for _, p in named_parameters(chunks)] if keep_reference else None
         self._chunks = wrap_data_parallel(chunks, use_distributed_optimizer=optimizer.use_distributed_optimizer)
         self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
         self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
         self._clip_grad = optimizer.clip_grad
+        self._bucket_bytes = model.export_bucket_megabytes * 10**6
         self._loss_is_finite = True
 
     @property
@@ -154,12 +161,20 @@ class MegatronEngine:
         return generate_batch(self._chunks, prompts, seeds, params, self.groups)
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(HF name, full tensor) of the current weights; every rank must exhaust it."""
-        return export_hf_weights(self._chunks, self.arch, self.groups)
+        """(HF name, full tensor) of the current weights, in the order of `hf_tensors`; every rank must exhaust it."""
+        return export_hf_weights(self._chunks, self.arch, self.groups, self._bucket_bytes)
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, scheduler, random state and `state` (plain JSON values) to `directory`."""
-        checkpoint.save(directory, self._chunks, self._optimizer, self._scheduler, state, self.groups)
+        checkpoint.save(
+            directory,
+            self._chunks,
+            self._optimizer,
+            self._scheduler,
+            state,
+            self.groups,
+            model_dir=self._model_dir,
+        )
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read what `save` wrote, under this or another layout; returns `state`."""

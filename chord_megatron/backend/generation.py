@@ -1,4 +1,4 @@
-"""KV-cache decoding on the training weights, under every dense layout (TP, SP, PP, VPP).
+"""KV-cache decoding on the training weights, under every layout (TP, SP, PP, VPP, EP).
 
 Megatron-Core's static inference context holds the cache; its text-generation wrapper refuses interleaved
 pipelines and its broadcast helpers insist on CUDA, so the decode loop is here: each stage receives, runs its
@@ -33,10 +33,27 @@ def generate_batch(
 ) -> list[tuple[list[int], list[float]]]:
     """(tokens, log-probs) of one completion for each prompt; the end token is part of it.
 
-    A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches.
+    A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches. Under
+    expert parallelism replicas serve each other in every layer: all of them have to call it, some perhaps without
+    prompts.
     """
-    if not prompts:
-        return []
+    if prompts:
+        return _decode(chunks, prompts, seeds, params, groups, is_done=False)
+    if groups.ep_size > 1:
+        _decode(chunks, [[0]], [[0]], params, groups, is_done=True)
+    return []
+
+
+def _decode(
+    chunks: list[torch.nn.Module],
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[Sequence[int]],
+    params: SamplingParams,
+    groups: ParallelGroups,
+    *,
+    is_done: bool,
+) -> list[tuple[list[int], list[float]]]:
+    """See generate_batch. A replica that is done, perhaps from the start, goes on with one row for the others."""
     device = groups.device
     tokens, hidden = _left_pad(prompts, device)
     uniforms = torch.stack([uniform_numbers(seed, params.max_completion_length) for seed in seeds]).to(device)
@@ -51,18 +68,31 @@ def generate_batch(
             drawn, drawn_log_probs = _sample_on_last_stage(
                 logits, uniforms[alive, position], params, len(alive), groups
             )
-            for row, token, log_prob in zip(alive.tolist(), drawn.tolist(), drawn_log_probs.tolist()):
-                completions[row].append(int(token))
-                log_probs[row].append(log_prob)
+            if not is_done:
+                for row, token, log_prob in zip(alive.tolist(), drawn.tolist(), drawn_log_probs.tolist()):
+                    completions[row].append(int(token))
+                    log_probs[row].append(log_prob)
             going_on = ~torch.isin(drawn, stop)
-            if not going_on.any():
+            is_done = is_done or not bool(going_on.any())
+            if _may_stop(is_done, groups):
                 break
+            if is_done:
+                going_on = torch.arange(len(alive), device=device) == 0
             if not going_on.all():
                 alive, drawn, hidden = alive[going_on], drawn[going_on], hidden[going_on]
                 decoder.keep_rows(going_on)
             tokens = drawn[:, None]
             hidden = torch.cat([hidden, hidden.new_zeros(len(alive), 1)], dim=1)
     return list(zip(completions, log_probs))
+
+
+def _may_stop(is_done: bool, groups: ParallelGroups) -> bool:
+    """Whether this data-parallel replica may stop: when it is done, and so are those that need its experts."""
+    if groups.ep_size == 1:
+        return is_done
+    done = torch.tensor([int(is_done)], device=groups.device)
+    dist.all_reduce(done, op=dist.ReduceOp.MIN, group=groups.dp_group)
+    return bool(done.item())
 
 
 class _Decoder:

@@ -25,6 +25,7 @@ class ParallelGroups:
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    ep_group: dist.ProcessGroup
     vpp_size: int | None
 
     @property
@@ -50,6 +51,14 @@ class ParallelGroups:
     @property
     def dp_size(self) -> int:
         return self.dp_group.size()
+
+    @property
+    def ep_rank(self) -> int:
+        return self.ep_group.rank()
+
+    @property
+    def ep_size(self) -> int:
+        return self.ep_group.size()
 
     @property
     def is_last_stage(self) -> bool:
@@ -86,6 +95,9 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            # Experts are small: whole ones on more ranks compute faster than slices of them, and send less.
+            expert_tensor_parallel_size=1,
             create_gloo_process_groups=True,  # checkpoints gather optimizer state over them
         )
     model_parallel_cuda_manual_seed(seed)
@@ -96,6 +108,7 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep_group=parallel_state.get_expert_model_parallel_group(),
         vpp_size=parallel.virtual_pipeline_model_parallel_size,
     )
 

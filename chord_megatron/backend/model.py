@@ -1,37 +1,28 @@
-"""Builds the GPTModel of an architecture: layer spec, norm, head with vocab-parallel log-probs, DDP."""
+"""Builds the GPTModel of an architecture: layers, head with vocab-parallel log-probs, DDP."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import Float16Module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from chord_megatron.backend.attention import CachedSelfAttention, SDPACoreAttention, cached_attention
 from chord_megatron.backend.groups import ParallelGroups
+from chord_megatron.backend.layer_specs import block_spec
+from chord_megatron.backend.rope import scaled_inverse_frequencies
+from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
-from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.convert.architecture import LinearRope, Llama3Rope, ModelArchitecture
 from chord_megatron.ops.vocab_parallel import vocab_parallel_log_probs
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
 
 
@@ -44,14 +35,6 @@ class Targets:
 
     tokens: Tensor
     temperatures: Tensor
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked for sequence parallelism, which WrappedTorchNorm refuses (torch_norm.py:32)."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
 
 
 class CausalLM(GPTModel):
@@ -79,62 +62,6 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
-def has_transformer_engine() -> bool:
-    """Whether the TransformerEngine layers are used: they need a GPU and the package."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def transformer_config(arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """Megatron-Core's configuration of this architecture under this layout."""
-    dtype = _DTYPES[model.dtype]
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        ffn_hidden_size=arch.ffn_hidden_size,
-        num_attention_heads=arch.num_attention_heads,
-        num_query_groups=arch.num_query_groups,
-        kv_channels=arch.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=arch.norm_eps,
-        qk_layernorm=arch.qk_layernorm,
-        add_bias_linear=False,
-        add_qkv_bias=arch.qkv_bias,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        # Without other ranks there is nothing to scatter to.
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor_model_parallel_size > 1,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # Every value is read from the checkpoint, but only initialisation marks a parameter as tensor-parallel
-        # (layers.py:170); unmarked ones count once in the gradient norm instead of once a rank.
-        perform_initialization=True,
-        init_method=torch.nn.init.zeros_,
-        output_layer_init_method=torch.nn.init.zeros_,
-        calculate_per_token_loss=True,  # sums over tokens, divided once by the global count
-        variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, also without experts
-        # Batched sends mix up messages when the previous and the next stage are one peer (PP 2 with VPP).
-        overlap_p2p_comm=interleaved,
-        batch_p2p_comm=not interleaved,
-        # These fusions need Apex or TransformerEngine kernels.
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
-        finalize_model_grads_func=finalize_model_grads,
-        **(recompute if model.recompute else {}),
-    )
-
-
 def build_model_chunks(
     arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
 ) -> list[torch.nn.Module]:
@@ -146,7 +73,7 @@ def build_model_chunks(
         stage = vp_stage if vp_size else None
         chunk = CausalLM(
             config=config,
-            transformer_layer_spec=_block_spec(config, stage),
+            transformer_layer_spec=block_spec(config, stage),
             vocab_size=padded_vocab_size(arch.vocab_size, groups.tp_size),
             max_sequence_length=arch.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -157,7 +84,10 @@ def build_model_chunks(
             vp_stage=stage,
         ).to(groups.device)
         chunk.real_vocab_size = arch.vocab_size
+        if isinstance(arch.rope_scaling, LinearRope | Llama3Rope):
+            _scale_rotary_embeddings(chunk, arch, arch.rope_scaling, groups.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+        _prepare_experts(chunk)
     return chunks
 
 
@@ -174,53 +104,37 @@ def wrap_data_parallel(
     ]
 
 
+def _scale_rotary_embeddings(
+    chunk: CausalLM, arch: ModelArchitecture, scaling: LinearRope | Llama3Rope, device: torch.device
+) -> None:
+    """Give every rotary embedding the scaled frequencies.
+
+    To be called before the first forward pass: RotaryEmbedding remembers the angles of each length
+    (rotary_pos_embedding.py:177). The frequencies are no buffer, so nothing moves or casts them later.
+    """
+    dim = arch.head_dim if arch.mla is None else arch.mla.qk_rope_head_dim
+    frequencies = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
+    for module in chunk.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.inv_freq = frequencies
+
+
+def _prepare_experts(chunk: torch.nn.Module) -> None:
+    """What Megatron-Core leaves undone for experts that are whole on each rank, and for their frozen bias."""
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            # layers.py:886 marks experts for an optimizer and a gradient sum of their own only where EP > 1, but
+            # under TP with EP 1 each rank's copies see other tokens. With the mark always there, the optimizer's
+            # checkpoint has one form under every layout, too.
+            for parameter in module.experts.parameters():
+                parameter.allreduce = False
+        if isinstance(module, TopKRouter):
+            # Float16Module rounds all buffers; the router undoes it, but only after the weights are loaded.
+            module._maintain_float32_expert_bias()
+
+
 def unwrap(chunk: torch.nn.Module) -> CausalLM:
     """The CausalLM inside DDP and Float16Module."""
     while not isinstance(chunk, CausalLM):
         chunk = chunk.module
     return chunk
-
-
-def _block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    layer = _te_layer_spec(config) if has_transformer_engine() else _local_layer_spec(config)
-    num_layers = get_num_layers_to_build(config, vp_stage, parallel_state.get_pipeline_model_parallel_rank())
-    final_norm = _te_norm() if has_transformer_engine() else RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=final_norm)
-
-
-def _local_layer_spec(config: TransformerConfig) -> Any:
-    spec = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-    spec.submodules.input_layernorm = RMSNorm
-    spec.submodules.pre_mlp_layernorm = RMSNorm
-    attention = spec.submodules.self_attention
-    attention.module = CachedSelfAttention
-    attention.submodules.core_attention = SDPACoreAttention
-    if config.qk_layernorm:
-        attention.submodules.q_layernorm = RMSNorm
-        attention.submodules.k_layernorm = RMSNorm
-    return spec
-
-
-def _te_layer_spec(config: TransformerConfig) -> Any:
-    """TransformerEngine layers, with its varlen attention for training and SDPA over the KV cache."""
-    from megatron.core.extensions.transformer_engine import TEDotProductAttention
-
-    class TECoreAttention(TEDotProductAttention):
-        def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Tensor:
-            if kwargs.get("packed_seq_params") is None:
-                return cached_attention(query, key, value, attention_mask)
-            return super().forward(query, key, value, attention_mask, **kwargs)
-
-    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-    attention = spec.submodules.self_attention
-    attention.module = CachedSelfAttention
-    attention.submodules.core_attention = TECoreAttention
-    # What TransformerEngine wants for packed (thd) sequences.
-    attention.params = {**attention.params, "attn_mask_type": AttnMaskType.padding_causal}
-    return spec
-
-
-def _te_norm() -> Any:
-    from megatron.core.extensions.transformer_engine import TENorm
-
-    return TENorm

@@ -1,38 +1,71 @@
-"""Reading and writing the safetensors files of a Hugging Face model folder."""
+"""Reading the safetensors files of a Hugging Face model folder."""
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.families import hf_names, is_ignorable
+from chord_megatron.convert.mapping import hf_names, is_ignorable
+from chord_megatron.convert.names import list_names
 from chord_megatron.convert.shards import TensorSlice
 from chord_megatron.types import UserError
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# As the headers of safetensors files spell them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before it is there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class SafetensorsReader:
-    """The tensors of a model folder, one file or sharded; files open on first use. A context manager.
+    """The tensors of a model folder, one file or sharded, mapped into memory. A context manager.
 
     UserError names a missing or damaged file, and a missing tensor.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._stack = ExitStack()
         self._files: dict[str, Any] = {}
-        self._file_of = self._read_weight_map()
+        self._file_of: dict[str, str] = {}
+        with ExitStack() as stack:
+            if (directory / SINGLE_FILE).is_file():
+                self._open(SINGLE_FILE, stack)
+            else:
+                weight_map = self._read_index()
+                for file in dict.fromkeys(weight_map.values()):
+                    self._open(file, stack)
+                self._check_index(weight_map)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> SafetensorsReader:
         return self
@@ -47,109 +80,84 @@ class SafetensorsReader:
 
     def get_slice(self, name: str) -> TensorSlice:
         """The tensor on disk; indexing it reads only what is asked for."""
+        return self._slice(name)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, which is not read."""
+        found = self._slice(name)
+        if found.get_dtype() not in DTYPES:
+            raise UserError(
+                f"{name} in {self._directory} is stored as {found.get_dtype()}, which is not supported; "
+                "use the unquantized checkpoint"
+            )
+        return TensorSpec(DTYPES[found.get_dtype()], tuple(found.get_shape()))
+
+    def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise UserError(f"{self._directory} has no tensor {name}; download the model again.")
-        try:
-            return self._open(self._file_of[name]).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(
-                f"{self._directory / self._file_of[name]} lacks {name}, which the index promises; "
-                "download the model again."
-            ) from error
+        return self._files[self._file_of[name]].get_slice(name)
 
-    def _read_weight_map(self) -> dict[str, str]:
-        if (self._directory / _SINGLE).is_file():
-            return dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
-        index = self._directory / _INDEX
+    def _read_index(self) -> dict[str, str]:
+        index = self._directory / INDEX_FILE
         if not index.is_file():
             raise UserError(
-                f"{self._directory} has neither {_SINGLE} nor {_INDEX}; save the model with save_pretrained."
+                f"{self._directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with save_pretrained."
             )
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index} is not a safetensors index; download it again.") from error
-        absent = sorted({file for file in weight_map.values() if not (self._directory / file).is_file()})
-        if absent:
-            raise UserError(f"{self._directory} lacks {_some(absent)}; download the model again.")
+        for file in set(weight_map.values()):
+            if not isinstance(file, str) or file in (".", "..") or Path(file).name != file:
+                raise UserError(f"{index} names the file {file!r}, which is not beside it; download the model again.")
         return weight_map
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            try:
-                handle = self._stack.enter_context(safe_open(self._directory / file, framework="pt"))
-            except SafetensorError as error:
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        """The files hold what the index says; a tensor that it does not name is one that nobody would read."""
+        if absent := [name for name, file in weight_map.items() if self._file_of.get(name) != file]:
+            raise UserError(
+                f"the files in {self._directory} lack {list_names(absent)}, which the index promises; "
+                "download the model again."
+            )
+        if unlisted := set(self._file_of) - set(weight_map):
+            raise UserError(
+                f"{self._directory / INDEX_FILE} lacks {list_names(unlisted)}, which the files hold; "
+                "download the model again."
+            )
+
+    def _open(self, file: str, stack: ExitStack) -> None:
+        path = self._directory / file
+        try:
+            handle: Any = stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise UserError(f"{self._directory} lacks {file}; download the model again.") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(_damage(path, error)) from error
+        for name in handle.keys():  # noqa: SIM118, not a mapping
+            if name in self._file_of:
                 raise UserError(
-                    f"{self._directory / file} is not a complete safetensors file ({error}); "
-                    "download it again (a Git LFS pointer looks like this)."
-                ) from error
-            self._files[file] = handle
-        return self._files[file]
+                    f"{path} holds {name}, and so does {self._file_of[name]}; save the model with save_pretrained."
+                )
+            self._file_of[name] = file
+        self._files[file] = handle
+
+
+def _damage(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there."
+    return f"{path} is not a complete safetensors file ({error}); download it again."
 
 
 def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
     """Every tensor of the model is there and no other; UserError lists the names."""
     expected, found = hf_names(arch), reader.names()
-    missing = sorted(expected - found)
-    if missing:
-        raise UserError(f"the checkpoint lacks tensors of a {arch.family} model: {_some(missing)}; download it again.")
-    unexpected = sorted(name for name in found - expected if not is_ignorable(name, arch))
-    if unexpected:
+    if missing := expected - found:
         raise UserError(
-            f"the checkpoint has tensors that a {arch.family} model does not: {_some(unexpected)}; "
+            f"the checkpoint lacks tensors of a {arch.family} model: {list_names(missing)}; download it again."
+        )
+    if unexpected := [name for name in found - expected if not is_ignorable(name, arch)]:
+        raise UserError(
+            f"the checkpoint has tensors that a {arch.family} model does not: {list_names(unexpected)}; "
             "use the config.json that belongs to these weights."
         )
-
-
-def write_safetensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int = 5 * 2**30) -> None:
-    """Stream tensors into `directory` as Hugging Face does, holding one shard in memory.
-
-    A tensor above `max_shard_bytes` gets a file of its own. Earlier weights in `directory` are replaced
-    once everything is written; a failure before that leaves them as they were.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, int] = {}
-    total_bytes = shard_bytes = count = 0
-    shard: dict[str, Tensor] = {}
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
-
-        def flush() -> None:
-            path = Path(temporary) / str(count)
-            path.touch()
-            mode = path.stat().st_mode  # safetensors 0.8 writes files that only their owner can read
-            save_file(shard, path, metadata={"format": "pt"})
-            path.chmod(mode)
-            shard.clear()
-
-        for name, tensor in tensors:
-            assert name not in weight_map, f"{name} is written twice"
-            if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-                flush()
-                count, shard_bytes = count + 1, 0
-            shard[name] = tensor.detach().cpu().contiguous()
-            weight_map[name] = count
-            shard_bytes += tensor.nbytes
-            total_bytes += tensor.nbytes
-        flush()
-        _publish(Path(temporary), directory, weight_map, total_bytes)
-
-
-def _publish(temporary: Path, directory: Path, weight_map: dict[str, int], total_bytes: int) -> None:
-    """Give the shards, files named 0, 1, ..., their final names in `directory`, and write the index."""
-    for stale in (directory / _SINGLE, directory / _INDEX, *directory.glob("model-*-of-*.safetensors")):
-        stale.unlink(missing_ok=True)
-    count = max(weight_map.values(), default=0) + 1
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
-    for number, name in enumerate(names):
-        (temporary / str(number)).rename(directory / name)
-    if count > 1:
-        index = {
-            "metadata": {"total_size": total_bytes},
-            "weight_map": {tensor: names[number] for tensor, number in weight_map.items()},
-        }
-        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str]) -> str:
-    """The first five names, and how many there are."""
-    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else f" ({len(names)})")

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.families import Layout, find_mapping, hf_shapes
+from chord_megatron.convert.mapping import find_mapping, hf_shapes
+from chord_megatron.convert.schema import Layout
 from chord_megatron.types import UserError
 
 
@@ -36,12 +37,12 @@ def import_parameter(
     gives the slice-able tensor, of which only this rank's part is read. `padded_vocab_size` counts rows
     over all ranks. UserError: unknown parameter, wrong shape, or a size that `tp_size` does not divide.
     """
-    mapping, layer = find_mapping(name, arch)
-    layout = mapping.layout
+    parameter = find_mapping(name, arch)
+    layout = parameter.mapping.layout
     if layout is Layout.REPLICATED:
         tp_rank, tp_size = 0, 1
     parts = []
-    for hf_name, shape in hf_shapes(mapping, layer, arch).items():
+    for hf_name, shape in hf_shapes(parameter, arch).items():
         source = read(hf_name)
         _check_shape(hf_name, shape, source.get_shape())
         dim = _split_dim(layout)
@@ -60,12 +61,13 @@ def export_parameter(name: str, arch: ModelArchitecture, shards: Sequence[Tensor
     taken. Nothing is returned for the output layer of a tied model. UserError: unknown parameter or
     wrong shape.
     """
-    mapping, layer = find_mapping(name, arch)
+    parameter = find_mapping(name, arch)
+    mapping = parameter.mapping
     if mapping.is_copy:
         return []
     if mapping.layout is Layout.REPLICATED:
         shards = shards[:1]
-    shapes = hf_shapes(mapping, layer, arch)
+    shapes = hf_shapes(parameter, arch)
     dim = _split_dim(mapping.layout)
     _check_shards(name, mapping.layout, list(shapes.values()), shards, arch)
     split = _SPLITS.get(mapping.layout, lambda shard, arch: (shard,))

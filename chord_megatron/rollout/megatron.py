@@ -35,7 +35,9 @@ class MegatronRollout:
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         mine = range(self._dp_group.rank(), len(repeated), self._dp_group.size())
         samples = []
-        for start in range(0, len(mine), self._max_batch_size):
+        # All ranks call equally often: with experts on other ranks a call is a collective of the replicas.
+        largest_share = -(-len(repeated) // self._dp_group.size())
+        for start in range(0, largest_share, self._max_batch_size):
             indices = mine[start : start + self._max_batch_size]
             outputs = self._engine.generate(
                 [repeated[i].tokens for i in indices], [(self._seed, step, i) for i in indices], params

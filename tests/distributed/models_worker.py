@@ -12,7 +12,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from chord_megatron.algorithm.losses import chord_loss
+from chord_megatron.algorithm.losses import METRIC_SUMS, chord_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
@@ -25,13 +25,13 @@ MICRO_BATCH_SIZE = 2
 def main(questions: dict[str, Any], results: Path) -> None:
     """Answer for each layout and model; rank 0 writes."""
     answers = {}
-    for layout, settings in questions["layouts"].items():
+    for layout, (settings, models) in questions["layouts"].items():
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel = ParallelConfig(**settings)
         groups = initialize_distributed(parallel, seed=0)
-        for name, path in questions["models"].items():
-            answers[layout, name] = answer(path, parallel, groups, questions)
+        for model in models:
+            answers[layout, model] = answer(questions["models"][model], parallel, groups, questions)
     if groups.rank == 0:
         torch.save(answers, results)
     shut_down_distributed()
@@ -53,7 +53,7 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
     answers["greedy"] = [tokens for tokens, _ in engine.generate(prompts, seeds, greedy)]
 
-    train_step(engine, samples)
+    answers["loss"], answers["grad_norm"] = train_step(engine, samples)
     answers["trained_weights"] = copy_weights(engine)
     answers["trained_log_probs"] = log_probs(samples)
     answers["ref_log_probs"] = log_probs(samples, reference=True)
@@ -67,11 +67,14 @@ def as_sample(tokens: list[int], temperature: float) -> TrainingSample:
     return TrainingSample(torch.tensor(tokens), mask, is_expert=True, temperature=temperature)
 
 
-def train_step(engine: MegatronEngine, samples: list[TrainingSample]) -> None:
-    """One step of SFT."""
+def train_step(engine: MegatronEngine, samples: list[TrainingSample]) -> tuple[float, float]:
+    """(loss, gradient norm) of one step of SFT."""
     batch = build_global_batch(samples, micro_batch_size=MICRO_BATCH_SIZE, **engine.packing)
-    engine.forward_backward(batch, partial(chord_loss, mu=1.0, epsilon=0.2, epsilon_high=0.2, beta=0.0, use_phi=False))
-    assert engine.optimizer_step().stepped
+    loss = partial(chord_loss, mu=1.0, epsilon=0.2, epsilon_high=0.2, beta=0.0, use_phi=False)
+    sums, _ = engine.forward_backward(batch, loss)
+    step = engine.optimizer_step()
+    assert step.stepped
+    return sums[METRIC_SUMS.index("loss_expert")], step.grad_norm
 
 
 def copy_weights(engine: MegatronEngine) -> dict[str, Tensor]:

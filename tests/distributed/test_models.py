@@ -10,41 +10,30 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
+from tiny_families import MODELS as NAMES
+from tiny_families import VOCAB_SIZE, write_model
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-SIZES = {
-    "vocab_size": 131,  # padded to 256, half of which TP 2 puts on the second rank
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-FAMILIES = {
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 16}),  # not hidden_size / num_attention_heads
-    "llama": (LlamaForCausalLM, LlamaConfig, {"rope_theta": 500.0, "rms_norm_eps": 1e-5}),
-}
-MODELS = [f"{family}-{head}" for family in FAMILIES for head in ("untied", "tied")]
+WITH_EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
+MODELS = [f"{name} untied" for name in NAMES] + [f"{name} tied" for name in ("llama", "qwen2", "qwen3_moe")]
+TP_2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP_2 = {"expert_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 1": (1, {}),
-    "TP 2 + SP": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "TP 2 + SP": (2, TP_2),
     "PP 2": (2, {"pipeline_model_parallel_size": 2}),
+    "EP 2": (2, EP_2),
+    "TP 2 + SP x EP 2": (2, TP_2 | EP_2),
 }
+# Expert parallelism needs experts.
+CASES = [
+    (layout, model) for layout in LAYOUTS for model in MODELS if "EP" not in layout or model.startswith(WITH_EXPERTS)
+]
+each_case = pytest.mark.parametrize(("layout", "model"), CASES)
 SEQUENCE_LENGTHS = (30, 1, 17, 2, 9)
 PROMPT_LENGTHS = (3, 11, 1, 6)
 Answers = dict[tuple[str, str], dict[str, Any]]  # by layout and model
@@ -54,7 +43,7 @@ SAMPLING = {"temperature": 0.7, "top_p": 0.9, "max_completion_length": 12, "stop
 
 def random_sequences(lengths: tuple[int, ...]) -> list[list[int]]:
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, SIZES["vocab_size"], (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(0, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
 
 
 SEQUENCES, PROMPTS = random_sequences(SEQUENCE_LENGTHS), random_sequences(PROMPT_LENGTHS)
@@ -62,22 +51,11 @@ SEQUENCES, PROMPTS = random_sequences(SEQUENCE_LENGTHS), random_sequences(PROMPT
 
 @pytest.fixture(scope="module")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every model with random norms and biases too, so that each tensor matters."""
-    torch.manual_seed(0)
     root = tmp_path_factory.mktemp("models")
-    for name in MODELS:
-        family, head = name.split("-")
-        model_class, config_class, settings = FAMILIES[family]
-        # No special tokens: transformers does not learn the embedding of padding, and generation is told where to stop.
-        config = config_class(
-            **SIZES, **settings, tie_word_embeddings=head == "tied", bos_token_id=None, eos_token_id=None
-        )
-        model = model_class(config).float()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter.ndim == 1))
-        model.save_pretrained(root / name)
-    return {name: root / name for name in MODELS}
+    for model in MODELS:
+        name, head = model.split()
+        write_model(root / model, name, tied=head == "tied")
+    return {model: root / model for model in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +65,12 @@ def answers(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp("answers")
         questions = {
-            "models": {name: str(path) for name, path in model_dirs.items()},
-            "layouts": {layout: settings for layout, (count, settings) in LAYOUTS.items() if count == processes},
+            "models": {model: str(path) for model, path in model_dirs.items()},
+            "layouts": {
+                layout: (settings, [model for of, model in CASES if of == layout])
+                for layout, (count, settings) in LAYOUTS.items()
+                if count == processes
+            },
             "sequences": SEQUENCES,
             "prompts": PROMPTS,
             "sampling": SAMPLING,
@@ -133,25 +115,22 @@ def greedy_completion(model: PreTrainedModel, tokens: list[int]) -> list[int]:
     return output[0, len(tokens) :].tolist()
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
 def test_weights_come_back_bitwise(layout: str, model: str, answers: Answers, model_dirs: dict[str, Path]) -> None:
     assert_same_tensors(answers[layout, model]["weights"], load_file(model_dirs[model] / "model.safetensors"))
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
 def test_log_probs_are_those_of_transformers(
     layout: str, model: str, answers: Answers, expected: dict, measurements: list[str]
 ) -> None:
     pairs = zip(answers[layout, model]["log_probs"], expected[model]["log_probs"], strict=True)
     error = max((actual - wanted).abs().max().item() for actual, wanted in pairs)
-    measurements.append(f"log-probs: {layout:10} {model:13} from transformers {error:.0e}")
+    measurements.append(f"log-probs: {layout:16} {model:23} from transformers {error:.0e}")
     assert error <= 1e-5
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
 def test_sampler_and_trainer_have_the_same_log_probs(layout: str, model: str, answers: Answers) -> None:
     """At a temperature and before top-p, with prompts of several lengths in one batch."""
     completions = answers[layout, model]["sampled"]
@@ -161,16 +140,25 @@ def test_sampler_and_trainer_have_the_same_log_probs(layout: str, model: str, an
         torch.testing.assert_close(torch.tensor(sampler), trainer[-len(tokens) :], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
 def test_greedy_completions_are_those_of_transformers(
     layout: str, model: str, answers: Answers, expected: dict
 ) -> None:
     assert answers[layout, model]["greedy"] == expected[model]["greedy"]
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@each_case
+def test_a_training_step_is_the_same_under_every_layout(
+    layout: str, model: str, answers: Answers, measurements: list[str]
+) -> None:
+    """Loss and gradient norm, also of experts on other ranks and of latent attention."""
+    here, alone = answers[layout, model], answers["TP 1", model]
+    errors = [abs(here[key] - alone[key]) / alone[key] for key in ("loss", "grad_norm")]
+    measurements.append(f"loss, grad_norm: {layout:16} {model:23} from TP 1 {errors[0]:.0e} {errors[1]:.0e}")
+    assert max(errors) <= 1e-5
+
+
+@each_case
 def test_the_reference_stays_frozen(layout: str, model: str, answers: Answers) -> None:
     """After a training step it has the log-probs from before, and asking for them changes no weight."""
     of_model = answers[layout, model]

@@ -24,6 +24,7 @@ from harness import (
     weights,
     write_config,
 )
+from tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
@@ -70,6 +71,15 @@ def tensor_parallel(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> R
 def sharded_optimizer(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     """Four steps at DP 2 with the distributed optimizer."""
     return finished_run(assets, tmp_path_factory.mktemp("sharded_optimizer"), *SHARDED_OPTIMIZER)
+
+
+@pytest.fixture(scope="module")
+def expert_parallel(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[RunFiles, tuple[str, ...]]:
+    """Four steps of a model with experts, two on each of two processes, and the overrides that made them."""
+    model = tmp_path_factory.mktemp("experts") / "model"
+    write_tiny_model(model, with_experts=True)
+    overrides = (*SHARDED_OPTIMIZER, f"model.path={model}", "parallel.expert_model_parallel_size=2")
+    return finished_run(assets, tmp_path_factory.mktemp("expert_parallel"), *overrides), overrides
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +174,22 @@ def test_the_distributed_optimizer_resumes_on_one_process(sharded_optimizer: Run
     run.rewind_to(2)
     succeeded(train_here(run.config, *run.overrides, *SHARDED_OPTIMIZER))
     assert_close_run(run, sharded_optimizer, step=4)
+
+
+def test_experts_resume_bitwise(expert_parallel: tuple[RunFiles, tuple[str, ...]], tmp_path: Path):
+    finished, overrides = expert_parallel
+    run = finished.copy_to(tmp_path / "files")
+    run.rewind_to(2)
+    succeeded(train_on_two(run.config, *run.overrides, *overrides))
+    assert_same_run(run, finished, step=4)
+
+
+def test_experts_resume_on_one_process(expert_parallel: tuple[RunFiles, tuple[str, ...]], tmp_path: Path):
+    finished, overrides = expert_parallel
+    run = finished.copy_to(tmp_path / "files")
+    run.rewind_to(2)
+    succeeded(train_here(run.config, *run.overrides, *overrides, "parallel.expert_model_parallel_size=1"))
+    assert_close_run(run, finished, step=4)
 
 
 def test_a_finished_run_says_so_without_starting_workers(sharded_optimizer: RunFiles, monkeypatch: pytest.MonkeyPatch):

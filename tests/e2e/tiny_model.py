@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 END, PAD = "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
@@ -15,13 +22,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(directory: Path) -> None:
+def write_tiny_model(directory: Path, *, with_experts: bool = False) -> None:
     """Save the model and its tokenizer; always the same files."""
     tokenizer = byte_tokenizer()
+    model_class, config_class = (
+        (Qwen3MoeForCausalLM, Qwen3MoeConfig) if with_experts else (Qwen3ForCausalLM, Qwen3Config)
+    )
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if with_experts else {}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
+        model = model_class(
+            config_class(
+                **experts,
                 vocab_size=len(tokenizer),  # 261: not a multiple of 2, so that TP 2 pads it
                 hidden_size=32,
                 intermediate_size=64,

@@ -33,7 +33,7 @@ def refusal(path: Path, *overrides: str) -> str:
 def test_a_minimal_file_gets_the_documented_defaults(minimal: Path):
     config = load_config(minimal)
     assert config.model.path == "some/model" and config.model.dtype == "bfloat16"
-    assert config.parallel.tensor_model_parallel_size == 1
+    assert config.parallel.tensor_model_parallel_size == config.parallel.expert_model_parallel_size == 1
     assert config.rewards.reward_funcs == ["accuracy"]
     assert (config.rollout.num_generations, config.rollout.temperature, config.rollout.top_p) == (8, 1.0, 1.0)
     assert (config.grpo.epsilon, config.grpo.epsilon_high, config.grpo.beta) == (0.2, None, 0.0)
@@ -130,6 +130,7 @@ def test_a_malformed_override_is_explained(minimal: Path, override: str, expecte
         ("train.train_iters=2.5", "train.train_iters=2.5: "),
         ("rewards.reward_funcs=[]", "rewards.reward_funcs=[]: "),
         ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: "),
+        ("parallel.expert_model_parallel_size=0", "parallel.expert_model_parallel_size=0: "),
     ],
 )
 def test_a_value_out_of_range_names_key_and_value(minimal: Path, override: str, start: str):

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import MODELS, make_model, write_model
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.families import find_mapping, hf_names, parameter_names
+from chord_megatron.convert.architecture import MixtureOfExperts, ModelArchitecture
+from chord_megatron.convert.families import FAMILIES
 from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete, write_safetensors
+from chord_megatron.convert.mapping import find_mapping, hf_names, hf_tensors, is_ignorable, parameter_names
+from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.convert.shards import export_parameter, import_parameter
 from chord_megatron.types import UserError
 
-VOCAB, PADDED_VOCAB = 100, 128
-MODELS = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),  # 4 x 8 is not the hidden size
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-}
+PADDED_VOCAB = 256
 TINY = ModelArchitecture(
     family="llama",
     num_layers=1,
@@ -66,27 +53,6 @@ class RecordingSlice:
         return self.tensor[index]
 
 
-def tiny_model(family: str, tied: bool) -> PreTrainedModel:
-    config_class, model_class, extra = MODELS[family]
-    torch.manual_seed(0)
-    model = model_class(
-        config_class(
-            vocab_size=VOCAB,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=tied,
-            **extra,
-        )
-    )
-    for parameter in model.parameters():  # biases and norms start as constants, which hide permutations
-        torch.nn.init.normal_(parameter)
-    return model
-
-
 def load(name: str, arch: ModelArchitecture, tensors: dict[str, Tensor], rank: int = 0, size: int = 1) -> Tensor:
     return import_parameter(
         name,
@@ -101,145 +67,102 @@ def load(name: str, arch: ModelArchitecture, tensors: dict[str, Tensor], rank: i
 def round_trip(reader: SafetensorsReader, arch: ModelArchitecture, tp_size: int) -> dict[str, Tensor]:
     exported = {}
     for name in parameter_names(arch):
+        ranks = 1 if "experts" in name and "shared" not in name else tp_size
         shards = [
-            import_parameter(
-                name,
-                arch,
-                reader.get_slice,
-                tp_rank=rank,
-                tp_size=tp_size,
-                padded_vocab_size=PADDED_VOCAB,
-            )
-            for rank in range(tp_size)
+            import_parameter(name, arch, reader.get_slice, tp_rank=rank, tp_size=ranks, padded_vocab_size=PADDED_VOCAB)
+            for rank in range(ranks)
         ]
         exported.update(export_parameter(name, arch, shards))
     return exported
 
 
+def test_every_family_has_a_tiny_model() -> None:
+    assert {name.split("-")[0] for name in MODELS} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tp_size", [1, 2])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", MODELS)
-def test_round_trip_is_bitwise_equal(tmp_path: Path, family: str, tied: bool, tp_size: int) -> None:
-    model = tiny_model(family, tied)
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip_is_bitwise_equal(tmp_path: Path, name: str, tied: bool, tp_size: int, dtype: torch.dtype) -> None:
+    write_model(tmp_path, name, tied=tied, dtype=dtype)
     arch = read_architecture(tmp_path)
     with SafetensorsReader(tmp_path) as reader:
         check_complete(reader, arch)
+        original = {name: reader.get_slice(name)[:] for name in reader.names()}
         exported = round_trip(reader, arch, tp_size)
-    original = model.state_dict()
-    if tied:
-        del original["lm_head.weight"]
     assert exported.keys() == original.keys() == hf_names(arch)
     assert all(torch.equal(exported[name], original[name]) for name in original)
+    announced = hf_tensors(arch, dtype)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in exported.items()} == announced
+    assert list(exported) == list(announced)
 
 
-@pytest.mark.parametrize("family", MODELS)
-def test_written_model_loads_in_transformers_with_the_same_logits(tmp_path: Path, family: str) -> None:
-    model = tiny_model(family, tied=True).eval()
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="8KB")
-    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
-    arch = read_architecture(tmp_path / "sharded")
-    with SafetensorsReader(tmp_path / "sharded") as reader:
-        check_complete(reader, arch)
-        write_safetensors(tmp_path / "out", round_trip(reader, arch, 2).items(), max_shard_bytes=8192)
-    model.config.save_pretrained(tmp_path / "out")
-    tokens = torch.arange(VOCAB)[None, :32]
-    loaded = type(model).from_pretrained(tmp_path / "out").eval()
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+@pytest.mark.parametrize("name", MODELS)
+def test_tensors_come_in_the_order_of_transformers(tmp_path: Path, name: str) -> None:
+    """But for a layer's biases, which follow its query, key and value weights, and fused experts, which are apart."""
+    model = make_model(name)
+    write_model(tmp_path, name)
+    ours = [x for x in hf_tensors(read_architecture(tmp_path), torch.float32) if ".experts." not in x]
+    theirs = [x for x in model.state_dict() if ".experts." not in x]
+    ours = [x.replace("block_sparse_moe", "mlp") for x in ours]
+    assert [x for x in ours if not x.endswith("proj.bias")] == [x for x in theirs if not x.endswith("proj.bias")]
+    assert sorted(ours) == sorted(theirs)
 
 
-def test_architecture_of_a_transformers_5_config(tmp_path: Path) -> None:
-    config = Qwen3Config(
-        architectures=["Qwen3ForCausalLM"],
-        hidden_size=64,
-        head_dim=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
-        tie_word_embeddings=True,
-    )
-    config.save_pretrained(tmp_path)
+def test_each_expert_has_its_own_tensors() -> None:
+    """Mixtral: w1 is the gate, w3 the up projection, w2 the way down (verl#2319 mixed such names up)."""
+    moe = MixtureOfExperts(2, 1, ffn_hidden_size=1, score_function="softmax", normalize_top_k=True)
+    arch = replace(TINY, family="mixtral", moe=moe)
+    hf = "model.layers.0.block_sparse_moe.experts."
+    tensors = {
+        f"{hf}{expert}.{name}.weight": torch.tensor([[10.0 * expert + offset]] * rows).expand(rows, columns)
+        for expert in range(2)
+        for name, offset, rows, columns in (("w1", 1, 1, 2), ("w2", 2, 2, 1), ("w3", 3, 1, 2))
+    }
+    prefix = LAYER + "mlp.experts."
+    for name in (prefix + "local_experts.1.linear_fc1.weight", prefix + "linear_fc1.weight1"):
+        assert load(name, arch, tensors).tolist() == [[11.0, 11.0], [13.0, 13.0]]
+    assert load(prefix + "local_experts.1.linear_fc2.weight", arch, tensors).tolist() == [[12.0], [12.0]]
+    exported = export_parameter(prefix + "linear_fc1.weight1", arch, [torch.tensor([[5.0, 6.0], [7.0, 8.0]])])
+    assert [(name, tensor.tolist()) for name, tensor in exported] == [
+        (hf + "1.w1.weight", [[5.0, 6.0]]),
+        (hf + "1.w3.weight", [[7.0, 8.0]]),
+    ]
+    found = find_mapping(prefix + "linear_fc1.weight1", arch)
+    assert (found.layer, found.expert, found.local_name) == (0, 1, prefix + "local_experts.1.linear_fc1.weight")
+    assert found.mapping.checkpoint_key == "decoder.layers.{layer}.mlp.experts.experts.linear_fc1.weight"
+    with pytest.raises(UserError, match="weight2"):
+        find_mapping(prefix + "linear_fc1.weight2", arch)
+
+
+def test_layers_with_and_without_experts(tmp_path: Path) -> None:
+    """Under Transformer Engine only a plain MLP has the norm before it fused in."""
+    write_model(tmp_path, "qwen3_moe-mixed")  # layer 2 has no experts
     arch = read_architecture(tmp_path)
-    assert (arch.family, arch.head_dim, arch.rope_theta) == ("qwen3", 32, 1e6)
-    assert (arch.tie_word_embeddings, arch.qkv_bias, arch.qk_layernorm) == (True, False, True)
+    assert arch.moe is not None and arch.moe.dense_layers == (2,)
+    names = parameter_names(arch)
+    assert "decoder.layers.2.mlp.linear_fc1.weight" in names and "decoder.layers.1.mlp.linear_fc1.weight" not in names
+    assert "decoder.layers.1.mlp.router.weight" in names and "decoder.layers.2.mlp.router.weight" not in names
+    keys = [
+        find_mapping(f"decoder.layers.{layer}.pre_mlp_layernorm.weight", arch).mapping.checkpoint_key
+        for layer in (1, 2)
+    ]
+    assert keys == [
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
+    ]
 
 
-CONFIG_4 = {  # as transformers 4 wrote it
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-    "initializer_range": 0.01,
-}
-
-
-def test_architecture_of_a_transformers_4_config(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG_4))
-    assert read_architecture(tmp_path) == ModelArchitecture(
-        family="qwen2",
-        num_layers=24,
-        hidden_size=896,
-        ffn_hidden_size=4864,
-        num_attention_heads=14,
-        num_query_groups=2,
-        head_dim=64,
-        vocab_size=151936,
-        max_position_embeddings=32768,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        tie_word_embeddings=True,
-        qkv_bias=True,
-        qk_layernorm=False,
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"architectures": ["GPT2LMHeadModel"]},
-            "GPT2LMHeadModel is not supported; use one of Qwen2ForCausalLM",
-        ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope_parameters"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, "attention_bias"),
-        ({"architectures": ["LlamaForCausalLM"], "mlp_bias": True}, "mlp_bias"),
-        ({"architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias"),
-        ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
-        ({"vocab_size": None}, "vocab_size"),
-    ],
-)
-def test_unsupported_configs_are_refused_by_name(tmp_path: Path, change: dict, message: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG_4 | change))
-    with pytest.raises(UserError, match=message):
-        read_architecture(tmp_path)
-
-
-def test_missing_and_invalid_config(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is not a directory"):
-        read_architecture(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"has no config\.json"):
-        read_architecture(tmp_path)
-    for text, message in (("{", "not valid JSON"), ("[]", "JSON object")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=message):
-            read_architecture(tmp_path)
+def test_tensors_that_nothing_reads(tmp_path: Path) -> None:
+    """The layer after DeepSeek-V3's last one predicts further tokens."""
+    write_model(tmp_path, "deepseek_v3")  # 4 layers
+    arch = read_architecture(tmp_path)
+    assert is_ignorable("model.layers.4.embed_tokens.weight", arch)
+    assert not is_ignorable("model.layers.3.embed_tokens.weight", arch)
+    assert not is_ignorable("model.layers.40.embed_tokens.weight", arch)
+    assert is_ignorable("model.layers.0.self_attn.rotary_emb.inv_freq", TINY)
+    assert not is_ignorable("lm_head.weight", TINY)
 
 
 def test_qkv_rows_are_interleaved_per_query_group() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from chord_megatron.cli import app
 from chord_megatron.config import Config
+from chord_megatron.convert.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
 from chord_megatron.types import UserError
@@ -41,7 +43,13 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def plan_of(model_dir: Path, world_size: int, **changes: Any) -> Plan:
+EXPERTS = MixtureOfExperts(
+    num_experts=60, experts_per_token=4, ffn_hidden_size=1001, score_function="softmax", normalize_top_k=True
+)
+LATENT = LatentAttention(q_lora_rank=None, kv_lora_rank=511, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+
+
+def plan_of(model_dir: Path, world_size: int, arch: ModelArchitecture | None = None, **changes: Any) -> Plan:
     """The plan of 32 prompts x 8 completions with experts; `changes` are group__leaf=value."""
     settings: dict[str, dict[str, Any]] = {
         "model": {"path": str(model_dir)},
@@ -52,12 +60,12 @@ def plan_of(model_dir: Path, world_size: int, **changes: Any) -> Plan:
     for key, value in changes.items():
         group, leaf = key.split("__")
         settings.setdefault(group, {})[leaf] = value
-    return make_plan(Config.model_validate(settings), read_architecture(model_dir), world_size)
+    return make_plan(Config.model_validate(settings), arch or read_architecture(model_dir), world_size)
 
 
-def refusal(model_dir: Path, world_size: int = 8, **changes: Any) -> str:
+def refusal(model_dir: Path, world_size: int = 8, arch: ModelArchitecture | None = None, **changes: Any) -> str:
     with pytest.raises(UserError) as error:
-        plan_of(model_dir, world_size, **changes)
+        plan_of(model_dir, world_size, arch, **changes)
     return str(error.value)
 
 
@@ -229,6 +237,78 @@ def test_the_number_of_processes_holds_whole_models(model_dir: Path, world_size:
         parallel__tensor_model_parallel_size=4,
         parallel__pipeline_model_parallel_size=2,
     ) == (message + "start a multiple of 8 processes (--nproc-per-node, --nnodes)")
+
+
+@pytest.mark.parametrize(
+    ("features", "changes", "message"),
+    [
+        (
+            {},
+            {"parallel__expert_model_parallel_size": 2},
+            "parallel.expert_model_parallel_size=2, but the model has no experts; set it to 1",
+        ),
+        (
+            {"moe": EXPERTS},
+            {"parallel__expert_model_parallel_size": 8},
+            "parallel.expert_model_parallel_size=8 does not divide the model's 60 experts; choose a divisor of 60",
+        ),
+        (
+            {"moe": EXPERTS},
+            {"parallel__expert_model_parallel_size": 4, "parallel__pipeline_model_parallel_size": 4},
+            "parallel.expert_model_parallel_size=4 does not divide the tensor x data = 2 ranks of a pipeline stage; "
+            "choose a divisor of 2 or start more processes",
+        ),
+        (
+            {"moe": EXPERTS},
+            {"parallel__tensor_model_parallel_size": 2},
+            "parallel.tensor_model_parallel_size=2 of a model with experts needs parallel.sequence_parallel=true; "
+            "set it",
+        ),
+        (
+            {"mla": LATENT},
+            {"parallel__tensor_model_parallel_size": 2},
+            "parallel.tensor_model_parallel_size=2 of a model with latent attention needs "
+            "parallel.sequence_parallel=true; set it",
+        ),
+        (
+            {"moe": replace(EXPERTS, shared_ffn_hidden_size=2002)},
+            {"parallel__tensor_model_parallel_size": 4},
+            "parallel.tensor_model_parallel_size=4 does not divide the model's 2002 columns of shared experts; "
+            "choose a divisor of 2002",
+        ),
+        (
+            {"moe": replace(EXPERTS, dense_layers=(0,)), "ffn_hidden_size": 1002},
+            {"parallel__tensor_model_parallel_size": 4},
+            "parallel.tensor_model_parallel_size=4 does not divide the model's 1002 MLP columns; "
+            "choose a divisor of 1002",
+        ),
+        (
+            {"moe": replace(EXPERTS, experts_per_token=1)},
+            {},
+            "a model that normalizes the weight of a single expert a token cannot be trained; use another",
+        ),
+    ],
+)
+def test_a_rule_of_experts_or_latent_attention(
+    model_dir: Path, features: dict[str, Any], changes: dict[str, Any], message: str
+):
+    arch = replace(read_architecture(model_dir), **features)
+    assert refusal(model_dir, arch=arch, **changes) == message
+
+
+def test_experts_are_spread_over_tensor_and_data_parallel_ranks(model_dir: Path):
+    """Without shared experts, dense layers and query groups TP divides the attention heads only."""
+    arch = replace(read_architecture(model_dir), moe=EXPERTS, mla=LATENT, ffn_hidden_size=1001, num_query_groups=1)
+    plan = plan_of(
+        model_dir,
+        16,
+        arch,
+        parallel__tensor_model_parallel_size=2,
+        parallel__pipeline_model_parallel_size=4,
+        parallel__sequence_parallel=True,
+        parallel__expert_model_parallel_size=4,
+    )
+    assert plan.data_parallel_size == 2
 
 
 def test_grpo_alone_needs_no_experts(model_dir: Path):

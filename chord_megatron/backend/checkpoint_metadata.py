@@ -1,0 +1,137 @@
+"""Finding torch_dist checkpoints, and reading their `.metadata` without running code that came with it."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from chord_megatron.types import UserError
+
+METADATA_FILE = ".metadata"
+_TRACKER = "latest_checkpointed_iteration.txt"
+_TORCH_DIST_REMEDY = "convert it with Megatron-LM's --ckpt-convert-format torch_dist"
+
+
+def find_checkpoint(directory: Path) -> Path:
+    """The folder with the .metadata file: `directory`, or Megatron-LM's latest iteration below it. UserError."""
+    tracker = directory / _TRACKER
+    if not directory.is_dir():
+        raise UserError(f"the checkpoint folder {directory} is not a directory")
+    if not (directory / METADATA_FILE).is_file() and tracker.is_file():
+        latest = tracker.read_text(encoding="utf-8").strip()
+        if latest != "release" and not latest.isdecimal():
+            raise UserError(
+                f"{tracker} holds {latest[:40]!r}, neither a number nor `release`; name an iteration folder"
+            )
+        below = directory / ("release" if latest == "release" else f"iter_{int(latest):07d}")
+        if not below.is_dir():
+            raise UserError(f"{directory} lacks {below.name}, which {_TRACKER} names; name an iteration folder")
+        directory = below
+    if (directory / METADATA_FILE).is_file():
+        _refuse_other_backend(directory)
+        return directory
+    if any(directory.glob("mp_rank_*")):
+        raise UserError(f'{directory} is in Megatron-LM\'s old "torch" format; {_TORCH_DIST_REMEDY}')
+    _refuse_other_backend(directory)
+    raise UserError(f"{directory} is not a Megatron checkpoint: it has neither .metadata nor {_TRACKER}")
+
+
+def _refuse_other_backend(directory: Path) -> None:
+    try:
+        backend = json.loads((directory / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{directory / 'metadata.json'} is damaged ({error}); copy the checkpoint again") from error
+    if backend != "torch_dist":
+        raise UserError(f"{directory} is in the format {backend!r}; {_TORCH_DIST_REMEDY}")
+
+
+def read_metadata(directory: Path, remedy: str) -> Metadata:
+    """What a checkpoint holds, and where. UserError where it is damaged (with `remedy`) or could run code."""
+    try:
+        with open(directory / METADATA_FILE, "rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
+    except UserError:
+        raise
+    except Exception:  # damaged pickles fail in every way there is
+        metadata = None
+    if not isinstance(metadata, Metadata):
+        raise UserError(f"the .metadata file of {directory} is damaged; {remedy}")
+    return metadata
+
+
+def refuse_unsafe(directory: Path) -> None:
+    """Raise UserError unless reading all of the checkpoint cannot run code.
+
+    torch reads `.metadata` with plain pickle, and pickles any object (not tensor) that it lists: the first must
+    pass an allow-list of names, the second must not be there.
+    """
+    metadata = read_metadata(directory, f"name an earlier checkpoint in {directory.parent}/latest")
+    pickled = [key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    if pickled:
+        raise UserError(
+            f"the checkpoint {directory} holds pickled objects ({', '.join(pickled[:5])}), "
+            "which are not read: only tensors are"
+        )
+
+
+class _Ignored:
+    """In place of classes of Megatron-Core whose objects say nothing about the tensors."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Only the classes of which torch.distributed.checkpoint and Megatron-Core build their metadata."""
+
+    _ALLOWED = frozenset(
+        {
+            f"torch.distributed.checkpoint.metadata.{name}"
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+        | {
+            f"torch.distributed.checkpoint.planner.{name}"
+            for name in (
+                "SavePlan",
+                "TensorWriteData",
+                "WriteItem",
+                "WriteItemType",
+            )
+        }
+        | {
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+            "torch.Size",
+            "torch.serialization._get_layout",
+            "pathlib.PosixPath",
+        }
+    )
+    _REPLACED: ClassVar[dict[str, Any]] = {
+        "pathlib._local.PosixPath": pathlib.PosixPath,  # as Python 3.13 calls it
+        "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": _Ignored,
+        "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan": _Ignored,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name in self._REPLACED:
+            return self._REPLACED[full_name]
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if full_name not in self._ALLOWED and not is_dtype:
+            raise UserError(f"refusing a checkpoint whose .metadata names {full_name}: it could run code")
+        return super().find_class(module, name)

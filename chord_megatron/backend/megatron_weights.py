@@ -1,0 +1,48 @@
+"""A Megatron checkpoint's weights into this rank's model chunks, whatever the layout it was saved under."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+from chord_megatron.backend.megatron_checkpoint import MegatronReader
+from chord_megatron.backend.model import unwrap
+from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.types import UserError
+
+
+def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: ModelArchitecture) -> None:
+    """Fill every parameter of this rank, reading the chunks that it needs. Collective.
+
+    Raises UserError as MegatronReader does, before anything is read.
+    """
+    reader = MegatronReader(directory, arch)
+    metadata = vars(reader.form)
+    state: dict[str, Any] = {
+        str(index): unwrap(chunk).sharded_state_dict(metadata=dict(metadata)) for index, chunk in enumerate(chunks)
+    }
+    # Objects (as against tensors) are unpickled without checks; no weight is one.
+    _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    try:
+        loaded = dist_checkpointing.load(state, str(reader.directory), common_strategy=_NothingInCommon())
+    except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"the checkpoint {reader.directory} cannot be read ({cause}); copy it again") from error
+    for index, chunk in enumerate(chunks):
+        # What is absent is no weight: TransformerEngine's extra states.
+        unwrap(chunk).load_state_dict(loaded[str(index)], strict=False)
+
+
+class _NothingInCommon(TorchCommonLoadStrategy):
+    """Leaves common.pt unread: Megatron-LM pickles its command line there, and the weights need nothing of it."""
+
+    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        return {}

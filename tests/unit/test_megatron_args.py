@@ -1,0 +1,146 @@
+"""What Megatron-LM's arguments in common.pt say of a model; nothing in the file is executed."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_families import MODELS, make_model
+
+from chord_megatron.convert.architecture import Llama3Rope, ModelArchitecture, YarnRope
+from chord_megatron.convert.hf_config import parse_config
+from chord_megatron.convert.megatron_args import architecture_from_args, read_megatron_args
+from chord_megatron.types import UserError
+
+
+class Backend(enum.Enum):
+    AUTO = 5
+
+
+def architecture(name: str, **changes: Any) -> ModelArchitecture:
+    model = make_model(name, **changes)
+    return parse_config(model.config.to_dict() | {"architectures": [type(model).__name__]})
+
+
+def as_args(arch: ModelArchitecture) -> dict[str, Any]:
+    """How Megatron-LM is told to build this model."""
+    args = {
+        "num_layers": arch.num_layers,
+        "hidden_size": arch.hidden_size,
+        "ffn_hidden_size": arch.ffn_hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "group_query_attention": arch.mla is None,
+        "num_query_groups": arch.num_query_groups if arch.mla is None else 1,
+        "kv_channels": arch.head_dim if arch.mla is None else 12,
+        "vocab_size": arch.vocab_size,
+        "max_position_embeddings": arch.max_position_embeddings,
+        "rotary_base": int(arch.rope_theta),
+        "norm_epsilon": arch.norm_eps,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": arch.qkv_bias,
+        "qk_layernorm": arch.qk_layernorm or arch.mla is not None,
+        "untie_embeddings_and_output_weights": not arch.tie_word_embeddings,
+        "use_rope_scaling": isinstance(arch.rope_scaling, Llama3Rope),
+        "num_experts": None,
+    }
+    if arch.moe:
+        args |= {
+            "num_experts": arch.moe.num_experts,
+            "moe_router_topk": arch.moe.experts_per_token,
+            "moe_ffn_hidden_size": arch.moe.ffn_hidden_size,
+            "moe_layer_freq": [int(layer not in arch.moe.dense_layers) for layer in range(arch.num_layers)],
+            "moe_router_score_function": arch.moe.score_function,
+            "moe_router_pre_softmax": not arch.moe.normalize_top_k,
+            "moe_shared_expert_intermediate_size": arch.moe.shared_ffn_hidden_size,
+            "moe_router_num_groups": arch.moe.num_groups,
+            "moe_router_group_topk": arch.moe.top_k_groups,
+            "moe_router_topk_scaling_factor": arch.moe.routed_scaling_factor,
+            "moe_router_enable_expert_bias": arch.moe.has_expert_bias,
+        }
+    if arch.mla:
+        args |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": arch.mla.q_lora_rank,
+            "kv_lora_rank": arch.mla.kv_lora_rank,
+            "qk_head_dim": arch.mla.qk_nope_head_dim,
+            "qk_pos_emb_head_dim": arch.mla.qk_rope_head_dim,
+            "v_head_dim": arch.mla.v_head_dim,
+            "rope_type": "rope",
+            "rotary_scaling_factor": 40,
+        }
+    if isinstance(arch.rope_scaling, YarnRope):
+        yarn = vars(arch.rope_scaling)
+        args |= {"rope_type": "yarn", "rotary_scaling_factor": yarn["factor"]}
+        args |= {key: value for key, value in yarn.items() if key != "factor"}
+    return args
+
+
+def save(directory: Path, args: dict[str, Any]) -> None:
+    """As Megatron-LM does: a namespace with enums and dtypes in it."""
+    namespace = argparse.Namespace(**args, attention_backend=Backend.AUTO, params_dtype=torch.bfloat16)
+    torch.save({"args": namespace, "iteration": 7, "tensor": torch.ones(2)}, directory / "common.pt")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("llama", "mistral")])
+def test_every_family(tmp_path: Path, name: str, tied: bool) -> None:
+    arch = architecture(name, tied=tied)
+    save(tmp_path, as_args(arch))
+    args = read_megatron_args(tmp_path)
+    assert args is not None and architecture_from_args(args) == arch
+
+
+def test_llama_with_the_rope_scaling_of_megatron_lm(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    arch = architecture("llama", rope_parameters=rope)
+    assert architecture_from_args(as_args(arch) | {"rope_scaling_factor": 32.0}) == arch
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"normalization": "LayerNorm", "swiglu": False}, "normalization=LayerNorm, swiglu=False"),
+        ({"rotary_percent": 0.5}, r"rotary_percent=0\.5"),
+        ({"mtp_num_layers": 1}, "mtp_num_layers=1"),
+        ({"vocab_size": None}, "--hf-config"),
+        ({"add_qkv_bias": True, "qk_layernorm": True}, "combines biases on query, key and value, norms on queries"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_no_family_has_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        architecture_from_args(as_args(architecture("qwen3")) | change)
+
+
+def test_nothing_in_the_file_is_executed(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"args": argparse.Namespace(num_layers=2, other=Malicious())}, tmp_path / "common.pt")
+    args = read_megatron_args(tmp_path)
+    assert args is not None and args["num_layers"] == 2
+    assert not (tmp_path / "executed").exists()
+
+
+def test_checkpoints_without_arguments_and_damaged_ones(tmp_path: Path) -> None:
+    assert read_megatron_args(tmp_path) is None
+    torch.save({"content_metadata": {}}, tmp_path / "common.pt")
+    assert read_megatron_args(tmp_path) is None
+    (tmp_path / "common.pt").write_bytes((tmp_path / "common.pt").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"common\.pt is damaged"):
+        read_megatron_args(tmp_path)
