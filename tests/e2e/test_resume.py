@@ -26,6 +26,8 @@ from harness import (
 )
 from tiny_model import write_tiny_model
 
+from chord_megatron import conversion
+
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
 TENSOR_PARALLEL = ("parallel.tensor_model_parallel_size=2", "grpo.beta=0.05", "train.save_total_limit=2")
@@ -155,6 +157,19 @@ def test_a_killed_run_resumes_on_one_process(tensor_parallel: RunFiles, killed: 
 
     succeeded(train_here(run.config, *one_process, "train.train_iters=7"))
     assert [line["step"] for line in read_metrics(run.path)] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_saved_at_tp_2_and_at_pp_2_the_weights_are_the_same_bytes(tensor_parallel: RunFiles, tmp_path: Path):
+    """Exported by the run and converted from its checkpoint. A step at learning rate 1e-30 changes no weight."""
+    expected = weight_bytes(tensor_parallel.path, 6)
+    run = tensor_parallel.copy_to(tmp_path / "files")
+    pipeline = ("parallel.pipeline_model_parallel_size=2", "optimizer.lr=1e-30", "train.train_iters=7", "grpo.beta=0.05")
+    succeeded(train_on_two(run.config, *run.overrides, *pipeline))
+    assert weight_bytes(run.path, 7) == expected
+    for step in (6, 7):
+        converted = tmp_path / f"converted_{step}"
+        conversion.megatron_to_hf(run.path / "checkpoints" / f"step_{step}", converted)
+        assert (converted / "model.safetensors").read_bytes() == expected
 
 
 def test_old_checkpoints_are_pruned(tensor_parallel: RunFiles):
