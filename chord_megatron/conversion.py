@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from chord_megatron.backend.megatron_checkpoint import MegatronReader
 from chord_megatron.backend.megatron_writer import Piece, plan_pieces, write_checkpoint
 from chord_megatron.conversion_check import Check, check_hf, check_log_probs, check_megatron
 from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.hf_config import read_architecture
+from chord_megatron.convert.hf_config import make_config, read_architecture
 from chord_megatron.convert.mapping import find_mapping, hf_shapes, parameter_names
+from chord_megatron.convert.megatron_args import architecture_from_args, read_megatron_args, refuse_other_args
 from chord_megatron.convert.model_files import copy_model_files, set_config_dtype
 from chord_megatron.convert.names import list_names
 from chord_megatron.convert.new_directory import new_directory
@@ -74,7 +76,7 @@ def hf_to_megatron(
             progress.start("converting", nbytes)
             write_checkpoint(partial, pieces, arch, lambda piece: _import_piece(piece, arch, reader, progress))
             conversion = Conversion(nbytes, time.monotonic() - start)
-            _finish_folder([source], partial, next(piece.dtype for piece in pieces if piece.name == _EMBEDDING))
+            _finish_folder([source], partial, arch, next(piece.dtype for piece in pieces if piece.name == _EMBEDDING))
             if verify:
                 progress.start("verifying", nbytes)
                 check = check_megatron(MegatronReader(partial, arch), reader, arch, progress.advance)
@@ -95,11 +97,11 @@ def megatron_to_hf(
 ) -> Conversion:
     """Write a folder that loads with `AutoModelForCausalLM.from_pretrained`.
 
-    hf_config: the folder with config.json and tokenizer; None: `source` has them. dtype and errors as for
-    hf_to_megatron.
+    hf_config: the folder with config.json and tokenizer; None: `source` has them, or is of Megatron-LM, whose
+    arguments a config.json is made from. dtype and errors as for hf_to_megatron.
     """
     folders = _config_folders(source, hf_config)
-    arch = read_architecture(folders[0])
+    arch = _read_architecture(folders, source)
     reader = MegatronReader(source, arch)
     specs = _hf_specs(reader, arch, dtype)
     nbytes = sum(spec.nbytes for spec in specs.values())
@@ -108,7 +110,7 @@ def megatron_to_hf(
         progress.start("converting", nbytes)
         _write_hf(reader, arch, specs, partial, max_shard_bytes, progress)
         conversion = Conversion(nbytes, time.monotonic() - start)
-        _finish_folder(folders, partial, specs["model.embed_tokens.weight"].dtype)
+        _finish_folder(folders, partial, arch, specs["model.embed_tokens.weight"].dtype)
         if verify:
             progress.start("verifying", nbytes)
             with SafetensorsReader(partial) as written:
@@ -226,18 +228,31 @@ def _export(name: str, arch: ModelArchitecture, reader: MegatronReader) -> Itera
 
 
 def _config_folders(source: Path, hf_config: Path | None) -> list[Path]:
-    """Where config.json and the tokenizer are taken from, the first before the others."""
+    """Where config.json and the tokenizer are, the first before the others."""
     folders = [*([hf_config] if hf_config else []), find_checkpoint(source), source]
     found = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
     if hf_config is not None and hf_config not in found:
         raise UserError(f"--hf-config {hf_config} has no config.json; name the Hugging Face folder of the model")
-    if not found:
-        raise UserError(f"{source} has no config.json; name the Hugging Face folder of the model with --hf-config")
     return found
 
 
-def _finish_folder(sources: list[Path], target: Path, dtype: torch.dtype) -> None:
+def _read_architecture(folders: list[Path], source: Path) -> ModelArchitecture:
+    """What config.json says, and must not contradict Megatron-LM's arguments; without it, what these say."""
+    args = read_megatron_args(find_checkpoint(source))
+    if not folders:
+        if args is None:
+            raise UserError(f"{source} has no config.json; name the Hugging Face folder of the model with --hf-config")
+        return architecture_from_args(args)
+    arch = read_architecture(folders[0])
+    if args is not None:
+        refuse_other_args(args, arch)
+    return arch
+
+
+def _finish_folder(sources: list[Path], target: Path, arch: ModelArchitecture, dtype: torch.dtype) -> None:
     copy_model_files(sources, target)
+    if not sources:
+        (target / "config.json").write_text(json.dumps(make_config(arch), indent=2) + "\n", encoding="utf-8")
     set_config_dtype(target, dtype)
 
 

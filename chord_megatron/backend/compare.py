@@ -21,11 +21,16 @@ _LENGTH = 16
 
 
 @torch.no_grad()
-def max_log_prob_difference(megatron_dir: Path, hf_dir: Path, arch: ModelArchitecture) -> float:
-    """Largest difference between the log-probs of random tokens, in float32; one model is in memory at a time."""
+def max_log_prob_difference(megatron_dir: Path, hf_dir: Path, arch: ModelArchitecture) -> float | None:
+    """Largest difference between the log-probs of random tokens, in float32; one model is in memory at a time.
+
+    None where those of transformers are not finite.
+    """
     length = min(_LENGTH, arch.max_position_embeddings)
     tokens = torch.randint(arch.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
     expected = _hf_log_probs(hf_dir, tokens)
+    if not expected.isfinite().all():
+        return None
     actual = _megatron_log_probs(megatron_dir, arch, tokens)
     return float((actual - expected).abs().max())
 

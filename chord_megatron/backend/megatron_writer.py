@@ -3,7 +3,7 @@
 It has a key for each layer (Megatron-Core's `non_homogeneous_layers`) and all experts of a layer under one key.
 torch's FileSystemWriter is not used: it keeps every tensor of a file in memory until the file is finished
 (`tensor_dict` in torch/distributed/checkpoint/filesystem.py), and loses errors of all threads but one. One thread
-that writes from mapped memory is no slower than two, and as fast as cp.
+that writes from mapped memory is no slower than two.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import find_mapping, hf_shapes
 from chord_megatron.convert.safetensors_io import TensorSpec
+from chord_megatron.convert.safetensors_writer import WRITE_BYTES
 from chord_megatron.convert.schema import Layout
 
 _FILE_BYTES = 5 * 10**9
@@ -128,8 +129,22 @@ def write_checkpoint(
 def _append(file: IO[bytes], tensor: Tensor, file_name: str) -> _StorageInfo:
     file.write(bytes(-file.tell() % _ALIGNMENT))
     start = file.tell()
-    torch.save(_alone(tensor), file)
+    torch.save(_alone(tensor), _SmallWrites(file))
     return _StorageInfo(file_name, start, file.tell() - start)
+
+
+class _SmallWrites:
+    """A file to which torch.save writes whole tensors, in parts."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.flush = file.flush
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data)
+        for start in range(0, len(view), WRITE_BYTES):
+            self._file.write(view[start : start + WRITE_BYTES])
+        return len(view)
 
 
 def _alone(tensor: Tensor) -> Tensor:

@@ -85,6 +85,21 @@ def architecture_from_args(args: Mapping[str, Any]) -> ModelArchitecture:
     )
 
 
+def refuse_other_args(args: Mapping[str, Any], arch: ModelArchitecture) -> None:
+    """Raise UserError where the arguments contradict the architecture in what the shapes of tensors do not show."""
+    said = {
+        "rotary_base": arch.rope_theta,
+        "norm_epsilon": arch.norm_eps,
+        "moe_router_topk": arch.moe.experts_per_token if arch.moe else None,
+    }
+    for name, value in said.items():
+        if value is not None and args.get(name, value) != value:
+            raise UserError(
+                f"the checkpoint was trained with {name}={args[name]}, and config.json says {value}; "
+                "use the config.json that belongs to these weights"
+            )
+
+
 def _family(moe: MixtureOfExperts | None, mla: LatentAttention | None, *, qkv_bias: bool, qk_layernorm: bool) -> str:
     """The family whose tensors these are; Mistral's are Llama's."""
     families = {

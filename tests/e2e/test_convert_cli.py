@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import resource
@@ -16,10 +17,12 @@ import torch
 from click.testing import Result
 from harness import read_metrics, succeeded, train_here, weights, write_config
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from chord_megatron import cli_convert
 from chord_megatron.cli import app
+from chord_megatron.convert.hf_config import read_architecture
 
 pytestmark = pytest.mark.e2e
 
@@ -188,3 +191,41 @@ def test_a_megatron_lm_folder(model: Path, megatron: Path, tmp_path: Path):
     expected = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
     ours = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_megatron_lm_folder_without_a_config(model: Path, megatron: Path, tmp_path: Path):
+    """config.json is made from the arguments that Megatron-LM keeps; transformers computes the same with it."""
+    source = tmp_path / "iter_0000040"
+    shutil.copytree(megatron, source)
+    for path in source.glob("*.json"):
+        if path.name != "metadata.json":
+            path.unlink()
+    arch = read_architecture(model)
+    args = argparse.Namespace(
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        ffn_hidden_size=arch.ffn_hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        group_query_attention=True,
+        num_query_groups=arch.num_query_groups,
+        kv_channels=arch.head_dim,
+        vocab_size=arch.vocab_size,
+        max_position_embeddings=arch.max_position_embeddings,
+        rotary_base=arch.rope_theta,
+        norm_epsilon=arch.norm_eps,
+        qk_layernorm=arch.qk_layernorm,
+        add_qkv_bias=arch.qkv_bias,
+        untie_embeddings_and_output_weights=not arch.tie_word_embeddings,
+    )
+    torch.save({"args": args}, source / "common.pt")
+    result = convert("megatron-to-hf", source, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (model, tmp_path / "out")]
+    logits = [one(torch.arange(20)[None]).logits for one in models]
+    assert torch.equal(*logits)
+
+    args.rotary_base = 1234
+    torch.save({"args": args}, source / "common.pt")
+    result = convert("megatron-to-hf", source, tmp_path / "again", "--hf-config", model)
+    assert "was trained with rotary_base=1234, and config.json says 10000.0" in result.stderr
+    assert result.exit_code == 2 and not (tmp_path / "again").exists()

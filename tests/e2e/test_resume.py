@@ -163,7 +163,12 @@ def test_saved_at_tp_2_and_at_pp_2_the_weights_are_the_same_bytes(tensor_paralle
     """Exported by the run and converted from its checkpoint. A step at learning rate 1e-30 changes no weight."""
     expected = weight_bytes(tensor_parallel.path, 6)
     run = tensor_parallel.copy_to(tmp_path / "files")
-    pipeline = ("parallel.pipeline_model_parallel_size=2", "optimizer.lr=1e-30", "train.train_iters=7", "grpo.beta=0.05")
+    pipeline = (
+        "parallel.pipeline_model_parallel_size=2",
+        "optimizer.lr=1e-30",
+        "train.train_iters=7",
+        "grpo.beta=0.05",
+    )
     succeeded(train_on_two(run.config, *run.overrides, *pipeline))
     assert weight_bytes(run.path, 7) == expected
     for step in (6, 7):

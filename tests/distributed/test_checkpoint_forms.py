@@ -53,7 +53,7 @@ def saved(models: Path, converted: Path, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp("saved")
     questions = {"hf": models, "converted": converted, "saved": root, "layouts": LAYOUTS, "forms": FORMS}
     (root / "questions.json").write_text(json.dumps(questions, default=str), encoding="utf-8")
-    worker = HERE / "megatron_checkpoint_worker.py"
+    worker = HERE / "checkpoint_forms_worker.py"
     launch(worker, root / "questions.json", root / "findings.json", processes=2)
     return root
 
