@@ -17,7 +17,7 @@ from chord_megatron.backend.megatron_writer import Piece, plan_pieces, write_che
 from chord_megatron.conversion_check import Check, check_hf, check_log_probs, check_megatron
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.hf_config import make_config, read_architecture
-from chord_megatron.convert.mapping import find_mapping, hf_shapes, parameter_names
+from chord_megatron.convert.mapping import find_mapping, hf_shapes, padded_vocab_size, parameter_names
 from chord_megatron.convert.megatron_args import architecture_from_args, read_megatron_args, refuse_other_args
 from chord_megatron.convert.model_files import copy_model_files, set_config_dtype
 from chord_megatron.convert.names import list_names
@@ -29,7 +29,6 @@ from chord_megatron.convert.shards import export_parameter, import_parameter
 from chord_megatron.types import UserError
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_VOCAB_MULTIPLE = 128  # what a model pads its vocabulary to at TP 1; others are cut or padded on loading
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -150,7 +149,7 @@ def _megatron_specs(
             )
         rows, *rest = (sum(shape[0] for shape in shapes.values()), *next(iter(shapes.values()))[1:])
         if parameter.mapping.layout is Layout.VOCAB:
-            rows = -(-rows // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+            rows = padded_vocab_size(rows, tp_size=1)  # other layouts cut or pad it on loading
         specs[name] = TensorSpec(dtypes.pop(), (rows, *rest))
     if wrong:
         raise UserError(f"wrong shapes: {', '.join(wrong)}; use the config.json that belongs to these weights")

@@ -13,9 +13,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
-from chord_megatron.backend.model import padded_vocab_size, unwrap
+from chord_megatron.backend.model import unwrap
 from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.mapping import find_mapping, mapped_parameters
+from chord_megatron.convert.mapping import find_mapping, mapped_parameters, padded_vocab_size
 from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.convert.shards import export_parameter, import_parameter
 

@@ -21,9 +21,8 @@ from chord_megatron.backend.rope import scaled_inverse_frequencies
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.convert.architecture import LinearRope, Llama3Rope, ModelArchitecture
+from chord_megatron.convert.mapping import padded_vocab_size
 from chord_megatron.ops.vocab_parallel import vocab_parallel_log_probs
-
-_VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
 
 
 @dataclass(frozen=True)
@@ -54,12 +53,6 @@ class CausalLM(GPTModel):
             vocab_size=self.real_vocab_size,
             tp_group=self.pg_collection.tp,
         )
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """The vocabulary rounded up so that it splits over TP; the same for every TP size that divides 128."""
-    multiple = _VOCAB_MULTIPLE if _VOCAB_MULTIPLE % tp_size == 0 else _VOCAB_MULTIPLE * tp_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def build_model_chunks(

@@ -1,1 +1,1 @@
-"""Hugging Face <-> Megatron tensor mapping of dense Qwen2, Qwen3 and Llama models. Pure: no Megatron here."""
+"""Hugging Face <-> Megatron tensor mapping, a table for each model family. Pure: no Megatron here."""

@@ -15,6 +15,8 @@ from chord_megatron.convert.families.common import EMBEDDING, FINAL_NORM, OUTPUT
 from chord_megatron.convert.schema import Mapping
 from chord_megatron.types import UserError
 
+_VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
+
 
 class MappedParameter(NamedTuple):
     """A row of the table at one layer and expert."""
@@ -78,6 +80,12 @@ def hf_tensors(arch: ModelArchitecture, dtype: torch.dtype) -> dict[str, tuple[t
         if not parameter.mapping.is_copy
         for name, shape in hf_shapes(parameter, arch).items()
     }
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """The vocabulary rounded up so that it splits over TP; the same for every TP size that divides 128."""
+    multiple = _VOCAB_MULTIPLE if _VOCAB_MULTIPLE % tp_size == 0 else _VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
 
 
 def is_ignorable(hf_name: str, arch: ModelArchitecture) -> bool:
