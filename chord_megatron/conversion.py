@@ -22,9 +22,9 @@ from chord_megatron.convert.megatron_args import architecture_from_args, read_me
 from chord_megatron.convert.model_files import copy_model_files, set_config_dtype
 from chord_megatron.convert.names import list_names
 from chord_megatron.convert.new_directory import new_directory
-from chord_megatron.convert.safetensors_io import SafetensorsReader, TensorSpec, check_complete
+from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.convert.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
-from chord_megatron.convert.schema import Layout
+from chord_megatron.convert.schema import Layout, TensorSpec
 from chord_megatron.convert.shards import export_parameter, import_parameter
 from chord_megatron.types import UserError
 

@@ -15,7 +15,7 @@ from chord_megatron.backend.megatron_checkpoint import MegatronReader
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import hf_tensors, parameter_names
 from chord_megatron.convert.names import list_names
-from chord_megatron.convert.safetensors_io import SafetensorsReader, TensorSpec
+from chord_megatron.convert.safetensors_io import SafetensorsReader
 from chord_megatron.convert.shards import export_parameter, import_parameter
 from chord_megatron.types import UserError
 
@@ -72,7 +72,7 @@ def check_log_probs(megatron_dir: Path, hf_dir: Path, arch: ModelArchitecture) -
 
     The sentence to report; UserError where they differ by more than MAX_LOG_PROB_DIFFERENCE.
     """
-    parameters = [TensorSpec(*tensor) for tensor in hf_tensors(arch, torch.float32).values()]
+    parameters = hf_tensors(arch, torch.float32).values()
     # One model after the other; loading takes the largest tensor twice.
     needed = sum(spec.nbytes for spec in parameters) + 2 * max(spec.nbytes for spec in parameters) + _MARGIN_BYTES
     available = psutil.virtual_memory().available

@@ -15,7 +15,6 @@ from torch import Tensor
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.convert.model_files import copy_model_files
-from chord_megatron.convert.safetensors_io import TensorSpec
 from chord_megatron.convert.safetensors_writer import write_safetensors
 
 
@@ -41,9 +40,7 @@ def export_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     first = next(weights)  # the embedding, which has the dtype of the model
-    tensors = hf_tensors(engine.arch, first[1].dtype)
-    specs = {name: TensorSpec(*tensor) for name, tensor in tensors.items()}
-    write_safetensors(partial, specs, chain([first], weights))
+    write_safetensors(partial, hf_tensors(engine.arch, first[1].dtype), chain([first], weights))
     copy_model_files([source_dir], partial)
     shutil.rmtree(target_dir, ignore_errors=True)
     os.replace(partial, target_dir)

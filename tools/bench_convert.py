@@ -31,7 +31,6 @@ import torch
 
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
-from chord_megatron.convert.safetensors_io import TensorSpec
 from chord_megatron.convert.safetensors_writer import write_safetensors
 
 QWEN_7B = {
@@ -132,8 +131,7 @@ def generate(directory: Path, config: dict) -> None:
     """A checkpoint of random bits in shards of 5 GB, a tensor in memory at a time."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    tensors = hf_tensors(read_architecture(directory), torch.bfloat16)
-    specs = {name: TensorSpec(*tensor) for name, tensor in tensors.items()}
+    specs = hf_tensors(read_architecture(directory), torch.bfloat16)
     largest = max(spec.nbytes for spec in specs.values())
     bits = torch.randint(-(2**63), 2**63 - 1, (largest // 8 + len(specs),)).view(torch.bfloat16)
     # Each tensor starts elsewhere in them, so that a mix-up would show.

@@ -32,8 +32,7 @@ from chord_megatron.backend.checkpoint_metadata import find_checkpoint, read_met
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import MappedParameter, hf_shapes, mapped_parameters
 from chord_megatron.convert.names import list_names
-from chord_megatron.convert.safetensors_io import TensorSpec
-from chord_megatron.convert.schema import Layout
+from chord_megatron.convert.schema import Layout, TensorSpec
 from chord_megatron.types import UserError
 
 # What training saves beside the model; none of it is read.

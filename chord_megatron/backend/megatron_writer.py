@@ -33,9 +33,8 @@ from torch.distributed.checkpoint.metadata import (
 from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import find_mapping, hf_shapes
-from chord_megatron.convert.safetensors_io import TensorSpec
 from chord_megatron.convert.safetensors_writer import WRITE_BYTES
-from chord_megatron.convert.schema import Layout
+from chord_megatron.convert.schema import Layout, TensorSpec
 
 _FILE_BYTES = 5 * 10**9
 _PIECE_BYTES = 128 * 2**20

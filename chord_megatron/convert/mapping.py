@@ -12,7 +12,7 @@ import torch
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.families import FAMILIES
 from chord_megatron.convert.families.common import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT
-from chord_megatron.convert.schema import Mapping
+from chord_megatron.convert.schema import Mapping, TensorSpec
 from chord_megatron.types import UserError
 
 _VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
@@ -72,10 +72,10 @@ def hf_names(arch: ModelArchitecture) -> set[str]:
     return {parameter.name(name) for parameter in mapped_parameters(arch) for name in parameter.mapping.hf}
 
 
-def hf_tensors(arch: ModelArchitecture, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def hf_tensors(arch: ModelArchitecture, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """Hugging Face name -> dtype and shape of all tensors that a model in `dtype` exports, in their order."""
     return {
-        name: (torch.float32 if parameter.mapping.is_float32 else dtype, shape)
+        name: TensorSpec(torch.float32 if parameter.mapping.is_float32 else dtype, shape)
         for parameter in mapped_parameters(arch)
         if not parameter.mapping.is_copy
         for name, shape in hf_shapes(parameter, arch).items()

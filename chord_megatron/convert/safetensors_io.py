@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import hf_names, is_ignorable
 from chord_megatron.convert.names import list_names
+from chord_megatron.convert.schema import TensorSpec
 from chord_megatron.convert.shards import TensorSlice
 from chord_megatron.types import UserError
 
@@ -34,17 +35,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _LFS_POINTER = b"version https://git-lfs"
-
-
-class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is there."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class SafetensorsReader:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from chord_megatron.convert.names import list_names
-from chord_megatron.convert.safetensors_io import DTYPES, INDEX_FILE, SINGLE_FILE, TensorSpec
+from chord_megatron.convert.safetensors_io import DTYPES, INDEX_FILE, SINGLE_FILE
+from chord_megatron.convert.schema import TensorSpec
 
 MAX_SHARD_BYTES = 5 * 10**9  # what save_pretrained means by its default of "5GB"
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

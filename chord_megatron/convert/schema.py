@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from chord_megatron.convert.architecture import ModelArchitecture
 
@@ -23,6 +25,17 @@ class Layout(Enum):
 
 def every_layer(arch: ModelArchitecture, layer: int) -> bool:
     return True
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before it is there."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from torch import Tensor
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import hf_names
 from chord_megatron.convert.names import list_names
-from chord_megatron.convert.safetensors_io import SafetensorsReader, TensorSpec, check_complete
+from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.convert.safetensors_writer import write_safetensors
+from chord_megatron.convert.schema import TensorSpec
 from chord_megatron.types import UserError
 
 ARCH = ModelArchitecture(
