@@ -125,6 +125,11 @@ class MicroBatch:
     max_seqlen: int  # of the longest sequence, padding included
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
 
+    @property
+    def counts(self) -> Tensor:
+        """[tokens] bool: positions whose log-prob enters the objective; nobody needs the others'."""
+        return (self.rollout_weights > 0) | (self.expert_weights > 0)
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -58,7 +58,8 @@ def _megatron_log_probs(directory: Path, arch: ModelArchitecture, tokens: Tensor
 def _log_probs(model: torch.nn.Module, tokens: Tensor, groups: ParallelGroups) -> Tensor:
     length = len(tokens)
     cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=groups.device)
-    targets = Targets(tokens.roll(-1).to(groups.device), torch.ones(length, device=groups.device))
+    everywhere = torch.ones(length, device=groups.device)
+    targets = Targets(tokens.roll(-1).to(groups.device), everywhere, everywhere.bool())
     log_probs, _ = model(
         input_ids=tokens[None].to(groups.device),
         position_ids=torch.arange(length, device=groups.device)[None],

@@ -231,7 +231,7 @@ def _forward_step(loss_fn: Callable, data_iterator: Iterator[MicroBatch], model:
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         attention_mask=None,
-        labels=Targets(batch.labels, batch.temperatures),
+        labels=Targets(batch.labels, batch.temperatures, batch.counts),
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,

@@ -22,7 +22,7 @@ from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.convert.architecture import LinearRope, Llama3Rope, ModelArchitecture
 from chord_megatron.convert.mapping import padded_vocab_size
-from chord_megatron.ops.vocab_parallel import vocab_parallel_log_probs
+from chord_megatron.ops.linear_log_probs import linear_log_probs
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Targets:
 
     tokens: Tensor
     temperatures: Tensor
+    valid: Tensor  # bool; elsewhere log-probs and entropy are 0
 
 
 class CausalLM(GPTModel):
@@ -44,14 +45,16 @@ class CausalLM(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden_states, weight=weight)
-        return vocab_parallel_log_probs(
-            logits.squeeze(1),
+        is_tied = self.share_embeddings_and_output_weights
+        return linear_log_probs(
+            hidden_states.squeeze(1),
+            self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight,
             labels.tokens,
-            labels.temperatures,
-            vocab_size=self.real_vocab_size,
             tp_group=self.pg_collection.tp,
+            vocab_size=self.real_vocab_size,
+            temperature=labels.temperatures,
+            valid=labels.valid,
+            sequence_parallel=self.config.sequence_parallel,
         )
 
 

@@ -61,7 +61,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
                 )
             ]
         )
-        maximum, total, weighted, target_logits = _combine(local, tp_group)
+        maximum, total, weighted, target_logits = combine_shards(local, tp_group)
         ctx.save_for_backward(logits, targets, temperatures, maximum, total, weighted)
         ctx.first_column, ctx.num_columns = first_column, num_columns
         return target_logits - maximum - total.log(), total.log() - weighted / total
@@ -75,7 +75,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             probabilities = shifted.exp() / total[rows, None]
             mean_shifted = (weighted[rows] / total[rows])[:, None]
             grad = probabilities * (-grad_log_probs[rows, None] - grad_entropy[rows, None] * (shifted - mean_shifted))
-            columns, owned = _owned_columns(targets[rows] - ctx.first_column, ctx.num_columns)
+            columns, owned = owned_columns(targets[rows] - ctx.first_column, ctx.num_columns)
             if ctx.num_columns:
                 grad.scatter_add_(1, columns[:, None], (grad_log_probs[rows] * owned)[:, None])
             grad_logits[rows, : ctx.num_columns] = grad / temperatures[rows, None]
@@ -98,18 +98,18 @@ def _statistics(z: Tensor, local_targets: Tensor) -> tuple[Tensor, Tensor, Tenso
     maximum = z.max(dim=1).values
     shifted = z - maximum[:, None]
     exponentials = shifted.exp()
-    columns, owned = _owned_columns(local_targets, z.shape[1])
+    columns, owned = owned_columns(local_targets, z.shape[1])
     target_logits = torch.where(owned, z.gather(1, columns[:, None]).squeeze(1), 0.0)
     return maximum, exponentials.sum(1), (exponentials * shifted).sum(1), target_logits
 
 
-def _owned_columns(local_targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
+def owned_columns(local_targets: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:
     """The column of each target on this shard (0 where it is another's) and whether the shard owns it."""
     owned = (local_targets >= 0) & (local_targets < num_columns)
     return torch.where(owned, local_targets, 0), owned
 
 
-def _combine(local: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def combine_shards(local: Tensor, tp_group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Combine the shards' [4, tokens] statistics in rank order: the sums move to the global maximum."""
     if tp_group is None or tp_group.size() == 1:
         shards = local[None]
