@@ -62,11 +62,14 @@ def _decode(
     alive = torch.arange(len(prompts), device=device)  # rows still decoding
     completions: list[list[int]] = [[] for _ in prompts]
     log_probs: list[list[float]] = [[] for _ in prompts]
+    # CUDA sums need not be the same twice; and an expert computes the tensor-parallel ranks' copies of a token as
+    # other rows of one matrix. A token that then differs between the ranks would be a deadlock.
+    may_differ = device.type == "cuda" or unwrap(chunks[0]).config.num_moe_experts is not None
     with _inference_mode(chunks):
         for position in range(params.max_completion_length):
             logits = decoder.forward(tokens, hidden)
             drawn, drawn_log_probs = _sample_on_last_stage(
-                logits, uniforms[alive, position], params, len(alive), groups
+                logits, uniforms[alive, position], params, len(alive), groups, may_differ=may_differ
             )
             if not is_done:
                 for row, token, log_prob in zip(alive.tolist(), drawn.tolist(), drawn_log_probs.tolist()):
@@ -152,9 +155,18 @@ class _Decoder:
 
 
 def _sample_on_last_stage(
-    logits: Tensor | None, uniforms: Tensor, params: SamplingParams, batch_size: int, groups: ParallelGroups
+    logits: Tensor | None,
+    uniforms: Tensor,
+    params: SamplingParams,
+    batch_size: int,
+    groups: ParallelGroups,
+    *,
+    may_differ: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [batch] int64 and log-probs [batch], equal on every rank of the model."""
+    """Tokens [batch] int64 and log-probs [batch], equal on every rank of the model.
+
+    may_differ: the logits of tensor-parallel ranks, in their last bits.
+    """
     if logits is not None:
         tokens, log_probs = sample_tokens(
             logits, uniforms, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k
@@ -163,8 +175,7 @@ def _sample_on_last_stage(
         tokens = torch.empty(batch_size, dtype=torch.int64, device=groups.device)
         log_probs = torch.empty(batch_size, dtype=torch.float32, device=groups.device)
     for values in (tokens, log_probs):
-        if groups.device.type == "cuda" and groups.is_last_stage and groups.tp_size > 1:
-            # CUDA sums need not be the same twice, and a token that differs between TP ranks would be a deadlock.
+        if may_differ and groups.is_last_stage and groups.tp_size > 1:
             dist.broadcast(values, dist.get_global_rank(groups.tp_group, 0), group=groups.tp_group)
         if groups.pp_size > 1:
             dist.broadcast(values, groups.last_stage_rank, group=groups.pp_group)
