@@ -89,6 +89,14 @@ MODELS: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
     ),
 }
 
+WITH_EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")  # what their names start with
+
+# Parts of a layout, as fields of ParallelConfig.
+TP_2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP_2 = {"pipeline_model_parallel_size": 2}
+VPP_2 = {"virtual_pipeline_model_parallel_size": 2}
+EP_2 = {"expert_model_parallel_size": 2}
+
 
 def make_model(name: str, *, tied: bool = False, **changes: Any) -> PreTrainedModel:
     """A model in float32, always the same, with random norms and biases too, so that each tensor matters."""

@@ -15,19 +15,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
+from bench_environment import hardware, versions
 
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
@@ -119,11 +118,8 @@ def measure(directory: Path, size: str, repetitions: int) -> dict:
         },
         "hf_to_megatron_time_over_cp": round(seconds["hf-to-megatron"] / seconds["cp of the Hugging Face files"], 3),
         "megatron_to_hf_time_over_cp": round(seconds["megatron-to-hf"] / seconds["cp of the Megatron files"], 3),
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "megatron-core", "safetensors")},
-        },
+        "hardware": hardware(),
+        "versions": versions(("torch", "megatron-core", "safetensors")),
     }
 
 
@@ -187,12 +183,6 @@ def rss_anon(process: psutil.Process) -> int:
 def folder_bytes(directory: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in directory.iterdir())
-
-
-def cpu_name() -> str:
-    """The model that /proc/cpuinfo names."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -12,19 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 import torch
 import torch.distributed as dist
-from bench_convert import SIZES, cpu_name, generate, rss_anon
+from bench_convert import SIZES, generate, rss_anon
+from bench_environment import hardware, versions
 
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights
@@ -88,11 +87,8 @@ def measure(export: Callable[[int], int], size: str, tp_size: int) -> dict:
             }
             for name, times in (copies | exports).items()
         },
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "megatron-core")},
-        },
+        "hardware": hardware(),
+        "versions": versions(("torch", "megatron-core")),
     }
 
 

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_environment import hardware, versions
 from bench_log_probs_methods import METHODS, Inputs, make_inputs
 from torch import Tensor
 
@@ -237,7 +236,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     device = arguments.device
     results: list[dict[str, Any]] = []
-    report = {"hardware": hardware(device), "versions": versions(), "settings": {"repeats": arguments.repeats}}
+    settings = {"repeats": arguments.repeats, "threads": torch.get_num_threads()}
+    report = {"hardware": hardware(), "versions": versions(PACKAGES), "settings": settings}
     small = Case("plain", 256, arguments.hidden, min(arguments.vocab), device, tile=arguments.tile)
     report["rms_errors_256_tokens"] = errors_against_float64(small)
     for vocab_size in arguments.vocab:
@@ -264,28 +264,6 @@ def show(results: list[dict[str, Any]]) -> None:
         print(
             f"{what}: {numbers}, {result.get('extra_bytes', 0) / 2**20:7.0f} MiB extra; {', '.join(shares)}", flush=True
         )
-
-
-def hardware(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"machine": platform.machine(), "threads": torch.get_num_threads()}
-    models = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    found |= {"cpu": models[0] if models else None, "cpu_count": len(models)}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "gpu_memory_gib": properties.total_memory / 2**30, "cuda": torch.version.cuda}
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def parse() -> argparse.Namespace:

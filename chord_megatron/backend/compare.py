@@ -6,16 +6,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
 from chord_megatron.backend.megatron_weights import load_megatron_weights
-from chord_megatron.backend.model import Targets, build_model_chunks
+from chord_megatron.backend.model import build_model_chunks, run_micro_batch
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.data.packing import build_global_batch
+from chord_megatron.types import TrainingSample
 
 _LENGTH = 16
 
@@ -49,28 +50,10 @@ def _megatron_log_probs(directory: Path, arch: ModelArchitecture, tokens: Tensor
     try:
         chunks = build_model_chunks(arch, ModelConfig(path=str(directory), dtype="float32"), parallel, groups)
         load_megatron_weights(chunks, directory, arch)
-        return _log_probs(chunks[0].eval(), tokens, groups)
+        sample = TrainingSample(tokens, torch.ones_like(tokens, dtype=torch.bool), is_expert=True, temperature=1.0)
+        batch = build_global_batch([sample], micro_batch_size=1, dp_rank=0, dp_size=1, pad_to_multiple=1)
+        log_probs, _ = run_micro_batch(chunks[0].eval(), batch.micro_batches[0].to(groups.device))
+        return log_probs[:-1].float().cpu()
     finally:
         if is_first:
             shut_down_distributed()
-
-
-def _log_probs(model: torch.nn.Module, tokens: Tensor, groups: ParallelGroups) -> Tensor:
-    length = len(tokens)
-    cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=groups.device)
-    everywhere = torch.ones(length, device=groups.device)
-    targets = Targets(tokens.roll(-1).to(groups.device), everywhere, everywhere.bool())
-    log_probs, _ = model(
-        input_ids=tokens[None].to(groups.device),
-        position_ids=torch.arange(length, device=groups.device)[None],
-        attention_mask=None,
-        labels=targets,
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            max_seqlen_q=length,
-            max_seqlen_kv=length,
-        ),
-    )
-    return log_probs[:-1].float().cpu()

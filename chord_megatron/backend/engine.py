@@ -15,7 +15,6 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -23,9 +22,9 @@ from chord_megatron.backend import checkpoint
 from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
-from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_parameters
+from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
-from chord_megatron.backend.model import Targets, build_model_chunks, unwrap, wrap_data_parallel
+from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.data.packing import build_global_batch, unpack
@@ -67,7 +66,7 @@ class MegatronEngine:
         else:
             load_hf_weights(chunks, self._model_dir, self.arch, groups)
         # On the host: it is needed once a step, and a second model on the device is what others run out of memory by.
-        self._reference = [p.detach().cpu().clone() for _, p in named_parameters(chunks)] if keep_reference else None
+        self._reference = [p.detach().cpu().clone() for _, p in named_weights(chunks)] if keep_reference else None
         self._chunks = wrap_data_parallel(chunks, use_distributed_optimizer=optimizer.use_distributed_optimizer)
         self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
         self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
@@ -91,7 +90,7 @@ class MegatronEngine:
     def compute_log_probs(
         self, samples: Sequence[TrainingSample], *, micro_batch_size: int, reference: bool = False
     ) -> list[Tensor]:
-        """Log-probs of each sample's tokens, [length] each (0 at the first token), on every rank.
+        """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
         reference: of the frozen initial model instead of the current one.
         """
@@ -218,7 +217,7 @@ class MegatronEngine:
     def _swap_reference(self) -> None:
         """Exchange the current weights and the reference's."""
         assert self._reference is not None, "built without keep_reference"
-        for index, (_, parameter) in enumerate(named_parameters(self._chunks)):
+        for index, (_, parameter) in enumerate(named_weights(self._chunks)):
             current = parameter.detach().cpu().clone()
             parameter.data.copy_(self._reference[index])
             self._reference[index] = current
@@ -227,20 +226,7 @@ class MegatronEngine:
 def _forward_step(loss_fn: Callable, data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
     """Megatron-Core's forward_step_func: the chunk's output and what turns it into a loss."""
     batch = next(data_iterator)
-    output = model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,
-        labels=Targets(batch.labels, batch.temperatures, batch.counts),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        ),
-    )
-    return output, lambda result: loss_fn(*result, batch)
+    return run_micro_batch(model, batch), lambda result: loss_fn(*result, batch)
 
 
 def _optimizer_config(optimizer: OptimizerConfig, model: ModelConfig) -> MegatronOptimizerConfig:

@@ -22,7 +22,7 @@ from chord_megatron.convert.shards import export_parameter, import_parameter
 _EXPERT = re.compile(r"(?<=mlp\.experts\.local_experts\.)\d+|(?<=mlp\.experts\.linear_fc[12]\.weight)\d+$")
 
 
-def named_parameters(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
+def named_weights(chunks: list[torch.nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """(Megatron name with global layer and expert numbers, tensor) of this rank's chunks.
 
     The tensors are the parameters and the routers' expert biases, which are buffers.
@@ -46,7 +46,7 @@ def load_hf_weights(
     """
     with SafetensorsReader(model_dir) as reader:
         check_complete(reader, arch)
-        for name, parameter in named_parameters(chunks):
+        for name, parameter in named_weights(chunks):
             # Experts are whole (groups.py).
             tp_rank, tp_size = (0, 1) if _EXPERT.search(name) else (groups.tp_rank, groups.tp_size)
             shard = import_parameter(
@@ -93,7 +93,7 @@ def export_hf_weights(
     that and a copy of the parameter at hand are the memory it takes. A collective over the TP, PP and EP groups:
     every rank must exhaust the iterator.
     """
-    mine = {find_mapping(name, arch).local_name: tensor for name, tensor in named_parameters(chunks)}
+    mine = {find_mapping(name, arch).local_name: tensor for name, tensor in named_weights(chunks)}
     buckets = _fill_buckets(_locate(mine, arch, groups), groups, bucket_bytes)
     # One buffer for all: new memory is several times slower than memory in use, where the system has to clear it.
     size = max(sum(_full_bytes(shard, groups) for shard in bucket) for bucket in buckets)

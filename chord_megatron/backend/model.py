@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
@@ -23,6 +24,7 @@ from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.convert.architecture import LinearRope, Llama3Rope, ModelArchitecture
 from chord_megatron.convert.mapping import padded_vocab_size
 from chord_megatron.ops.linear_log_probs import linear_log_probs
+from chord_megatron.types import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,23 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
         if isinstance(module, TopKRouter):
             # Float16Module rounds all buffers; the router undoes it, but only after the weights are loaded.
             module._maintain_float32_expert_bias()
+
+
+def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch) -> Any:
+    """What a chunk makes of packed sequences: (log_probs, entropy) on the last stage, else hidden states."""
+    return chunk(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        labels=Targets(batch.labels, batch.temperatures, batch.counts),
+        packed_seq_params=PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        ),
+    )
 
 
 def unwrap(chunk: torch.nn.Module) -> CausalLM:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -55,7 +55,7 @@ class TokenBlocks:
         if len(positions) == self.count:
             return self, None
         index = positions if self.index is None else self.index[positions]
-        return TokenBlocks(index, self.total, self.block_tokens, self.group, self.sequence_parallel), positions
+        return replace(self, index=index), positions
 
     def spread(self, values: Tensor) -> Tensor:
         """[total]: `values` ([count]) at the rows that count, 0 at the others."""

@@ -18,12 +18,9 @@ class WeightGradient:
         self.weight = weight
         main_grad: Tensor | None = getattr(weight, "main_grad", None)
         # Without the flag, no hook would know that the gradient is there already.
-        self.in_main_grad = False
-        if main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad"):
-            self.in_main_grad = True
-            self.sums = main_grad
-        else:
-            self.sums = torch.zeros_like(weight, dtype=dtype)
+        can_add = main_grad is not None and main_grad.dtype == dtype and hasattr(weight, "grad_added_to_main_grad")
+        self.sums = main_grad if main_grad is not None and can_add else torch.zeros_like(weight, dtype=dtype)
+        self.in_main_grad = self.sums is main_grad
 
     def finish(self) -> Tensor:
         """What the backward pass returns: dW in the weight's type, or what stands for it."""

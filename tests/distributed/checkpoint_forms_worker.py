@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
-from chord_megatron.backend.hf_weights import load_hf_weights, named_parameters
+from chord_megatron.backend.hf_weights import load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, unwrap
 from chord_megatron.config import ModelConfig, ParallelConfig
@@ -53,10 +53,10 @@ def build(arch: ModelArchitecture, parallel: ParallelConfig, groups: Any) -> Chu
 @torch.no_grad()
 def load_and_compare(chunks: Chunks, expected: Chunks, directory: Path, arch: ModelArchitecture) -> str:
     """The parameters that differ after loading, on any rank."""
-    for _, tensor in named_parameters(chunks):
+    for _, tensor in named_weights(chunks):
         tensor.fill_(float("nan"))  # what is not loaded shows
     load_megatron_weights(chunks, directory, arch)
-    pairs = zip(named_parameters(chunks), named_parameters(expected), strict=True)
+    pairs = zip(named_weights(chunks), named_weights(expected), strict=True)
     wrong = ", ".join(name for (name, ours), (_, theirs) in pairs if not torch.equal(ours, theirs))
     everywhere: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(everywhere, wrong)

@@ -7,16 +7,20 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
 from chord_megatron.algorithm.losses import METRIC_SUMS, chord_loss
+from chord_megatron.backend import generation
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.data.packing import build_global_batch
+from chord_megatron.rollout.sampling import sample_tokens
 from chord_megatron.types import SamplingParams, TrainingSample
 
 MICRO_BATCH_SIZE = 2
@@ -48,6 +52,8 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     prompts, params = questions["prompts"], SamplingParams(**questions["sampling"])
     seeds = [(0, index) for index in range(len(prompts))]
     answers["sampled"] = engine.generate(prompts, seeds, params)
+    if groups.tp_size > 1 and engine.arch.moe is not None:
+        answers["sampled_astray"] = generate_astray(engine, prompts, seeds, params)
     completed = [as_sample([*p, *c], params.temperature) for p, (c, _) in zip(prompts, answers["sampled"])]
     answers["log_probs_of_sampled"] = log_probs(completed)
     greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
@@ -59,6 +65,21 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     answers["ref_log_probs"] = log_probs(samples, reference=True)
     answers["weights_after_reference"] = copy_weights(engine)
     return answers
+
+
+def generate_astray(engine: MegatronEngine, prompts: list, seeds: list, params: SamplingParams) -> list:
+    """What each tensor-parallel rank says it generated, when those behind the first draw other tokens."""
+
+    def draw(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        tokens, log_probs = sample_tokens(*args, **kwargs)
+        rank = engine.groups.tp_rank
+        return (tokens + rank) % engine.arch.vocab_size, log_probs - rank
+
+    with mock.patch.object(generation, "sample_tokens", draw):
+        mine = engine.generate(prompts, seeds, params)
+    everyone: list = [None] * engine.groups.tp_size
+    dist.all_gather_object(everyone, mine, group=engine.groups.tp_group)
+    return everyone
 
 
 def as_sample(tokens: list[int], temperature: float) -> TrainingSample:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
-from tiny_families import MODELS, write_model
+from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS, write_model
 
 from chord_megatron import conversion
 from chord_megatron.types import UserError
@@ -19,14 +19,12 @@ pytestmark = pytest.mark.distributed
 HERE = Path(__file__).parent
 TIED = "qwen2 tied"
 NAMES = [*MODELS, TIED]
-WITH_EXPERTS = [name for name in NAMES if name.startswith(("qwen3_moe", "mixtral", "deepseek_v3"))]
-PP_2 = {"pipeline_model_parallel_size": 2}
 STACKED, BY_LAYER, BY_EXPERT = "stacked layers", "a key for each layer", "a key for each expert"
 FORMS = {STACKED: {}, BY_LAYER: {"non_homogeneous_layers": True}, BY_EXPERT: {"singleton_local_shards": True}}
 LAYOUTS: dict[str, tuple[dict, list[str], list[str]]] = {
-    "TP 2": ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, NAMES, list(FORMS)),
-    "PP 2 x VPP 2": (PP_2 | {"virtual_pipeline_model_parallel_size": 2}, NAMES, [STACKED]),
-    "EP 2": ({"expert_model_parallel_size": 2}, WITH_EXPERTS, [BY_EXPERT]),
+    "TP 2": (TP_2, NAMES, list(FORMS)),
+    "PP 2 x VPP 2": (PP_2 | VPP_2, NAMES, [STACKED]),
+    "EP 2": (EP_2, [name for name in NAMES if name.startswith(WITH_EXPERTS)], [BY_EXPERT]),
 }
 SAVED = [(layout, form, name) for layout, (_, names, forms) in LAYOUTS.items() for form in forms for name in names]
 

@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 from launching import launch
-from tiny_families import MODELS, write_model
+from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS, write_model
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-TP_2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-PP_2 = {"pipeline_model_parallel_size": 2}
-VPP_2 = {"virtual_pipeline_model_parallel_size": 2}
-EP_2 = {"expert_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "TP 1": (1, {}),
     "TP 2": (2, TP_2),
@@ -28,7 +24,6 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "PP 2 x VPP 2 x EP 2": (4, PP_2 | VPP_2 | EP_2),
     "TP 2 x PP 2 x EP 2": (4, TP_2 | PP_2 | EP_2),
 }
-WITH_EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
 VARIANTS = [
     f"{name} {head} {dtype}" for name in MODELS for head in ("tied", "untied") for dtype in ("float32", "bfloat16")
 ]

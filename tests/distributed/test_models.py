@@ -10,22 +10,19 @@ import pytest
 import torch
 from launching import launch
 from safetensors.torch import load_file
+from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS, write_model
 from tiny_families import MODELS as NAMES
-from tiny_families import VOCAB_SIZE, write_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
-WITH_EXPERTS = ("qwen3_moe", "mixtral", "deepseek_v3")
 MODELS = [f"{name} untied" for name in NAMES] + [f"{name} tied" for name in ("llama", "qwen2", "qwen3_moe")]
-TP_2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-EP_2 = {"expert_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 1": (1, {}),
     "TP 2 + SP": (2, TP_2),
-    "PP 2": (2, {"pipeline_model_parallel_size": 2}),
+    "PP 2": (2, PP_2),
     "EP 2": (2, EP_2),
     "TP 2 + SP x EP 2": (2, TP_2 | EP_2),
 }
@@ -138,6 +135,13 @@ def test_sampler_and_trainer_have_the_same_log_probs(layout: str, model: str, an
     for (tokens, sampler), trainer in zip(completions, answers[layout, model]["log_probs_of_sampled"], strict=True):
         assert not set(tokens[:-1]) & set(STOP_TOKENS)
         torch.testing.assert_close(torch.tensor(sampler), trainer[-len(tokens) :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("model", [model for model in MODELS if model.startswith(WITH_EXPERTS)])
+def test_ranks_agree_on_a_token_that_they_draw_differently(model: str, answers: Answers) -> None:
+    """As rounding makes them: experts compute the tensor-parallel ranks' copies of a token as other rows."""
+    of_model = answers["TP 2 + SP x EP 2", model]
+    assert of_model["sampled_astray"] == [of_model["sampled"]] * 2
 
 
 @each_case

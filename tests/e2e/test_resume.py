@@ -31,7 +31,8 @@ from chord_megatron import conversion
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
 TENSOR_PARALLEL = ("parallel.tensor_model_parallel_size=2", "grpo.beta=0.05", "train.save_total_limit=2")
-SHARDED_OPTIMIZER = ("optimizer.use_distributed_optimizer=true", "train.train_iters=4")
+Overrides = tuple[str, ...]
+SHARDED_OPTIMIZER: Overrides = ("optimizer.use_distributed_optimizer=true", "train.train_iters=4")
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,13 @@ def sharded_optimizer(assets: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return finished_run(assets, tmp_path_factory.mktemp("sharded_optimizer"), *SHARDED_OPTIMIZER)
 
 
-@pytest.fixture(scope="module")
-def expert_parallel(tmp_path_factory: pytest.TempPathFactory, assets: Path) -> tuple[RunFiles, tuple[str, ...]]:
-    """Four steps of a model with experts, two on each of two processes, and the overrides that made them."""
+@pytest.fixture(scope="module", params=["dense", "experts"])
+def sharded(
+    request: pytest.FixtureRequest, sharded_optimizer: RunFiles, assets: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunFiles, Overrides]:
+    """That run, or one of a model with experts, two on each process; and the overrides that made it."""
+    if request.param == "dense":
+        return sharded_optimizer, SHARDED_OPTIMIZER
     model = tmp_path_factory.mktemp("experts") / "model"
     write_tiny_model(model, with_experts=True)
     overrides = (*SHARDED_OPTIMIZER, f"model.path={model}", "parallel.expert_model_parallel_size=2")
@@ -182,30 +187,16 @@ def test_old_checkpoints_are_pruned(tensor_parallel: RunFiles):
         assert {path.name for path in (tensor_parallel.path / folder).iterdir()} == {"step_4", "step_6"} | others
 
 
-def test_the_distributed_optimizer_resumes_bitwise(sharded_optimizer: RunFiles, tmp_path: Path):
-    run = sharded_optimizer.copy_to(tmp_path / "files")
-    run.rewind_to(2)
-    succeeded(train_on_two(run.config, *run.overrides, *SHARDED_OPTIMIZER))
-    assert_same_run(run, sharded_optimizer, step=4)
-
-
-def test_the_distributed_optimizer_resumes_on_one_process(sharded_optimizer: RunFiles, tmp_path: Path):
-    run = sharded_optimizer.copy_to(tmp_path / "files")
-    run.rewind_to(2)
-    succeeded(train_here(run.config, *run.overrides, *SHARDED_OPTIMIZER))
-    assert_close_run(run, sharded_optimizer, step=4)
-
-
-def test_experts_resume_bitwise(expert_parallel: tuple[RunFiles, tuple[str, ...]], tmp_path: Path):
-    finished, overrides = expert_parallel
+def test_the_distributed_optimizer_resumes_bitwise(sharded: tuple[RunFiles, Overrides], tmp_path: Path):
+    finished, overrides = sharded
     run = finished.copy_to(tmp_path / "files")
     run.rewind_to(2)
     succeeded(train_on_two(run.config, *run.overrides, *overrides))
     assert_same_run(run, finished, step=4)
 
 
-def test_experts_resume_on_one_process(expert_parallel: tuple[RunFiles, tuple[str, ...]], tmp_path: Path):
-    finished, overrides = expert_parallel
+def test_the_distributed_optimizer_resumes_on_one_process(sharded: tuple[RunFiles, Overrides], tmp_path: Path):
+    finished, overrides = sharded
     run = finished.copy_to(tmp_path / "files")
     run.rewind_to(2)
     succeeded(train_here(run.config, *run.overrides, *overrides, "parallel.expert_model_parallel_size=1"))
