@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -27,11 +28,21 @@ pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
 OVERRIDES = ("parallel.tensor_model_parallel_size=2", "train.train_iters=8")  # a checkpoint every second step
 Agent = subprocess.Popen[str]
+_started: list[Agent] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_agent_left_behind() -> Iterator[None]:
+    """A failed test leaves agents that wait for one another."""
+    yield
+    for agent in _started:
+        if agent.poll() is None:
+            kill(agent)
 
 
 def start_agent(script: str, node_rank: int, port: int, config: Path, **environment: str) -> Agent:
     """One node of two, with one process, in a process group of its own."""
-    return subprocess.Popen(
+    agent = subprocess.Popen(
         [LAUNCH / script, config, *OVERRIDES],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -52,6 +63,8 @@ def start_agent(script: str, node_rank: int, port: int, config: Path, **environm
             **environment,
         },
     )
+    _started.append(agent)
+    return agent
 
 
 def free_port() -> int:
