@@ -35,6 +35,7 @@ def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_n
         configuration.check_weights(Path(config.model.path), arch),
         configuration.check_processes(gpus, nproc_per_node),
         configuration.check_dtype(gpus, config.model.dtype),
+        *([] if gpus else [software.check_adam_on_cpu()]),
         *([configuration.check_gpu_memory(state, gpus, nproc_per_node)] if gpus else []),
         configuration.check_host_memory(state, gpus, nproc_per_node),
         configuration.check_output_dir(Path(config.train.output_dir)),

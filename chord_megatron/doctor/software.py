@@ -100,17 +100,11 @@ def check_transformer_engine(has_gpu: bool) -> Check:
     if find_spec("transformer_engine") is None:
         remedy = "pip install --no-build-isolation 'transformer-engine[pytorch]', for speed" if has_gpu else None
         return Check(name, None, "replaced", replacement, remedy)
-    if error := import_error("transformer_engine.pytorch"):
-        return Check(
-            name,
-            version,
-            "wrong",
-            f"it cannot be imported: {error}",
-            "pip uninstall transformer-engine, or build it for this torch and CUDA",
-            is_blocking=has_gpu,  # where it is found, its layers are taken
-        )
     if not has_gpu:
         return Check(name, version, "replaced", f"needs a GPU; {replacement}")
+    if error := import_error("transformer_engine.pytorch"):
+        remedy = "pip uninstall transformer-engine, or build it for this torch and CUDA"
+        return Check(name, version, "wrong", f"it cannot be imported: {error}", remedy, is_blocking=True)
     return Check(name, version, "ok", "layers, attention and Adam")
 
 
@@ -149,6 +143,19 @@ def check_apex() -> Check:
             "pip uninstall apex, or build it for this torch",
         )
     return Check("Apex", version, "ok", "Adam, where TransformerEngine is not there")
+
+
+def check_adam_on_cpu() -> Check:
+    """Megatron-Core takes the first Adam that can be imported (optimizer/__init__.py:12); two of them need a GPU."""
+    for package, module in (
+        ("transformer_engine", "transformer_engine.pytorch.optimizers"),
+        ("apex", "apex.optimizers"),
+    ):
+        if find_spec(package) is not None and import_error(module) is None:
+            meaning = f"Megatron-Core prefers the one of {package}, which needs a GPU"
+            remedy = f"uninstall {package} for runs on the CPU, or run where there is a GPU"
+            return Check("Adam", package, "wrong", meaning, remedy, is_blocking=True)
+    return Check("Adam", "torch", "ok", "used on the CPU")
 
 
 def check_vllm(*, uses_vllm: bool) -> Check:

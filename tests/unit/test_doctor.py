@@ -11,14 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from packaging.specifiers import SpecifierSet
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from chord_megatron.cli import app
 from chord_megatron.config import Config, load_config
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
@@ -101,40 +102,55 @@ def run_config(tmp_path: Path) -> Path:
     return path
 
 
-def doctor(*arguments: str) -> subprocess.Popen[str]:
-    """The real command."""
-    command = [sys.executable, "-m", "chord_megatron.cli", "doctor", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the two checks that take seconds, which the first test makes."""
+    monkeypatch.setattr(software, "check_package", lambda: Check("chord_megatron", "0", "ok", ""))
+    monkeypatch.setattr(machine, "check_all_reduce", lambda gpus: Check("all-reduce", "1 ms", "ok", ""))
 
 
-def test_the_command_looks_at_this_machine_and_at_what_a_configuration_needs(run_config: Path):
-    machine_alone = doctor("--json")
-    too_much = doctor(str(run_config), "--json", "train.save_steps=1", "train.train_iters=1000000000000")
-    refused = doctor(str(run_config), "--json", "parallel.tensor_model_parallel_size=3")
-
-    stdout, stderr = machine_alone.communicate(timeout=120)
-    assert machine_alone.returncode == 0, stderr
-    report = json.loads(stdout)
-    assert report["can_run"] is True and report["problems"] == [] and stderr == ""
+def test_the_command_on_this_machine(run_config: Path):
+    command = [sys.executable, "-m", "chord_megatron.cli", "doctor", "--json", str(run_config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["can_run"] is True and report["problems"] == []
     found = {check["name"]: check for check in report["checks"]}
     (all_reduce,) = (check for name, check in found.items() if name.startswith("all-reduce"))
     assert all_reduce["status"] == "ok" and 0 < float(all_reduce["found"].removesuffix(" ms")) < 10_000
     assert found["torch"]["found"] == torch.__version__ and found["torch"]["status"] == "ok"
-    assert found["chord_megatron"]["status"] == "ok" and found["gloo"]["status"] == "ok"
+    assert found["chord_megatron"]["status"] == found["gloo"]["status"] == found["weights"]["status"] == "ok"
 
-    stdout, stderr = too_much.communicate(timeout=120)
-    assert too_much.returncode == 1
-    report = json.loads(stdout)
-    assert report["can_run"] is False
-    (problem,) = report["problems"]
-    assert problem.startswith("disk: ") and problem.endswith("or set train.save_total_limit (now null: all are kept)")
-    assert stderr == f"problem: {problem}\n"
-    assert {check["name"] for check in report["checks"] if check["is_blocking"]} == {"disk"}
 
-    stdout, stderr = refused.communicate(timeout=120)
-    assert (refused.returncode, stdout) == (2, "")
-    assert stderr.startswith(
-        "error: parallel.tensor_model_parallel_size=3 does not divide the model's 2 attention heads"
+@pytest.mark.usefixtures("quick")
+def test_a_table_and_exit_code_0_without_a_configuration():
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert (result.exit_code, result.stderr) == (0, "")
+    for name in ("Python", "torch", "NVIDIA driver", "CUDA", "NCCL", "gloo", "megatron-core", "TransformerEngine"):
+        assert f"│ {name} " in result.stdout
+    for name in ("Apex", "vLLM", "Triton", "torchvision", "host memory", "disk"):
+        assert f"│ {name} " in result.stdout
+
+
+@pytest.mark.usefixtures("quick")
+def test_exit_code_1_and_a_line_for_each_problem(run_config: Path):
+    overrides = [f"train.output_dir={run_config}/run", "train.save_steps=2"]
+    result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides, "--json"])
+    assert result.exit_code == 1
+    (problem,) = json.loads(result.stdout)["problems"]
+    assert problem == (
+        f"train.output_dir: cannot write to {run_config} (Not a directory); "
+        "name another folder in train.output_dir, or ask for the right to write"
+    )
+    assert result.stderr == f"problem: {problem}\n"
+
+
+def test_exit_code_2_for_a_mistake_in_the_configuration(run_config: Path):
+    result = CliRunner().invoke(app, ["doctor", str(run_config), "parallel.tensor_model_parallel_size=3", "--json"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: parallel.tensor_model_parallel_size=3 does not divide the model's 2 attention heads; "
+        "choose a divisor of 2\n"
     )
 
 
@@ -200,10 +216,20 @@ def test_nvidias_apex_is_fine(install: Install):
 
 def test_a_transformer_engine_that_cannot_be_imported_blocks_a_gpu_only(install: Install):
     install("transformer_engine", "raise OSError('libcudnn.so.9: cannot open')", version="2.9")
-    on_gpu, on_cpu = (software.check_transformer_engine(has_gpu) for has_gpu in (True, False))
-    assert on_gpu.status == on_cpu.status == "wrong"
-    assert on_gpu.meaning == "it cannot be imported: OSError: libcudnn.so.9: cannot open"
-    assert on_gpu.is_blocking and not on_cpu.is_blocking
+    check = software.check_transformer_engine(has_gpu=True)
+    assert (check.found, check.status, check.is_blocking) == ("2.9", "wrong", True)
+    assert check.meaning == "it cannot be imported: OSError: libcudnn.so.9: cannot open"
+    assert software.check_transformer_engine(has_gpu=False).status == "replaced"  # nobody imports its layers there
+
+
+def test_an_adam_for_gpus_only_stands_in_the_way_of_a_run_on_the_cpu(install: Install, hide: Callable[[str], None]):
+    hide("transformer_engine")
+    install("apex", version="0.1")
+    assert software.check_adam_on_cpu().found == "torch"  # PyPI's apex
+    install("apex.optimizers")
+    check = software.check_adam_on_cpu()
+    assert (check.found, check.is_blocking) == ("apex", True)
+    assert str(check.remedy).startswith("uninstall apex for runs on the CPU")
 
 
 def test_what_takes_the_place_of_transformer_engine_and_triton(install: Install, hide: Callable[[str], None]):
@@ -481,11 +507,9 @@ def test_incomplete_weights_are_named(run_config: Path):
     assert "has neither model.safetensors nor" in configuration.check_weights(model, arch).meaning
 
 
-def test_a_run_with_vllm_needs_vllm(run_config: Path, hide: Callable[[str], None], monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.usefixtures("quick")
+def test_a_run_with_vllm_needs_vllm(run_config: Path, hide: Callable[[str], None]):
     hide("vllm")
-    # Made for real by the command above.
-    monkeypatch.setattr(software, "check_package", lambda: Check("chord_megatron", "0", "ok", ""))
-    monkeypatch.setattr(machine, "check_all_reduce", lambda gpus: Check("all-reduce", "1 ms", "ok", ""))
 
     def problems_with(config: Config) -> list[str]:
         arch = read_architecture(Path(config.model.path))

@@ -135,8 +135,11 @@ def test_the_fullest_stage_counts():
     assert state.weights == 2 * (152064 * 3584 + 14 * 233_057_792 + 3584)
 
 
-@pytest.mark.parametrize(("dtype", "saved", "exported"), [("bfloat16", 14, 2), ("float32", 12, 4)])
-def test_bytes_on_disk(dtype: str, saved: int, exported: int):
-    config = config_of(model__dtype=dtype)
+@pytest.mark.parametrize(
+    ("dtype", "is_distributed", "saved", "exported"),
+    [("bfloat16", False, 14, 2), ("bfloat16", True, 14, 2), ("float32", False, 12, 4), ("float32", True, 16, 4)],
+)
+def test_bytes_on_disk(dtype: str, is_distributed: bool, saved: int, exported: int):
+    config = config_of(model__dtype=dtype, optimizer__use_distributed_optimizer=is_distributed)
     assert checkpoint_bytes(config, QWEN2_5_7B) == saved * NUM_QWEN2_5_7B
     assert export_bytes(config, QWEN2_5_7B) == exported * NUM_QWEN2_5_7B
