@@ -76,8 +76,8 @@ class MegatronEngine:
         self._bucket_bytes = model.export_bucket_megabytes * 10**6
         self._loss_is_finite = True
         self._has_gradients = False
-        self._host_memory = HostMemory(groups.device)
-        self._offloaded: frozenset[str] = frozenset()  # of "model", "optimizer"
+        self._host_memory: dict[str, HostMemory] = {}  # of what is away: "model", "optimizer"
+        self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
     def packing(self) -> dict[str, int]:
@@ -198,26 +198,31 @@ class MegatronEngine:
         """Leave the device's memory to others meanwhile: of master weights, moments and gradients; of parameters.
 
         Afterwards all is back as it was, on an exception too, but for the gradients: those are zero. Methods that need
-        what is away raise AssertionError.
+        what is away raise AssertionError. Parts may be offloaded one inside the other.
         """
-        assert not self._offloaded, "offloaded already"
+        parts = [part for part, away in (("optimizer", optimizer), ("model", model)) if away]
+        assert not self._host_memory.keys() & set(parts), "offloaded already"
         parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
-        kept, dropped = parameters if model else [], []
-        if optimizer:
-            self._optimizer.zero_grad()
-            self._has_gradients = False
-            kept = kept + optimizer_tensors(self._optimizer, parameters)
-            dropped = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
-        self._host_memory.offload(kept, dropped)
-        self._offloaded = frozenset(name for name, away in (("model", model), ("optimizer", optimizer)) if away)
         try:
+            for part in parts:
+                memory = self._spare_host_memory.pop(part, None) or HostMemory(self.groups.device)
+                if part == "model":
+                    memory.offload(parameters)
+                else:
+                    self._optimizer.zero_grad()
+                    self._has_gradients = False
+                    gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
+                    memory.offload(optimizer_tensors(self._optimizer, parameters), gradients)
+                self._host_memory[part] = memory
             yield
         finally:
-            self._host_memory.restore()
-            self._offloaded = frozenset()
+            for part in parts:
+                if part in self._host_memory:
+                    self._spare_host_memory[part] = self._host_memory.pop(part)
+                    self._spare_host_memory[part].restore()
 
     def _assert_here(self, *needed: str) -> None:
-        away = " and ".join(sorted(self._offloaded.intersection(needed)))
+        away = " and ".join(sorted(self._host_memory.keys() & set(needed)))
         assert not away, f"the {away} is offloaded: leave the `offloaded` context first"
 
     def _run_schedule(self, batch: GlobalBatch, loss_fn: Callable, *, forward_only: bool) -> list:

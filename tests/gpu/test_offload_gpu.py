@@ -78,7 +78,7 @@ def test_the_memory_is_free_for_others(
         with engine.offloaded(optimizer=optimizer, model=model):
             assert expected <= allocated - torch.cuda.memory_allocated() <= expected + slack
             assert reserved - torch.cuda.memory_reserved() >= 0.9 * expected  # back with the system
-            assert all(piece.is_pinned() for piece in engine._host_memory._pieces)
+            assert all(piece.is_pinned() for memory in engine._host_memory.values() for piece in memory._pieces)
             others = torch.full((expected,), 255, dtype=torch.uint8, device="cuda")
         del others
         torch.cuda.empty_cache()
