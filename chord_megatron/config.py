@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.types import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -97,6 +98,8 @@ class GRPOConfig(_Group):
     overlong_filter: bool = False  # drop completions without an end token from the loss
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
+    rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
+    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1)  # upper bound of a weight, or of its ratio
 
 
 class ChordConfig(_Group):

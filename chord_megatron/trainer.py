@@ -190,10 +190,19 @@ class ChordTrainer:
             epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
             beta=grpo.beta,
             use_phi=self.config.chord.chord_enable_phi_function,
+            rollout_importance_sampling_mode=grpo.rollout_importance_sampling_mode,
+            rollout_importance_sampling_threshold=grpo.rollout_importance_sampling_threshold,
         )
         sums, largest_difference = self.engine.forward_backward(batch, loss_function)
         named = dict(zip(METRIC_SUMS, sums, strict=True))
-        return loss_metrics(named, largest_difference, batch, mu=mu, has_reference=grpo.beta > 0)
+        return loss_metrics(
+            named,
+            largest_difference,
+            batch,
+            mu=mu,
+            has_reference=grpo.beta > 0,
+            has_importance_weights=grpo.rollout_importance_sampling_mode is not None,
+        )
 
     @timed("train")
     def optimizer_step(self) -> OptimizerStep:
