@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from models_worker import MICRO_BATCH_SIZE, as_sample, copy_weights, train_step
 from torch import Tensor
 
@@ -26,15 +25,12 @@ Visit = Callable[[MegatronEngine, dict[str, bool]], None]
 def main(questions: dict[str, Any], results: Path) -> None:
     """Answer for each case; rank 0 writes."""
     samples = [as_sample(tokens, temperature=1.0) for tokens in questions["sequences"]]
-    answers, layout = {}, None
-    for name, case in questions["cases"].items():
-        if layout not in (None, case["parallel"]):
-            parallel_state.destroy_model_parallel()
-        layout = case["parallel"]
-        parallel = ParallelConfig(**layout)
-        groups = initialize_distributed(parallel, seed=0)
-        folder = results.parent / name.replace(" ", "_")
-        answers[name] = answer(case, parallel, groups, samples, folder)
+    parallel = ParallelConfig(**questions["parallel"])
+    groups = initialize_distributed(parallel, seed=0)
+    answers = {
+        name: answer(case, parallel, groups, samples, results.parent / name.replace(" ", "_"))
+        for name, case in questions["cases"].items()
+    }
     if groups.rank == 0:
         torch.save(answers, results)
     shut_down_distributed()

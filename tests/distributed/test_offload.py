@@ -38,10 +38,10 @@ def name_of(case: Case) -> str:
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What offload_worker.py found of each case, all in one launch of two processes."""
+    """What offload_worker.py found of each case, in a launch of two processes for each layout."""
     folder = tmp_path_factory.mktemp("offload")
     generator = torch.Generator().manual_seed(1)
-    cases = {}
+    cases: dict[str, dict[str, dict]] = {layout: {} for layout in LAYOUTS}
     for case in CASES:
         layout, model, dtype, distributed_optimizer = case
         path = folder / f"{model} {dtype} {layout}"
@@ -50,17 +50,19 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         layers = 4 if "VPP" in layout else 2
         tiny = make_model(name, tied=head == "tied", num_hidden_layers=layers)
         tiny.to(getattr(torch, dtype)).save_pretrained(path)
-        cases[name_of(case)] = {
+        cases[layout][name_of(case)] = {
             "path": str(path),
             "dtype": dtype,
-            "parallel": LAYOUTS[layout],
             "distributed_optimizer": distributed_optimizer,
         }
     sequences = [torch.randint(0, VOCAB_SIZE, (n,), generator=generator).tolist() for n in (9, 4, 12, 7)]
-    questions = {"cases": cases, "sequences": sequences}
-    (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
-    launch(HERE / "offload_worker.py", folder / "questions.json", folder / "answers.pt", processes=2)
-    return torch.load(folder / "answers.pt", weights_only=True)
+    answers = {}
+    for layout, of_layout in cases.items():
+        questions = {"parallel": LAYOUTS[layout], "cases": of_layout, "sequences": sequences}
+        (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+        launch(HERE / "offload_worker.py", folder / "questions.json", folder / "answers.pt", processes=2)
+        answers |= torch.load(folder / "answers.pt", weights_only=True)
+    return answers
 
 
 @each_case
