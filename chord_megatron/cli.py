@@ -1,4 +1,4 @@
-"""The command line: `chord-megatron train | validate | doctor | report | convert`."""
+"""The command line: `chord-megatron train | validate | doctor | report | convert | serve`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from chord_megatron import cli_convert
+from chord_megatron import cli_convert, cli_serve
 from chord_megatron.config import Config, load_config
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
@@ -139,6 +139,9 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> int:
     print_summary(run_dir, Console())
     print(*paths, sep="\n")
     return 0
+
+
+command(cli_serve.serve)
 
 
 def _validated(arguments: list[str], world_size: int) -> tuple[Config, Plan]:

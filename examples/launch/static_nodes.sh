@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Several machines, started by hand on each: torchrun's static rendezvous.
+#
+#   on node 0:  NODE_RANK=0 MASTER_ADDR=node0 examples/launch/static_nodes.sh CONFIG.yaml [key=value ...]
+#   on node 1:  NODE_RANK=1 MASTER_ADDR=node0 examples/launch/static_nodes.sh CONFIG.yaml [key=value ...]
+#
+# Nothing restarts by itself. When one node ends, all do; start the same commands again, and the run resumes.
+# train.output_dir must be on a file system that all nodes share: every process writes its part of a checkpoint.
+set -euo pipefail
+
+NNODES=${NNODES:-2}
+NODE_RANK=${NODE_RANK:?set it to the number of this machine, from 0 to NNODES - 1}
+MASTER_ADDR=${MASTER_ADDR:?set it to the address of node 0}
+MASTER_PORT=${MASTER_PORT:-29500}   # open on node 0
+NPROC_PER_NODE=${NPROC_PER_NODE:-8} # processes on each machine: one a GPU
+CONFIG=${1:?usage: $0 CONFIG.yaml [key=value ...]}
+shift
+
+exec chord-megatron train "$CONFIG" --nnodes "$NNODES" --node-rank "$NODE_RANK" \
+  --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --nproc-per-node "$NPROC_PER_NODE" "$@"

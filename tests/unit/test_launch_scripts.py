@@ -1,0 +1,239 @@
+"""The launch scripts of examples/launch, with stand-ins for torchrun, Slurm's commands and docker."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "examples" / "launch"
+SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in {".sh", ".sbatch"})
+SHELL_FILES = sorted(
+    path
+    for folder in (".ci", "benchmarks", "examples", "tests", "tools")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and re.match(rb"#!.*\b(ba)?sh\b", path.read_bytes()[:64])
+)
+MANIFESTS = sorted((LAUNCH / "kubernetes").glob("*.yaml"))
+ENVIRONMENT = {"NODE_RANK": "1", "MASTER_ADDR": "node0", "RDZV_ENDPOINT": "node0:29500", "NPROC_PER_NODE": "4"}
+SLURM = {
+    "SLURM_JOB_ID": "12345",
+    "SLURM_SUBMIT_DIR": str(ROOT),
+    "SLURM_JOB_NODELIST": "a[1-2]",
+    "SLURM_NNODES": "2",
+    "SLURM_GPUS_ON_NODE": "4",
+}
+
+
+class StandIns:
+    """Commands that note their arguments in a file, in front of the real ones on PATH."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.log = directory / "calls"
+        self.log.touch()
+
+    def add(self, name: str, body: str = "") -> None:
+        """`body` is what the command does after it has noted its arguments."""
+        path = self.directory / name
+        path.write_text(f'#!/usr/bin/env bash\nset -euo pipefail\necho "{name} $*" >> "{self.log}"\n{body}\n')
+        path.chmod(0o755)
+
+    def calls(self, name: str) -> list[str]:
+        """The arguments of each call of that command."""
+        lines = [line.partition(" ") for line in self.log.read_text().splitlines()]
+        return [arguments for command, _, arguments in lines if command == name]
+
+    def start(self, script: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        """Start one of the launch scripts."""
+        path = f"{self.directory}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(
+            [LAUNCH / script, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT, **environment, "PATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Its exit code and what it wrote to stderr."""
+        process = self.start(script, *arguments, **environment)
+        stderr = process.communicate(timeout=60)[1]
+        return process.returncode, stderr
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> StandIns:
+    commands = StandIns(tmp_path)
+    for name in ("chord-megatron", "docker", "scontrol", "sleep", "srun", "torchrun"):
+        commands.add(name)
+    return commands
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# The rules of every script
+
+
+@pytest.mark.parametrize("path", SHELL_FILES, ids=name_of)
+def test_shellcheck_finds_nothing(path: Path):
+    beside_python = Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, "shellcheck is missing; pip install --editable '.[dev]'"
+    result = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("path", SHELL_FILES, ids=name_of)
+def test_scripts_stop_at_the_first_error(path: Path):
+    commands = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    assert commands[0] == "set -euo pipefail"
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=name_of)
+def test_nothing_is_ended_by_name_and_no_secret_is_written_down(path: Path):
+    text = path.read_text()
+    assert not re.search(r"\b(pkill|killall)\b", text)
+    # A name that is followed by its value: NAME=value, or a manifest's env entry.
+    assert not re.search(r"(?i)(token|secret|password|api_key)\w*=[^\s./]", text)
+    assert not re.search(r"(?i)name: \w*(token|password|api_key)\w*\n\s*value:", text)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_every_setting_is_a_variable_at_the_top(path: Path):
+    settings, _, rest = path.read_text().partition("\nshift\n")
+    assert re.search(r"^CONFIG=", settings, re.MULTILINE)
+    assert not re.search(r"^\w+=\$\{\w+:[-?]", rest, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_without_a_recipe_a_script_says_how_to_call_it(path: Path, stand_ins: StandIns):
+    code, stderr = stand_ins.run(path.name, **SLURM)
+    assert code != 0
+    assert "CONFIG.yaml [key=value ...]" in stderr
+    assert stand_ins.log.read_text() == ""
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS, LAUNCH / "README.md"], ids=name_of)
+def test_files_that_are_named_exist(path: Path):
+    for name in re.findall(r"\bexamples/[\w./-]*\w", path.read_text()):
+        assert (ROOT / name).exists(), name
+
+
+# What they run
+
+
+def test_one_node(stand_ins: StandIns):
+    assert stand_ins.run("single_node.sh", "c.yaml", "optimizer.lr=1e-6") == (0, "")
+    assert stand_ins.calls("chord-megatron") == ["train c.yaml --nproc-per-node 4 optimizer.lr=1e-6"]
+
+
+def test_static_nodes(stand_ins: StandIns):
+    assert stand_ins.run("static_nodes.sh", "c.yaml", "a.b=1", NNODES="3") == (0, "")
+    assert stand_ins.calls("chord-megatron") == [
+        "train c.yaml --nnodes 3 --node-rank 1 --master-addr node0 --master-port 29500 --nproc-per-node 4 a.b=1"
+    ]
+
+
+@pytest.mark.parametrize(("rank", "is_host"), [("0", "true"), ("1", "false")])
+def test_elastic_nodes(stand_ins: StandIns, rank: str, is_host: str):
+    stand_ins.add("torchrun", f'echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >> {stand_ins.log}')
+    assert stand_ins.run("elastic_nodes.sh", "c.yaml", "a.b=1", NODE_RANK=rank, LOCAL_ADDR="10.0.0.7") == (0, "")
+    assert stand_ins.calls("chord-megatron") == ["validate c.yaml --nnodes 2 --nproc-per-node 4 a.b=1"]
+    assert stand_ins.calls("torchrun") == [
+        "--nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node0:29500 --rdzv-id chord"
+        f" --rdzv-conf is_host={is_host},join_timeout=600,read_timeout=600 --local-addr 10.0.0.7"
+        " -m chord_megatron.train c.yaml a.b=1"
+    ]
+    assert stand_ins.calls("store") == ["1"]
+
+
+def test_torchrun_is_started_again_but_not_for_ever(stand_ins: StandIns):
+    stand_ins.add("torchrun", "exit 9")
+    code, stderr = stand_ins.run("elastic_nodes.sh", "c.yaml", ATTEMPTS="2")
+    assert code == 9
+    assert len(stand_ins.calls("torchrun")) == 2
+    assert stderr.count("torchrun ended with 9") == 2
+
+    stand_ins.add("torchrun", f'(( $(grep --count torchrun "{stand_ins.log}") == 4 ))')
+    assert stand_ins.run("elastic_nodes.sh", "c.yaml", ATTEMPTS="5")[0] == 0
+    assert len(stand_ins.calls("torchrun")) == 4
+
+
+def test_a_mistake_in_the_configuration_is_not_tried_again(stand_ins: StandIns):
+    stand_ins.add("chord-megatron", "exit 2")
+    assert stand_ins.run("elastic_nodes.sh", "c.yaml")[0] == 2
+    assert stand_ins.calls("torchrun") == []
+
+
+def test_a_signal_reaches_torchrun_and_ends_the_script(stand_ins: StandIns):
+    ended, log = f"echo ended >> {stand_ins.log}", stand_ins.log
+    stand_ins.add("torchrun", f"trap '{ended}; exit 7' TERM; echo ready >> {log}; while :; do /bin/sleep 0.05; done")
+    process = stand_ins.start("elastic_nodes.sh", "c.yaml")
+    wait_until(lambda: "ready" in log.read_text().splitlines())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert "ended" in log.read_text().splitlines()
+    assert process.returncode in (7, 128 + signal.SIGTERM)
+    assert len(stand_ins.calls("torchrun")) == 1
+
+
+def test_docker_gets_secrets_by_name_and_much_shared_memory(stand_ins: StandIns):
+    code, _ = stand_ins.run("docker.sh", "c.yaml", "a.b=1", CHORD_SERVER_TOKEN="hunter2", MODELS="/models")
+    assert code == 0
+    assert stand_ins.calls("docker") == [
+        "run --rm --init --name chord-train --ipc host --ulimit memlock=-1 --ulimit stack=67108864"
+        f" --volume {ROOT}:{ROOT} --workdir {ROOT} --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN"
+        " --gpus all --volume /models:/models:ro"
+        " chord_megatron chord-megatron train c.yaml --nproc-per-node 4 a.b=1"
+    ]
+
+
+def test_slurm_starts_the_elastic_script_on_each_node(stand_ins: StandIns):
+    stand_ins.add("scontrol", "printf 'a1\\na2\\n'")
+    stand_ins.add("srun", f'echo "to $NNODES $NPROC_PER_NODE $RDZV_ENDPOINT $RDZV_ID" >> {stand_ins.log}; exit 3')
+    code, _ = stand_ins.run("slurm.sbatch", "c.yaml", "a.b=1", NPROC_PER_NODE="", **SLURM, SLURM_RESTART_COUNT="1")
+    assert code == 3
+    assert stand_ins.calls("scontrol") == ["show hostnames a[1-2]"]
+    assert stand_ins.calls("srun") == [
+        "--kill-on-bad-exit=1 --cpu-bind=none examples/launch/elastic_nodes.sh c.yaml a.b=1"
+    ]
+    assert stand_ins.calls("to") == ["2 4 a1:22345 12345-1"]
+
+
+def test_slurm_queues_the_job_again_before_its_time_limit(stand_ins: StandIns):
+    stand_ins.add("srun", f'while ! grep requeue "{stand_ins.log}"; do /bin/sleep 0.05; done; /bin/sleep 0.3; exit 5')
+    process = stand_ins.start("slurm.sbatch", "c.yaml", **SLURM, RDZV_HOST="a1")
+    wait_until(lambda: len(stand_ins.calls("srun")) == 1)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=30)
+    assert stand_ins.calls("scontrol") == ["requeue 12345"]
+    assert process.returncode == 5, "it must wait for what Slurm ends"
+
+
+def test_slurm_reads_its_options_only_before_the_first_command():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    options = {line.removeprefix("#SBATCH ") for line in lines[:first_command] if line.startswith("#SBATCH ")}
+    assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append", "--ntasks-per-node=1"} <= options
+    assert not any(line.startswith("#SBATCH") for line in lines[first_command:])
