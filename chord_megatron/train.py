@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -21,16 +19,18 @@ from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.data.load import load_run_data, load_tokenizer, stop_token_ids
 from chord_megatron.export import export_hf
 from chord_megatron.plan import make_plan
+from chord_megatron.processes import end_with_parent
 from chord_megatron.rewards.functions import build_reward_function
-from chord_megatron.rollout.megatron import MegatronRollout
-from chord_megatron.rollout.replay import ReplayRollout
+from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.run_outputs import RunOutputs
+from chord_megatron.sampler import Sampler
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.trainer import ChordTrainer, StepResult
 from chord_megatron.types import UserError
 
 _SECONDS_FOR_RANK_0 = 60
+_NUM_PROBES = 8  # prompts that trainer and sampler both score after an update
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,21 +89,23 @@ class Run:
             train_iters=config.train.train_iters,
             keep_reference=config.grpo.beta > 0,
         )
-        embedded = MegatronRollout(
-            self.engine, self.groups.dp_group, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
-        )
-        replay_from = config.rollout.replay_from
+        timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        rollout = build_rollout(config, self.engine, self.groups)
+        is_checked = config.rollout.vllm_mode is not None and config.rollout.consistency_threshold is not None
+        probes = data.prompts[:_NUM_PROBES] if is_checked else ()
+        # A recording has no answers to the held-out prompts.
+        eval_rollout = build_embedded(config, self.engine, self.groups) if config.rollout.replay_from else rollout
         self.trainer = ChordTrainer(
             config,
             plan,
             data,
             tokenizer,
             self.engine,
-            ReplayRollout(Path(replay_from)) if replay_from else embedded,
-            embedded,  # a recording has no answers to the held-out prompts
+            Sampler(self.engine, rollout, config.rollout, probes, timer),
+            Sampler(self.engine, eval_rollout, config.rollout, probes, timer),
             reward_function,
             stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids),
-            PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None),
+            timer,
         )
         self.skipped_steps = self.skipped_in_row = 0
         self.next_step = self._resume()
@@ -195,10 +197,9 @@ def _peak_memory_bytes() -> int:
 
 
 def _end_with_launcher() -> None:
-    """Have Linux kill this process when torchrun is killed: orphans would train on, into a resumed run's files."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """Under torchrun, end when it is killed: orphans would train on, into a resumed run's files."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
 
 
 def _leave_others(exit_code: int) -> None:

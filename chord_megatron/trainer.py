@@ -20,7 +20,7 @@ from chord_megatron.data.samples import expert_training_samples, rollout_trainin
 from chord_megatron.plan import Plan, mu_at
 from chord_megatron.rewards.functions import RewardFunctions
 from chord_megatron.rewards.scoring import score_rollouts
-from chord_megatron.rollout.engine import RolloutEngine
+from chord_megatron.sampler import Drawing, Sampler
 from chord_megatron.tracking.step_metrics import loss_metrics, rollout_metrics
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.types import GlobalBatch, Prompt, RolloutSample, SamplingParams, ScoredRollouts, TrainingSample
@@ -55,6 +55,15 @@ class StepResult:
     new_generation: ScoredRollouts | None  # the generation batch, where this step drew one
 
 
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """A generation batch that has been asked for, and where the prompt cursor stood before."""
+
+    prompts: Sequence[Prompt]
+    drawing: Drawing
+    cursor: dict[str, Any]
+
+
 class ChordTrainer:
     """Turns prompts and expert rows into optimizer steps. Every method is a collective call of all ranks."""
 
@@ -65,19 +74,20 @@ class ChordTrainer:
         data: RunData,
         tokenizer: Any,
         engine: MegatronEngine,
-        rollout: RolloutEngine,
-        eval_rollout: RolloutEngine,
+        sampler: Sampler,
+        eval_sampler: Sampler,
         reward_function: RewardFunctions,
         stop_token_ids: tuple[int, ...],
         timer: PhaseTimer,
     ) -> None:
         self.config, self.plan, self.data, self.tokenizer = config, plan, data, tokenizer
-        self.engine, self.rollout, self.eval_rollout = engine, rollout, eval_rollout
+        self.engine, self.sampler, self.eval_sampler = engine, sampler, eval_sampler
         self.reward_function, self.timer = reward_function, timer
         # Two streams of numbers, so that the two data sets are not shuffled alike.
         self.prompt_cursor = ShuffledCursor(len(data.prompts), 2 * config.train.seed)
         self.expert_cursor = ShuffledCursor(max(1, len(data.experts)), 2 * config.train.seed + 1)
         self.policy_version = 0
+        self._ahead: _Batch | None = None
         self._generation: ScoredRollouts | None = None
         self._generation_samples: list[TrainingSample] = []
         self._sampling = SamplingParams(
@@ -93,6 +103,7 @@ class ChordTrainer:
         with self.timer("step"):
             result = self.take_step(step)
         times = self.timer.times()
+        times["time_generation"] = getattr(self.sampler.rollout, "generation_seconds", None)
         num_tokens = (result.metrics["num_rollout_tokens"] or 0) + (result.metrics["num_expert_tokens"] or 0)
         result.metrics.update(times, tokens_per_second=num_tokens / times["time_step"])
         return result
@@ -108,19 +119,19 @@ class ChordTrainer:
         batch = self.pack(samples + self.draw_experts(mu), step)
         metrics = self.forward_backward(batch, mu)
         update = self.optimizer_step()
-        self.update_rollout_weights()
         metrics.update(grad_norm=update.grad_norm, lr=update.lr, **self.describe(scored))
         return StepResult(metrics, update.stepped, scored, new_generation=self._generation if begins else None)
 
     def generate(self, step: int) -> ScoredRollouts | None:
         """A generation batch of scored completions for the steps that share it; None when all have mu = 1."""
-        steps = range(step, step + self.plan.steps_per_rollout)
-        if all(mu_at(self.config, s) == 1.0 for s in steps):
+        if not self._needs_rollouts(step):
             return None
-        count = self.plan.prompts_per_step * self.config.grpo.steps_per_generation
-        prompts = [self.data.prompts[i] for i in self.prompt_cursor.next(count)]
-        rollouts = self._draw(self.rollout, prompts, self._sampling, self.config.rollout.num_generations, step)
-        return self._score(prompts, rollouts)
+        drawn, self._ahead = self._ahead or self._draw_batch(step), None
+        rollouts = drawn.drawing.result()
+        next_step = step + self.plan.steps_per_rollout
+        if self.config.rollout.max_staleness and next_step < self.config.train.train_iters:
+            self._ahead = self._draw_batch(next_step) if self._needs_rollouts(next_step) else None
+        return self._score(drawn.prompts, rollouts)
 
     def to_training_samples(self, scored: ScoredRollouts | None) -> list[TrainingSample]:
         """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
@@ -179,10 +190,19 @@ class ChordTrainer:
             epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
             beta=grpo.beta,
             use_phi=self.config.chord.chord_enable_phi_function,
+            rollout_importance_sampling_mode=grpo.rollout_importance_sampling_mode,
+            rollout_importance_sampling_threshold=grpo.rollout_importance_sampling_threshold,
         )
         sums, largest_difference = self.engine.forward_backward(batch, loss_function)
         named = dict(zip(METRIC_SUMS, sums, strict=True))
-        return loss_metrics(named, largest_difference, batch, mu=mu, has_reference=grpo.beta > 0)
+        return loss_metrics(
+            named,
+            largest_difference,
+            batch,
+            mu=mu,
+            has_reference=grpo.beta > 0,
+            has_importance_weights=grpo.rollout_importance_sampling_mode is not None,
+        )
 
     @timed("train")
     def optimizer_step(self) -> OptimizerStep:
@@ -191,16 +211,14 @@ class ChordTrainer:
         self.policy_version += update.stepped
         return update
 
-    @timed("sync")
-    def update_rollout_weights(self) -> None:
-        """Let the sampler follow the policy."""
-        self.rollout.update_weights(self.engine.export_hf_weights(), self.policy_version)
-
     def evaluate(self) -> tuple[Metrics, ScoredRollouts]:
         """One completion of each held-out prompt at train.eval_temperature; the cursors stay."""
         params = dataclasses.replace(self._sampling, temperature=self.config.train.eval_temperature, top_p=1.0, top_k=0)
+        if self._ahead:
+            self._ahead.drawing.result()  # evaluations change the sampler's weights
         prompts = self.data.eval_prompts
-        scored = self._score(prompts, self._draw(self.eval_rollout, prompts, params, 1, _EVALUATION))
+        drawing = self._draw(self.eval_sampler, prompts, params, 1, _EVALUATION)
+        scored = self._score(prompts, drawing.result())
         self.timer.times()  # evaluations are not part of a step
         metrics = rollout_metrics(scored.rollouts, scored.rewards, scored.rewards_by_function)
         return {f"eval_{name}": value for name, value in metrics.items()}, scored
@@ -216,13 +234,14 @@ class ChordTrainer:
 
     def close(self) -> None:
         """End what runs outside this process."""
-        self.rollout.close()
+        self.sampler.rollout.close()
         self.reward_function.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams stand, as plain JSON values."""
         return {
-            "prompt_cursor": self.prompt_cursor.state_dict(),
+            # Completions that are being drawn ahead are not kept: a resumed run asks those prompts again.
+            "prompt_cursor": self._ahead.cursor if self._ahead else self.prompt_cursor.state_dict(),
             "expert_cursor": self.expert_cursor.state_dict(),
             "policy_version": self.policy_version,
         }
@@ -233,11 +252,21 @@ class ChordTrainer:
         self.expert_cursor.load_state_dict(state["expert_cursor"])
         self.policy_version = state["policy_version"]
 
-    @timed("rollout")
+    def _needs_rollouts(self, step: int) -> bool:
+        return any(mu_at(self.config, s) < 1.0 for s in range(step, step + self.plan.steps_per_rollout))
+
+    def _draw_batch(self, step: int) -> _Batch:
+        """Ask for the completions of the next prompts."""
+        cursor = self.prompt_cursor.state_dict()
+        count = self.plan.prompts_per_step * self.config.grpo.steps_per_generation
+        prompts = [self.data.prompts[i] for i in self.prompt_cursor.next(count)]
+        num_generations = self.config.rollout.num_generations
+        return _Batch(prompts, self._draw(self.sampler, prompts, self._sampling, num_generations, step), cursor)
+
     def _draw(
-        self, engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, num_generations: int, step: int
-    ) -> list[RolloutSample]:
-        return engine.generate(
+        self, sampler: Sampler, prompts: Sequence[Prompt], params: SamplingParams, num_generations: int, step: int
+    ) -> Drawing:
+        return sampler.draw(
             prompts, params, num_generations=num_generations, step=step, policy_version=self.policy_version
         )
 

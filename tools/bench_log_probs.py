@@ -5,7 +5,8 @@
 On an NVIDIA GPU (torch >= 2.11 and Triton are all it needs) the sizes are those of Qwen3-8B under TP 1, 2, 4 and 8,
 one shard's compute without communication; on a CPU those of Qwen2.5-0.5B. Peers are measured where they can be
 imported. All run in one process in turns; medians. Memory on a CPU: the high-water mark of each case in a process
-of its own. Extra memory includes the gradients; on a GPU dW goes into an existing float32 main gradient.
+of its own. Extra memory includes the gradients; on a GPU dW goes into an existing float32 main gradient. Sizes that
+the output file holds already stay in it.
 """
 
 from __future__ import annotations
@@ -235,9 +236,9 @@ def main() -> None:
         return
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
     device = arguments.device
-    results: list[dict[str, Any]] = []
     settings = {"repeats": arguments.repeats, "threads": torch.get_num_threads()}
     report = {"hardware": hardware(), "versions": versions(PACKAGES), "settings": settings}
+    results = earlier_results(arguments, report)
     small = Case("plain", 256, arguments.hidden, min(arguments.vocab), device, tile=arguments.tile)
     report["rms_errors_256_tokens"] = errors_against_float64(small)
     for vocab_size in arguments.vocab:
@@ -250,6 +251,20 @@ def main() -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps({**report, "results": results}, indent=1) + "\n", encoding="utf-8")
             show(results[-len(cases) :])
+
+
+def earlier_results(arguments: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the output file holds of other sizes, measured under the same conditions."""
+    if not arguments.output.exists():
+        return []
+    earlier = json.loads(arguments.output.read_text(encoding="utf-8"))
+    if any(earlier[key] != value for key, value in report.items()):
+        return []
+    return [
+        result
+        for result in earlier["results"]
+        if result["tokens"] not in arguments.tokens or result["vocab_size"] not in arguments.vocab
+    ]
 
 
 def show(results: list[dict[str, Any]]) -> None:

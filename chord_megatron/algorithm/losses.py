@@ -9,10 +9,22 @@ of these results over its micro-batches and ranks.
 import torch
 from torch import Tensor
 
+from chord_megatron.algorithm.importance import ImportanceSamplingMode, importance_weights, log_importance_ratios
 from chord_megatron.types import MicroBatch
 
 # What `chord_loss` sums over tokens, in this order; every rank and micro-batch returns the same names.
-METRIC_SUMS = ("loss_rollout", "loss_expert", "entropy", "kl", "clipped", "phi", "log_prob_diff")
+METRIC_SUMS = (
+    "loss_rollout",
+    "loss_expert",
+    "entropy",
+    "kl",
+    "clipped",
+    "phi",
+    "log_prob_diff",
+    "importance_ratio",
+    "importance_ratio_squared",
+    "importance_clipped",
+)
 
 
 def clipped_policy_loss(
@@ -54,12 +66,14 @@ def chord_loss(
     epsilon_high: float,
     beta: float,
     use_phi: bool,
+    rollout_importance_sampling_mode: ImportanceSamplingMode | None = None,
+    rollout_importance_sampling_threshold: float = 2.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The CHORD loss of one packed micro-batch.
 
     log_probs, entropy: [tokens], of each position's label, at the token's own temperature.
     Returns the loss (a scalar attached to the graph even where both streams are empty), the sums named by
-    METRIC_SUMS ([7] float64) and the largest |trainer - sampler| log-prob difference (scalar float64).
+    METRIC_SUMS ([10] float64) and the largest |trainer - sampler| log-prob difference (scalar float64).
     """
     is_rollout, is_expert = batch.rollout_weights > 0, batch.expert_weights > 0
     detached = log_probs.detach()
@@ -67,6 +81,15 @@ def chord_loss(
     old_log_probs = detached if batch.old_log_probs is None else _within(is_rollout, batch.old_log_probs, detached)
     policy_loss, is_clipped = clipped_policy_loss(
         log_probs, old_log_probs, batch.advantages, epsilon=epsilon, epsilon_high=epsilon_high
+    )
+    log_ratios = log_importance_ratios(old_log_probs, batch.rollout_log_probs, is_rollout)
+    policy_loss, is_weight_clipped = _weighted(
+        policy_loss,
+        log_ratios,
+        is_rollout,
+        batch.cu_seqlens,
+        rollout_importance_sampling_mode,
+        rollout_importance_sampling_threshold,
     )
     kl = torch.zeros_like(detached)
     if batch.ref_log_probs is not None:
@@ -90,9 +113,30 @@ def chord_loss(
             _masked_sum(is_clipped, is_rollout),
             _masked_sum(phi_weights, is_expert),
             sampler_difference.sum(),
+            _masked_sum(log_ratios.exp(), is_rollout),
+            _masked_sum((2 * log_ratios).exp(), is_rollout),
+            _masked_sum(is_weight_clipped, is_rollout),
         ]
     )
     return loss, sums, sampler_difference.max()
+
+
+def _weighted(
+    policy_loss: Tensor,
+    log_ratios: Tensor,
+    mask: Tensor,
+    cu_seqlens: Tensor,
+    mode: ImportanceSamplingMode | None,
+    threshold: float,
+) -> tuple[Tensor, Tensor]:
+    """The policy loss times its importance weights, and where the threshold changed one; the same loss without a mode.
+
+    Not for the KL penalty: a masked token must still be held near the reference (as in TRL, NeMo-RL, Megatron-SWIFT).
+    """
+    if mode is None:
+        return policy_loss, torch.zeros_like(mask)
+    weights, is_clipped = importance_weights(log_ratios, mask, cu_seqlens, mode=mode, threshold=threshold)
+    return weights.to(policy_loss.dtype) * policy_loss, is_clipped
 
 
 def _within(mask: Tensor, inside: Tensor, outside: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
+from chord_megatron.backend.offload import HostMemory, optimizer_tensors
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.data.packing import build_global_batch, unpack
@@ -73,6 +75,9 @@ class MegatronEngine:
         self._clip_grad = optimizer.clip_grad
         self._bucket_bytes = model.export_bucket_megabytes * 10**6
         self._loss_is_finite = True
+        self._has_gradients = False
+        self._host_memory: dict[str, HostMemory] = {}  # of what is away: "model", "optimizer"
+        self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
     def packing(self) -> dict[str, int]:
@@ -94,6 +99,7 @@ class MegatronEngine:
 
         reference: of the frozen initial model instead of the current one.
         """
+        self._assert_here("model")
         batch = build_global_batch(samples, micro_batch_size=micro_batch_size, **self.packing)
 
         def collect(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
@@ -116,6 +122,7 @@ class MegatronEngine:
 
         Returns, on every rank, the metric sums over the whole step and the maximum of the third result.
         """
+        self._assert_here("model", "optimizer")
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -129,10 +136,13 @@ class MegatronEngine:
         outputs = self._run_schedule(batch, scaled, forward_only=False)
         sums, maxima = self._reduce(outputs)
         self._loss_is_finite = maxima[1] == -1.0
+        self._has_gradients = True
         return sums, maxima[0]
 
     def optimizer_step(self) -> OptimizerStep:
         """Clip, step, advance the learning rate; on a non-finite loss or norm on any rank, all skip together."""
+        self._assert_here("model", "optimizer")
+        assert self._has_gradients, "there are no gradients: forward_backward comes first, and offloading drops them"
         lr = self._optimizer.param_groups[0]["lr"]
         found_inf = self._optimizer.prepare_grads()
         grad_norm = float(self._optimizer.get_grad_norm())
@@ -157,14 +167,17 @@ class MegatronEngine:
 
         seeds: what each completion's random numbers are drawn from; nothing else influences them.
         """
+        self._assert_here("model")
         return generate_batch(self._chunks, prompts, seeds, params, self.groups)
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of the current weights, in the order of `hf_tensors`; every rank must exhaust it."""
+        self._assert_here("model")
         return export_hf_weights(self._chunks, self.arch, self.groups, self._bucket_bytes)
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, scheduler, random state and `state` (plain JSON values) to `directory`."""
+        self._assert_here("model", "optimizer")
         checkpoint.save(
             directory,
             self._chunks,
@@ -177,7 +190,40 @@ class MegatronEngine:
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Read what `save` wrote, under this or another layout; returns `state`."""
+        self._assert_here("model", "optimizer")
         return checkpoint.load(directory, self._chunks, self._optimizer, self._scheduler, self.groups)
+
+    @contextlib.contextmanager
+    def offloaded(self, *, optimizer: bool, model: bool) -> Iterator[None]:
+        """Leave the device's memory to others meanwhile: of master weights, moments and gradients; of parameters.
+
+        Afterwards all is back as it was, on an exception too, but for the gradients: those are zero. Methods that need
+        what is away raise AssertionError. Parts may be offloaded one inside the other.
+        """
+        parts = [part for part, away in (("optimizer", optimizer), ("model", model)) if away]
+        assert not self._host_memory.keys() & set(parts), "offloaded already"
+        parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
+        try:
+            for part in parts:
+                memory = self._spare_host_memory.pop(part, None) or HostMemory(self.groups.device)
+                if part == "model":
+                    memory.offload(parameters)
+                else:
+                    self._optimizer.zero_grad()
+                    self._has_gradients = False
+                    gradients = [parameter.main_grad for parameter in parameters if parameter.requires_grad]
+                    memory.offload(optimizer_tensors(self._optimizer, parameters), gradients)
+                self._host_memory[part] = memory
+            yield
+        finally:
+            for part in parts:
+                if part in self._host_memory:
+                    self._spare_host_memory[part] = self._host_memory.pop(part)
+                    self._spare_host_memory[part].restore()
+
+    def _assert_here(self, *needed: str) -> None:
+        away = " and ".join(sorted(self._host_memory.keys() & set(needed)))
+        assert not away, f"the {away} is offloaded: leave the `offloaded` context first"
 
     def _run_schedule(self, batch: GlobalBatch, loss_fn: Callable, *, forward_only: bool) -> list:
         """One pass of Megatron-Core's pipeline schedule; the loss results of the last stage."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chord_megatron.types import ExpertSample, RolloutSample, TrainingSample
+from chord_megatron.types import ExpertSample, Prompt, RolloutSample, TrainingSample
 
 
 def rollout_training_samples(
@@ -37,4 +37,17 @@ def expert_training_samples(experts: Sequence[ExpertSample]) -> list[TrainingSam
             temperature=1.0,
         )
         for expert in experts
+    ]
+
+
+def probe_samples(prompts: Sequence[Prompt]) -> list[TrainingSample]:
+    """Prompts whose every token but the first is scored, at temperature 1."""
+    return [
+        TrainingSample(
+            tokens=torch.tensor(prompt.tokens),
+            loss_mask=torch.arange(len(prompt.tokens)) > 0,
+            is_expert=True,
+            temperature=1.0,
+        )
+        for prompt in prompts
     ]

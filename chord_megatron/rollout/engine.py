@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -12,6 +12,8 @@ from chord_megatron.types import Prompt, RolloutSample, SamplingParams
 
 class RolloutEngine(Protocol):
     """Draws completions from the policy. Every method is a collective call of all ranks."""
+
+    weights_version: int | None  # policy version of the weights that it would sample with; None: it has none to trust
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
@@ -29,4 +31,27 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+        ...
+
+
+class ScoringEngine(RolloutEngine, Protocol):
+    """An engine with weights of its own, which can be compared with the trainer's."""
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
+        """Log-probs of each sequence's tokens but its first, at temperature 1, by the name of who computed them.
+
+        Ranks may return different engines' scores; a rank without one returns nothing.
+        """
+        ...
+
+
+class AsynchronousEngine(ScoringEngine, Protocol):
+    """An engine that draws while the trainer trains."""
+
+    generation_seconds: float | None  # of the last batch that is complete, from its first request to its last answer
+
+    def submit(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
+    ) -> Callable[[], list[RolloutSample]]:
+        """Begin what `generate` does; the result waits for it. Weights must not be updated before."""
         ...

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from chord_megatron.rollout.samples import make_sample
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams
 
 
@@ -27,6 +28,7 @@ class MegatronRollout:
         self._dp_group = dp_group
         self._seed = seed
         self._max_batch_size = max_batch_size
+        self.weights_version: int | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
@@ -52,27 +54,7 @@ class MegatronRollout:
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """Nothing to do: the trainer's weights are the sampler's."""
+        self.weights_version = policy_version
 
     def close(self) -> None:
         """Nothing to do."""
-
-
-def make_sample(
-    prompt: Prompt,
-    sample_index: int,
-    response: Sequence[int],
-    log_probs: Sequence[float],
-    params: SamplingParams,
-    policy_version: int,
-) -> RolloutSample:
-    """A completion as a RolloutSample; `response` includes a sampled end token."""
-    stopped = bool(response) and response[-1] in params.stop_token_ids
-    return RolloutSample(
-        prompt_id=prompt.id,
-        sample_index=sample_index,
-        tokens=(*prompt.tokens, *response),
-        response_mask=(False,) * len(prompt.tokens) + (True,) * len(response),
-        rollout_log_probs=(0.0,) * len(prompt.tokens) + tuple(log_probs),
-        policy_version=policy_version,
-        finish_reason="stop" if stopped else "length",
-    )

@@ -45,6 +45,7 @@ class ReplayRollout:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._samples: dict[int, list[RolloutSample]] = {}
+        self.weights_version: int | None = None
         for step, sample in _read_recording(path):
             self._samples.setdefault(step, []).append(sample)
 
@@ -69,6 +70,7 @@ class ReplayRollout:
 
     def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
         """Nothing to do: the completions are there already."""
+        self.weights_version = policy_version
 
     def close(self) -> None:
         """Nothing to do."""

@@ -16,6 +16,11 @@ def uniform_numbers(seed: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))).random(count))
 
 
+def seed_number(seed: Sequence[int]) -> int:
+    """One 63-bit number out of `seed`, for engines that take no more."""
+    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+
+
 def sample_tokens(
     logits: Tensor, uniforms: Tensor, *, temperature: float, top_p: float = 1.0, top_k: int = 0
 ) -> tuple[Tensor, Tensor]:

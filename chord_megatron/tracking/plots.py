@@ -118,6 +118,10 @@ def _log_prob_difference(axis: Axes, history: History) -> None:
     values = history.known("log_prob_diff_max") + history.known("log_prob_diff_mean")
     if values and min(values) > 0:
         axis.set_yscale("log")
+    if history.known("effective_sample_size"):
+        right = _right_axis(axis, "effective sample size", GREEN)
+        right.set_ylim(-0.02, 1.02)
+        _line(right, history, "effective_sample_size", "effective (right)", GREEN)
 
 
 def _time_split(axis: Axes, history: History) -> None:

@@ -41,6 +41,10 @@ class RunDir:
             raise UserError(f"{self._latest} names {name!r}, which is not there; write a step_N that is, or remove it")
         return int(step)
 
+    def saved_steps(self) -> list[int]:
+        """The steps whose checkpoints are there, in order."""
+        return sorted(int(path.name.removeprefix("step_")) for path in self._checkpoints.glob("step_*[0-9]"))
+
     def refuse_other_run(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError when the directory's config.yaml has other values than these (dotted keys)."""
         if not self.config.exists():
@@ -65,7 +69,7 @@ class RunDir:
     def publish(self, step: int, keep: int | None) -> None:
         """Make a complete checkpoint the latest, then remove the oldest beyond `keep` (None keeps all)."""
         atomic_write(self._latest, [f"step_{step}\n".encode()])
-        saved = sorted(int(path.name.removeprefix("step_")) for path in self._checkpoints.glob("step_*[0-9]"))
+        saved = self.saved_steps()
         # Later ones are of a run that was taken back to an earlier step: this run writes them again.
         later = [other for other in saved if other > step]
         earlier = [other for other in saved if other <= step]

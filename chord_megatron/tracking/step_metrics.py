@@ -9,7 +9,13 @@ from chord_megatron.types import GlobalBatch, RolloutSample
 
 
 def loss_metrics(
-    sums: Mapping[str, float], largest_log_prob_diff: float, batch: GlobalBatch, *, mu: float, has_reference: bool
+    sums: Mapping[str, float],
+    largest_log_prob_diff: float,
+    batch: GlobalBatch,
+    *,
+    mu: float,
+    has_reference: bool,
+    has_importance_weights: bool,
 ) -> dict[str, float | int | None]:
     """Means from the metric sums of a step; None where a stream was empty."""
     rollout_tokens, expert_tokens = batch.num_rollout_tokens, batch.num_expert_tokens
@@ -28,6 +34,9 @@ def loss_metrics(
         "clip_fraction": rollout_mean("clipped"),
         "log_prob_diff_mean": rollout_mean("log_prob_diff"),
         "log_prob_diff_max": largest_log_prob_diff if rollout_tokens else None,
+        "importance_weight_mean": rollout_mean("importance_ratio"),
+        "effective_sample_size": _effective_sample_size(sums, rollout_tokens),
+        "importance_clipped_fraction": rollout_mean("importance_clipped") if has_importance_weights else None,
         "num_rollout_tokens": rollout_tokens,
         "num_expert_tokens": expert_tokens,
     }
@@ -47,3 +56,11 @@ def rollout_metrics(
         "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
         **{f"reward/{name}": statistics.fmean(values) for name, values in by_function.items()},
     }
+
+
+def _effective_sample_size(sums: Mapping[str, float], rollout_tokens: int) -> float | None:
+    """(sum w)^2 / (N sum w^2) in (0, 1], of the ratios as they are: 1 where sampler and trainer agree (Kong, 1992)."""
+    if not rollout_tokens:
+        return None
+    share = sums["importance_ratio"] ** 2 / (rollout_tokens * sums["importance_ratio_squared"])
+    return min(share, 1.0)  # rounding may pass it

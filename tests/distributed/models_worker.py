@@ -48,6 +48,7 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     samples = [as_sample(tokens, temperature=1.0) for tokens in questions["sequences"]]
     log_probs = partial(engine.compute_log_probs, micro_batch_size=MICRO_BATCH_SIZE)
     answers: dict[str, Any] = {"log_probs": log_probs(samples), "weights": copy_weights(engine)}
+    answers["num_parameters"] = count_parameters(engine)
 
     prompts, params = questions["prompts"], SamplingParams(**questions["sampling"])
     seeds = [(0, index) for index in range(len(prompts))]
@@ -79,6 +80,14 @@ def generate_astray(engine: MegatronEngine, prompts: list, seeds: list, params: 
         mine = engine.generate(prompts, seeds, params)
     everyone: list = [None] * engine.groups.tp_size
     dist.all_gather_object(everyone, mine, group=engine.groups.tp_group)
+    return everyone
+
+
+def count_parameters(engine: MegatronEngine) -> list[tuple[int, int]]:
+    """(pipeline rank, number of parameters) of every rank."""
+    mine = engine.groups.pp_rank, sum(p.numel() for chunk in engine._chunks for p in chunk.parameters())
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
     return everyone
 
 

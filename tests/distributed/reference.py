@@ -30,6 +30,7 @@ class Sequence:
     tokens: Tensor
     is_target: Tensor
     advantage: float = 0.0
+    sampler_log_probs: Tensor | None = None  # [targets] float64, of a rollout
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def rollout_loss(
         ratio = torch.exp(log_probs - old)
         clipped = torch.clip(ratio, 1 - grpo.epsilon, 1 + epsilon_high)
         loss = -torch.minimum(ratio * rollout.advantage, clipped * rollout.advantage)
+        if grpo.rollout_importance_sampling_mode is not None:
+            assert grpo.rollout_importance_sampling_mode == "sequence_mask"
+            log_weights = old - rollout.sampler_log_probs
+            is_kept = log_weights.mean() <= math.log(grpo.rollout_importance_sampling_threshold)
+            loss = loss * torch.exp(log_weights) * is_kept
         difference = ref - log_probs
         loss = loss + grpo.beta * (torch.exp(difference) - difference - 1)
         sums.append(loss.sum())
@@ -158,10 +164,11 @@ def read_rollouts(config: Config, step: int) -> list[Sequence]:
         rewards = hash_reward([prompt] * len(group), [completion(tokenizer, record) for record in group], [])
         mean = sum(rewards) / len(rewards)
         std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
-        sequences += [
-            Sequence(torch.tensor(r["tokens"]), torch.tensor(r["response_mask"]), (reward - mean) / (std + 1e-6))
-            for r, reward in zip(group, rewards)
-        ]
+        for record, reward in zip(group, rewards):
+            is_target = torch.tensor(record["response_mask"])
+            sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
+            advantage = (reward - mean) / (std + 1e-6)
+            sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
     return sequences
 
 

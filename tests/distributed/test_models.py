@@ -15,6 +15,10 @@ from tiny_families import MODELS as NAMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from chord_megatron.config import ParallelConfig
+from chord_megatron.convert.hf_config import read_architecture
+from chord_megatron.estimate import stage_parameters
+
 pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
@@ -115,6 +119,16 @@ def greedy_completion(model: PreTrainedModel, tokens: list[int]) -> list[int]:
 @each_case
 def test_weights_come_back_bitwise(layout: str, model: str, answers: Answers, model_dirs: dict[str, Path]) -> None:
     assert_same_tensors(answers[layout, model]["weights"], load_file(model_dirs[model] / "model.safetensors"))
+
+
+@each_case
+def test_every_rank_holds_as_many_parameters_as_estimated(
+    layout: str, model: str, answers: Answers, model_dirs: dict[str, Path]
+) -> None:
+    stages = stage_parameters(read_architecture(model_dirs[model]), ParallelConfig(**LAYOUTS[layout][1]))
+    found = answers[layout, model]["num_parameters"]
+    assert found == [(stage, stages[stage].dense + stages[stage].expert) for stage, _ in found]
+    assert {stage for stage, _ in found} == set(range(len(stages)))
 
 
 @each_case

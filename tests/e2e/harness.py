@@ -81,12 +81,13 @@ def train_here(config: Path, *overrides: str) -> Outcome:
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def start(*arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """Start `python -m ARGUMENTS` in a process group of its own."""
+def start(*arguments: str | Path, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[str]:
+    """Start `python -m ARGUMENTS` in a process group of its own; what it prints goes to log/output, or to pipes."""
+    output = None if log is None else (log / "output").open("w", encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stdout=output or subprocess.PIPE,
+        stderr=output or subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})},

@@ -133,6 +133,10 @@ def test_off_policy_steps_clip_against_the_policy_that_drew(config: Path, tmp_pa
     # The trainer's log-probs move away from the sampler's, at rounding distance while on-policy.
     differences = [line["log_prob_diff_mean"] for line in lines]
     assert max(differences[0], differences[4]) < 1e-5 < min(differences[1:4] + differences[5:8])
+    # The old log-probs stay with the sampler's, so there is nothing to correct.
+    assert all(abs(line["importance_weight_mean"] - 1) < 1e-5 for line in lines)
+    assert all(line["effective_sample_size"] > 1 - 1e-9 for line in lines)
+    assert all(line["importance_clipped_fraction"] is None for line in lines)
 
     drawn = read_lines(recording)
     assert [(line["step"], line["policy_version"]) for line in drawn] == [(0, 0)] * 16 + [(4, 4)] * 16

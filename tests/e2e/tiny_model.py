@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(directory: Path, *, with_experts: bool = False) -> None:
+def write_tiny_model(directory: Path, *, with_experts: bool = False, head_dim: int = 8) -> None:
     """Save the model and its tokenizer; always the same files."""
     tokenizer = byte_tokenizer()
     model_class, config_class = (
@@ -40,7 +40,7 @@ def write_tiny_model(directory: Path, *, with_experts: bool = False) -> None:
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,
-                head_dim=8,
+                head_dim=head_dim,
                 max_position_embeddings=1024,
                 initializer_range=0.1,
                 tie_word_embeddings=False,

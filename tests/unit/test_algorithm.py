@@ -502,6 +502,9 @@ def test_metric_sums_by_hand():
         "clipped": 1.0,
         "phi": 0.1875,
         "log_prob_diff": abs(a + 1.5) + abs(b + 0.25),
+        "importance_ratio": math.exp(0.5) + math.exp(-0.75),
+        "importance_ratio_squared": math.exp(1.0) + math.exp(-1.5),
+        "importance_clipped": 0.0,
     }
     assert dict(zip(METRIC_SUMS, sums.tolist())) == pytest.approx(expected, abs=1e-14)
     assert loss.item() == pytest.approx(0.75 * loss_rollout + 0.25 * loss_expert, abs=1e-14)

@@ -38,6 +38,8 @@ def test_a_minimal_file_gets_the_documented_defaults(minimal: Path):
     assert (config.rollout.num_generations, config.rollout.temperature, config.rollout.top_p) == (8, 1.0, 1.0)
     assert (config.grpo.epsilon, config.grpo.epsilon_high, config.grpo.beta) == (0.2, None, 0.0)
     assert config.grpo.loss_type == "dapo"
+    assert config.grpo.rollout_importance_sampling_mode is None
+    assert config.grpo.rollout_importance_sampling_threshold == 2.0
     assert (config.chord.chord_mu_peak, config.chord.chord_mu_valley) == (0.5, 0.05)
     assert config.chord.chord_sft_dataset is None and config.chord.chord_enable_phi_function is False
     assert config.optimizer.lr == 1e-6
@@ -126,6 +128,8 @@ def test_a_malformed_override_is_explained(minimal: Path, override: str, expecte
         ("chord.chord_mu_peak=1.5", "chord.chord_mu_peak=1.5: "),
         ("rollout.temperature=0", "rollout.temperature=0: "),
         ("grpo.loss_type=bnpo", "grpo.loss_type='bnpo': "),
+        ("grpo.rollout_importance_sampling_mode=token", "grpo.rollout_importance_sampling_mode='token': "),
+        ("grpo.rollout_importance_sampling_threshold=1", "grpo.rollout_importance_sampling_threshold=1: "),
         ("optimizer.lr=.nan", "optimizer.lr=nan: "),
         ("train.train_iters=2.5", "train.train_iters=2.5: "),
         ("rewards.reward_funcs=[]", "rewards.reward_funcs=[]: "),

@@ -281,7 +281,8 @@ def test_print_summary(tmp_path: Path) -> None:
 def test_report(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
         for step in range(30):
-            log.log_step(step_metrics(step, kl=0.01, log_prob_diff_mean=0.0, truncated_fraction=0.5))
+            right_axes = {"kl": 0.01, "truncated_fraction": 0.5, "effective_sample_size": 0.9}
+            log.log_step(step_metrics(step, log_prob_diff_mean=0.0, **right_axes))
             rows = [{"prompt": f"p{step}", "completion": "<script>alert(1)</script>", "reward<b>": 1.0}]
             log.log_completions(step, rows)
         log.log_eval(30, {"eval_reward_mean": 0.75})

@@ -1,0 +1,59 @@
+"""Importance weights of rollout tokens: the trainer's policy over the one that sampled them. Detached numbers only.
+
+Tokens that other kernels, another precision or older weights sampled come from pi_sampler, not from the pi_old of the
+clipped ratio; weights pi_old / pi_sampler correct for that. Names, sequence ratio, bounds and the range of the log
+ratio are those of ms-swift (`rollout_importance_sampling_mode` in its grpo_trainer.py), which are sound:
+
+- A sequence's ratio is the geometric mean of its tokens' ratios, as in NeMo-RL's "seq-mask-tis". The product, as in
+  TRL and verl, is the unbiased one, but its logarithm grows with the length, so that one threshold cannot serve short
+  and long completions.
+- `sequence_mask` decides by the sequence's ratio and weighs the tokens that stay by their own, without a bound
+  (the same in NeMo-RL). `sequence_truncate` gives each token the sequence's ratio.
+- There is an upper bound only: a small weight adds no variance that would need one. IcePop (slime, NeMo-RL) also drops
+  tokens below a lower bound.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+# e^20 = 5e8: beyond any threshold of use, while its square summed over a step stays far inside float64.
+MAX_LOG_RATIO = 20.0
+
+
+def log_importance_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor:
+    """log(pi_old / pi_sampler) of each token within +-MAX_LOG_RATIO, 0 outside `mask`. [tokens], returns float64."""
+    difference = old_log_probs.detach().double() - rollout_log_probs.double()
+    return torch.where(mask, difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), 0.0)
+
+
+def importance_weights(
+    log_ratios: Tensor, mask: Tensor, cu_seqlens: Tensor, *, mode: ImportanceSamplingMode, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """The weight of each token and whether the threshold changed it; what equals the threshold is within it.
+
+    log_ratios: [tokens] float64 of `log_importance_ratios`. mask: [tokens] bool, the tokens that count.
+    cu_seqlens: [num_sequences + 1] bounds of whole sequences that cover all tokens. Returns float64 and bool, [tokens].
+    """
+    level, bound = mode.split("_")
+    ratios = torch.exp(log_ratios)
+    compared = ratios if level == "token" else torch.exp(_sequence_means(log_ratios, mask, cu_seqlens))
+    is_clipped = mask & (compared > threshold)
+    if bound == "truncate":
+        return compared.clamp(max=threshold), is_clipped
+    return torch.where(is_clipped, 0.0, ratios), is_clipped
+
+
+def _sequence_means(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[tokens] float64: the mean of each token's sequence over its tokens in `mask`; values are 0 outside it.
+
+    Each sequence is summed by itself, so its neighbours and its place in the micro-batch leave no rounding.
+    """
+    lengths = cu_seqlens.diff().long()
+    sequence = torch.repeat_interleave(lengths, output_size=len(values))  # without the size a GPU would wait for it
+    sums = values.new_zeros(len(lengths)).index_add(0, sequence, values)
+    counts = values.new_zeros(len(lengths)).index_add(0, sequence, mask.to(values.dtype))
+    return (sums / counts.clamp(min=1.0))[sequence]

@@ -1,0 +1,136 @@
+"""Checks of what a configuration needs from this machine."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
+from chord_megatron.config import Config
+from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
+from chord_megatron.doctor.check import Check, gigabytes
+from chord_megatron.doctor.machine import Gpu, available_memory
+from chord_megatron.estimate import ModelState, checkpoint_bytes, export_bytes
+from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.types import UserError
+
+_BFLOAT16_CAPABILITY = (8, 0)  # from Ampere on
+_LESS_MEMORY = (
+    "raise parallel.tensor_model_parallel_size or pipeline_model_parallel_size, set "
+    "optimizer.use_distributed_optimizer=true with several data-parallel ranks, or take a smaller model"
+)
+
+
+def check_weights(model_dir: Path, arch: ModelArchitecture) -> Check:
+    """Whether the model's files are there and complete, by their headers."""
+    if (model_dir / METADATA_FILE).is_file():
+        return Check("weights", str(model_dir), "ok", "a converted checkpoint; its tensors are checked on loading")
+    try:
+        with SafetensorsReader(model_dir) as reader:
+            check_complete(reader, arch)
+    except UserError as error:
+        return Check("weights", None, "wrong", str(error), is_blocking=True)
+    return Check("weights", str(model_dir), "ok", "every tensor of the model is there")
+
+
+def check_processes(gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
+    found = f"{nproc_per_node} on this node"
+    if gpus and nproc_per_node > len(gpus):
+        return Check(
+            "processes",
+            found,
+            "wrong",
+            f"each needs a GPU of its own, and there are {len(gpus)}",
+            f"start --nproc-per-node {len(gpus)}, or take more nodes",
+            is_blocking=True,
+        )
+    return Check("processes", found, "ok", "a GPU each" if gpus else "on the CPU")
+
+
+def check_dtype(gpus: Sequence[Gpu], dtype: str) -> Check:
+    too_old = [gpu.name for gpu in gpus if gpu.capability < _BFLOAT16_CAPABILITY]
+    if dtype == "bfloat16" and too_old:
+        meaning, remedy = (
+            f"{too_old[0]} cannot compute in bfloat16",
+            "set model.dtype=float32, or take an Ampere or newer",
+        )
+        return Check("model.dtype", dtype, "wrong", meaning, remedy, is_blocking=True)
+    slow = dtype == "bfloat16" and not gpus
+    return Check("model.dtype", dtype, "ok", "slow on a CPU; model.dtype=float32 is faster there" if slow else "used")
+
+
+def check_gpu_memory(state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
+    """What the fullest rank holds, against the GPU with the least free memory that a rank would get."""
+    gpu = min(gpus[:nproc_per_node], key=lambda gpu: gpu.free_bytes)
+    found = f"{gigabytes(gpu.free_bytes)} of {gigabytes(gpu.total_bytes)} free"
+    if state.on_device <= gpu.free_bytes:
+        return Check("GPU memory", found, "ok", f"needed: {_describe(state)}; activations and KV cache come on top")
+    remedy = "end what else runs on it" if state.on_device <= gpu.total_bytes else _LESS_MEMORY
+    meaning = f"{found}, but needed are {_describe(state)}"
+    return Check("GPU memory", found, "wrong", meaning, remedy, is_blocking=True)
+
+
+def check_host_memory(state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
+    """What all processes of this node hold on the host: everything without GPUs, else the reference alone."""
+    needed = nproc_per_node * (state.reference + (0 if gpus else state.on_device))
+    free = available_memory()
+    found = f"{gigabytes(free)} free"
+    parts = [] if gpus else [_describe(state)]
+    parts += [f"{gigabytes(state.reference)} reference a process (grpo.beta > 0)"] if state.reference else []
+    what = f"{gigabytes(needed)} for {nproc_per_node} process{'es' * (nproc_per_node > 1)}: {', '.join(parts)}"
+    if needed <= free:
+        return Check("host memory", found, "ok", f"needed: {what}" if parts else "for data and libraries")
+    remedy = f"start fewer processes here, or {_LESS_MEMORY}"
+    return Check("host memory", found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
+
+
+def check_output_dir(output_dir: Path) -> Check:
+    """Whether a run can make its directory and files there; leaves nothing behind."""
+    found = _nearest_existing(output_dir)
+    try:
+        with tempfile.TemporaryFile(dir=found):
+            pass
+    except OSError as error:
+        meaning = f"cannot write to {found} ({error.strerror})"
+        remedy = "name another folder in train.output_dir, or ask for the right to write"
+        return Check("train.output_dir", str(output_dir), "wrong", meaning, remedy, is_blocking=True)
+    return Check("train.output_dir", str(output_dir), "ok", "can be written")
+
+
+def check_disk(config: Config, arch: ModelArchitecture) -> Check:
+    """Room for every checkpoint and export that the run will add and keep, one more where old ones are removed."""
+    output_dir = Path(config.train.output_dir)
+    free = shutil.disk_usage(_nearest_existing(output_dir)).free
+    copies = _copies_to_write(config, already=len(RunDir(output_dir).saved_steps()))
+    checkpoint, export = checkpoint_bytes(config, arch), export_bytes(config, arch)
+    needed = copies * (checkpoint + export)
+    what = f"{gigabytes(needed)} = {copies} x ({gigabytes(checkpoint)} checkpoint + {gigabytes(export)} export)"
+    found = f"{gigabytes(free)} free"
+    if needed <= free:
+        return Check("disk", found, "ok", f"needed: {what}")
+    remedy = "free some space, or name another disk in train.output_dir"
+    if config.train.save_total_limit is None and copies > 1:
+        remedy += ", or set train.save_total_limit (now null: all are kept)"
+    return Check("disk", found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
+
+
+def _copies_to_write(config: Config, *, already: int) -> int:
+    """How many more copies than the `already` saved ones there will be at once."""
+    train = config.train
+    saves = math.ceil(train.train_iters / train.save_steps) if train.save_steps else 1
+    # The oldest goes when the newest is complete.
+    at_once = saves if train.save_total_limit is None else min(saves, train.save_total_limit + 1)
+    return max(1, at_once - already)
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _describe(state: ModelState) -> str:
+    parts = f"{gigabytes(state.weights)} weights + {gigabytes(state.gradients)} gradients"
+    return f"{gigabytes(state.on_device)} a process = {parts} + {gigabytes(state.optimizer)} optimizer"

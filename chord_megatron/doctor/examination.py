@@ -1,0 +1,66 @@
+"""Which checks are made, in the order in which they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from chord_megatron.config import Config
+from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.doctor import configuration, machine, software
+from chord_megatron.doctor.check import Check
+from chord_megatron.estimate import model_state
+from chord_megatron.plan import Plan
+
+
+def examine() -> list[Check]:
+    """What this machine has."""
+    gpus = machine.find_gpus()
+    return [
+        *_examine_common(gpus, uses_vllm=False),
+        *([machine.check_gpu_memory(gpus)] if gpus else []),
+        machine.check_host_memory(),
+        machine.check_disk(Path.cwd()),
+    ]
+
+
+def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_node: int) -> list[Check]:
+    """What this machine has, and whether this run, of so many processes here, can work on it."""
+    gpus = machine.find_gpus()
+    state = model_state(config, arch, plan)
+    return [
+        *_examine_common(gpus, uses_vllm=config.rollout.engine == "vllm"),
+        configuration.check_weights(Path(config.model.path), arch),
+        configuration.check_processes(gpus, nproc_per_node),
+        configuration.check_dtype(gpus, config.model.dtype),
+        *([] if gpus else [software.check_adam_on_cpu()]),
+        *([configuration.check_gpu_memory(state, gpus, nproc_per_node)] if gpus else []),
+        configuration.check_host_memory(state, gpus, nproc_per_node),
+        configuration.check_output_dir(Path(config.train.output_dir)),
+        configuration.check_disk(config, arch),
+    ]
+
+
+def _examine_common(gpus: Sequence[machine.Gpu], *, uses_vllm: bool) -> list[Check]:
+    has_gpu = bool(gpus)
+    driver = machine.check_driver()
+    checks: list[Callable[[], Check]] = [
+        software.check_python,
+        software.check_package,
+        *(partial(software.check_declared, name) for name in software.DECLARED),
+        software.check_dependencies,
+        partial(software.check_torchvision, uses_vllm=uses_vllm),
+        lambda: driver,
+        partial(machine.check_cuda, gpus, has_driver=driver.status != "missing"),
+        partial(machine.check_nccl, gpus),
+        machine.check_gloo,
+        partial(machine.check_all_reduce, gpus),
+        partial(software.check_transformer_engine, has_gpu),
+        software.check_apex,
+        partial(software.check_triton, has_gpu),
+        partial(software.check_vllm, uses_vllm=uses_vllm),
+    ]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # they wait for processes that import large libraries
+        return list(pool.map(lambda check: check(), checks))

@@ -1,0 +1,14 @@
+"""What the processes that this package starts have in common."""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+import sys
+
+
+def end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends, however that ends."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -1,0 +1,72 @@
+"""The rollout engine that a configuration names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chord_megatron.backend.engine import MegatronEngine
+from chord_megatron.backend.groups import ParallelGroups
+from chord_megatron.config import Config
+from chord_megatron.rollout.engine import RolloutEngine
+from chord_megatron.rollout.megatron import MegatronRollout
+from chord_megatron.rollout.replay import ReplayRollout
+from chord_megatron.rollout.serve import identity
+from chord_megatron.rollout.server_guard import read_token
+from chord_megatron.rollout.server_pool import ServerPool
+from chord_megatron.rollout.servers import ServerRollout
+
+
+def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:
+    """Raises UserError where the engine is not installed or cannot be reached. A collective call of all ranks."""
+    rollout = config.rollout
+    if rollout.replay_from is not None:
+        return ReplayRollout(Path(rollout.replay_from))
+    if rollout.vllm_mode == "colocate":
+        return _build_colocate(config, engine)
+    if rollout.vllm_mode == "server":
+        return _build_servers(config, groups)
+    return build_embedded(config, engine, groups)
+
+
+def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> MegatronRollout:
+    """The engine that samples with the training weights."""
+    return MegatronRollout(
+        engine, groups.dp_group, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
+    )
+
+
+def _build_colocate(config: Config, engine: MegatronEngine) -> RolloutEngine:
+    from chord_megatron.rollout.vllm_colocate import VllmColocateRollout
+
+    rollout = config.rollout
+    return VllmColocateRollout(
+        Path(config.model.path),
+        engine.arch,
+        dtype=config.model.dtype,
+        seed=config.train.seed,
+        tensor_parallel_size=rollout.vllm_tensor_parallel_size,
+        max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
+        max_num_seqs=rollout.max_batch_size,
+        gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+        enforce_eager=rollout.vllm_enforce_eager,
+        sleep_level=rollout.sleep_level,
+    )
+
+
+def _build_servers(config: Config, groups: ParallelGroups) -> ServerRollout:
+    rollout = config.rollout
+    pool = None
+    if groups.rank == 0:
+        pool = ServerPool(
+            rollout.vllm_servers or [],
+            read_token(),
+            identity(Path(config.model.path), config.model.dtype),
+            timeout=rollout.vllm_server_timeout,
+            max_in_flight=rollout.max_batch_size,
+        )
+    return ServerRollout(
+        pool,
+        seed=config.train.seed,
+        transfer_dir=Path(rollout.weight_transfer_dir),
+        bucket_bytes=config.model.export_bucket_megabytes * 10**6,
+    )

@@ -1,0 +1,285 @@
+"""The rollout servers of a run, as rank 0 sees them: requests spread by load, retried elsewhere, updated together.
+
+A server is in service while it holds the weights that were last sent. Whatever goes wrong with one (a timeout, a lost
+connection, an error, tokens of other weights) takes it out of service; it is restarted and gets a complete update
+before it is asked for another token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from chord_megatron.rollout.server_guard import GENERATE, TOKEN_VARIABLE
+from chord_megatron.rollout.weight_files import WeightFile
+from chord_megatron.types import UserError
+
+T = TypeVar("T")
+Json = dict[str, Any]
+
+_CONNECT_SECONDS = 5.0
+_STATUS_SECONDS = 10.0
+_ATTEMPTS = 4  # at a completion, on whichever servers are left
+_logger = logging.getLogger(__name__)
+
+
+class ServerError(Exception):
+    """One server failed; another may do."""
+
+
+@dataclass
+class Server:
+    """What is known of one server."""
+
+    url: str
+    version: int | None = None  # of its weights; None: out of service
+    in_flight: int = 0
+    instance: str | None = None  # which start of the server was seen last
+    failed_instance: str | None = None  # a start that must not be used again
+    failure: str = "never reached"
+
+
+class ServerPool:
+    """Talks to all servers from an event loop of its own, so that completions can be drawn while the trainer trains."""
+
+    def __init__(self, urls: Sequence[str], token: str, identity: Json, *, timeout: float, max_in_flight: int) -> None:
+        """`timeout`: seconds for one request, and for a server to come back. `max_in_flight`: requests a server."""
+        self._servers = [Server(url.rstrip("/")) for url in urls]
+        self._updating: list[Server] = []
+        self._version = -1
+        self._is_first_update = True
+        self._identity, self._timeout, self._max_in_flight = identity, timeout, max_in_flight
+        self._client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS, pool=None),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,  # no proxy: the token is for the servers alone
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="rollout-servers")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Drop all connections; the servers run on."""
+        self._run(self._client.aclose())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    # --- drawing ------------------------------------------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Json], version: int) -> Future[list[Json]]:
+        """Ask weights of `version` for each completion; the answers (vLLM's GenerateTokensChoice) keep the order.
+
+        The result raises UserError when no server is left.
+        """
+        return asyncio.run_coroutine_threadsafe(self._generate_all(requests, version), self._loop)
+
+    def score(self, sequences: Sequence[Sequence[int]], arguments: Json) -> dict[str, list[list[float]]]:
+        """Of each server in service the log-probs of each sequence's tokens but its first."""
+        return self._run(self._score(sequences, arguments))
+
+    async def _generate_all(self, requests: Sequence[Json], version: int) -> list[Json]:
+        room = asyncio.Semaphore(self._max_in_flight * len(self._servers))
+
+        async def one(request: Json) -> Json:
+            async with room:
+                return await self._generate(request, version)
+
+        try:
+            async with asyncio.TaskGroup() as group:  # the first error cancels the others
+                tasks = [group.create_task(one(request)) for request in requests]
+        except ExceptionGroup as errors:
+            raise UserError(str(errors.exceptions[0])) from errors
+        return [task.result() for task in tasks]
+
+    async def _generate(self, request: Json, version: int) -> Json:
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(ServerError),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_random_exponential(multiplier=0.2, max=5),
+            reraise=True,
+        ):
+            with attempt:
+                return await self._ask(self._least_busy(version), request, version)
+        raise AssertionError("reraise=True")
+
+    def _least_busy(self, version: int) -> Server:
+        serving = [server for server in self._servers if server.version == version]
+        if not serving:
+            raise UserError(
+                f"no rollout server is left: {self._failures()}; see what they print, and start the run again: it "
+                "goes on from its latest checkpoint"
+            )
+        return min(serving, key=lambda server: server.in_flight)
+
+    async def _ask(self, server: Server, request: Json, version: int) -> Json:
+        server.in_flight += 1
+        try:
+            answer = await self._post(server, GENERATE, request)
+            (choice,) = answer["choices"]
+            if choice["finish_reason"] not in ("stop", "length"):
+                raise ServerError(f"a completion ended with {choice['finish_reason']}")
+            versions = {span["version"] for span in choice["weight_versions"] or ()}
+            if versions != {str(version)}:
+                raise ServerError(f"tokens came from weights {sorted(versions)} instead of {version}")
+            return {**choice, "prompt_logprobs": answer["prompt_logprobs"]}
+        except ServerError as error:
+            self._take_out(server, str(error))
+            raise
+        finally:
+            server.in_flight -= 1
+
+    async def _score(self, sequences: Sequence[Sequence[int]], arguments: Json) -> dict[str, list[list[float]]]:
+        scores = {}
+        for server in [server for server in self._servers if server.version is not None]:
+            try:
+                answers = [
+                    await self._ask(server, {"token_ids": list(tokens), "sampling_params": arguments}, self._version)
+                    for tokens in sequences
+                ]
+            except ServerError:
+                continue  # out of service by now
+            scores[server.url] = [
+                [entry[str(token)]["logprob"] for token, entry in zip(tokens[1:], answer["prompt_logprobs"][1:])]
+                for tokens, answer in zip(sequences, answers, strict=True)
+            ]
+        self._least_busy(self._version)  # raises where none is left
+        return scores
+
+    # --- updating -----------------------------------------------------------------------------------------------------
+
+    def open_update(self, version: int) -> None:
+        """Take all servers out of service, restart those that failed, and pause those that can be updated.
+
+        The first update waits for all servers, later ones for at least one. Raises UserError when they do not come,
+        or are of another model.
+        """
+        self._version = version
+        self._run(self._wait_until_fit())
+        self._is_first_update = False
+        self._on_updating("/pause")
+        self._on_updating("/start_weight_update")
+
+    def send(self, file: WeightFile) -> None:
+        """Have the servers load one bucket."""
+        self._on_updating("/update_weights", {"update_info": {"path": str(file.path), "checksums": file.checksums}})
+
+    def close_update(self) -> None:
+        """The servers check that nothing is missing, and are in service again. Raises UserError where none is left."""
+        self._on_updating("/finish_weight_update", {"weight_version": str(self._version)})
+        self._on_updating("/reset_prefix_cache")
+        self._on_updating("/resume")
+        for server in self._updating:
+            server.version = self._version
+
+    async def _wait_until_fit(self) -> None:
+        for server in self._servers:
+            server.version = None
+        deadline = time.monotonic() + self._timeout
+        while True:
+            fit = await asyncio.gather(*(self._is_fit(server) for server in self._servers))
+            self._updating = [server for server, is_fit in zip(self._servers, fit) if is_fit]
+            if all(fit) or (self._updating and not self._is_first_update):
+                return
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rollout servers are not ready after {self._timeout:g} s: {self._failures()}; start them with "
+                    "`chord-megatron serve`, and name them in rollout.vllm_servers"
+                )
+            await asyncio.sleep(0.5)
+
+    async def _is_fit(self, server: Server) -> bool:
+        """Whether an update can begin. A server that failed is asked to restart, and fit once it is back."""
+        try:
+            status = await self._request("GET", server, "/chord/status", timeout=_STATUS_SECONDS)
+            _check_identity(server.url, self._identity, status["identity"])
+            server.instance = status["instance"]
+            if status["state"] in ("unsynced", "ready") and server.instance != server.failed_instance:
+                return True
+            server.failed_instance = server.instance
+            await self._request("POST", server, "/chord/restart", timeout=_STATUS_SECONDS)
+            server.failure = "restarting"
+        except ServerError as error:
+            server.failure = str(error)
+        return False
+
+    def _on_updating(self, path: str, body: Json | None = None) -> None:
+        self._run(self._each(path, body))
+
+    async def _each(self, path: str, body: Json | None) -> None:
+        """POST to all that are being updated; one that fails is out of it. Raises UserError where none is left."""
+
+        async def post(server: Server) -> bool:
+            try:
+                await self._post(server, path, body)
+                return True
+            except ServerError as error:
+                self._take_out(server, str(error))
+                return False
+
+        done = await asyncio.gather(*(post(server) for server in self._updating))
+        self._updating = [server for server, is_done in zip(self._updating, done) if is_done]
+        if not self._updating:
+            raise UserError(
+                f"no rollout server took the weights of version {self._version}: {self._failures()}; see what they "
+                "print, and start the run again: it goes on from its latest checkpoint"
+            )
+
+    # --- requests -----------------------------------------------------------------------------------------------------
+
+    async def _post(self, server: Server, path: str, body: Json | None) -> Json:
+        return await self._request("POST", server, path, json=body)
+
+    async def _request(self, method: str, server: Server, path: str, **options: Any) -> Json:
+        """The answer's JSON. Raises UserError for what no server would do, ServerError for what this one did not."""
+        try:
+            response = await self._client.request(method, server.url + path, **options)
+        except httpx.HTTPError as error:
+            raise ServerError(f"{path}: {type(error).__name__} {error}".rstrip()) from None
+        if response.status_code == 401:
+            raise UserError(f"{server.url} refuses the token; set the {TOKEN_VARIABLE} that it was started with")
+        text = " ".join(response.text.split())[:300]
+        if response.status_code in (400, 404, 422):
+            raise UserError(f"{server.url} refuses {path}: {text}; is it a `chord-megatron serve` of this release?")
+        if not response.is_success:
+            raise ServerError(f"{path}: {response.status_code} {text}")
+        return response.json()
+
+    def _take_out(self, server: Server, failure: str) -> None:
+        if server.failed_instance != server.instance:
+            _logger.warning("rollout server %s is out of service: %s", server.url, failure)
+        server.version = None
+        server.failure = failure
+        server.failed_instance = server.instance
+
+    def _failures(self) -> str:
+        return "; ".join(f"{server.url}: {server.failure}" for server in self._servers if server.version is None)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+def _check_identity(url: str, ours: Json, theirs: Json) -> None:
+    """Raises UserError where the server was started for another model."""
+    for key in ("architecture", "dtype", "tokenizer_sha256"):
+        mine, other = ours[key], theirs.get(key)
+        if mine == other:
+            continue
+        what = key
+        if key == "architecture" and isinstance(other, dict):
+            what = next((name for name in mine if mine[name] != other.get(name)), key)
+            mine, other = mine.get(what), other.get(what)
+        raise UserError(
+            f"{url} serves another model: its {what} is {other}, the trainer's {mine}; start it with the trainer's "
+            "model directory and model.dtype"
+        )

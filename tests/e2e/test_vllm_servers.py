@@ -1,0 +1,295 @@
+"""Two real vLLM servers, their weight updates, and what happens when they are killed, frozen or fed damaged updates."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_two, weights, write_config
+from safetensors.torch import load_file
+from tiny_model import write_tiny_model
+from torch import Tensor
+
+from chord_megatron.rollout.serve import identity
+from chord_megatron.rollout.server_pool import ServerPool
+from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
+from chord_megatron.rollout.weight_files import write_weight_files
+from chord_megatron.types import SamplingParams, UserError
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.vllm,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm"),
+]
+
+TOKEN = "a secret for these tests alone"
+READY_SECONDS = 240
+Weights = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def token() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("CHORD_SERVER_TOKEN", TOKEN)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def vllm_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `assets`, with a model that vLLM runs on CPU: its attention wants a head dimension of 32."""
+    root = tmp_path_factory.mktemp("vllm_assets")
+    write_tiny_model(root / "model", head_dim=32)
+    for name in ("prompts.jsonl", "experts.jsonl", "rewards.py"):
+        (root / name).symlink_to(assets / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def servers(
+    vllm_assets: Path, token: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Popen[str]]]:
+    """URL -> process of two servers, which start while the first test waits for them."""
+    started = {}
+    for port in free_ports(2):
+        options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "64")
+        process = start(
+            "chord_megatron.cli", "serve", vllm_assets / "model", *options, log=tmp_path_factory.mktemp("log")
+        )
+        started[f"http://127.0.0.1:{port}"] = process
+    yield started
+    for process in started.values():
+        process.terminate()
+        with suppress(Exception):
+            process.wait(timeout=30)
+        kill_if_alive(process)
+
+
+@pytest.fixture(scope="module")
+def exported(vllm_assets: Path) -> Weights:
+    return load_file(vllm_assets / "model" / "model.safetensors")
+
+
+@pytest.fixture
+def open_pool(servers: dict, vllm_assets: Path) -> Iterator[Callable[..., ServerPool]]:
+    pools = []
+
+    def build(urls: list[str] | None = None, **options: Any) -> ServerPool:
+        model = identity(vllm_assets / "model", "float32")
+        arguments = {"timeout": READY_SECONDS, "max_in_flight": 8, "token": TOKEN, "identity": model} | options
+        pools.append(ServerPool(urls or list(servers), **arguments))
+        return pools[-1]
+
+    yield build
+    for pool in pools:
+        pool.close()
+
+
+def update(pool: ServerPool, tensors: Weights, version: int, directory: Path) -> None:
+    pool.open_update(version)
+    for file in write_weight_files(tensors.items(), directory / "update", bucket_bytes=20_000):
+        pool.send(file)
+    pool.close_update()
+
+
+def requests(count: int, length: int = 8) -> list[dict[str, Any]]:
+    params = SamplingParams(max_completion_length=length)
+    return [{"token_ids": [5, 6, 7], "sampling_params": sampling_arguments(params, (0, 0, i))} for i in range(count)]
+
+
+def tokens(choices: list[dict[str, Any]]) -> list[list[int]]:
+    return [choice["token_ids"] for choice in choices]
+
+
+def in_service(pool: ServerPool) -> set[str]:
+    return {server.url for server in pool._servers if server.version is not None}
+
+
+def test_a_run_learns_from_a_server_as_from_the_embedded_engine(servers: dict, vllm_assets: Path, tmp_path: Path):
+    """TP 2 trainer; synchronous, then one step ahead. Samples differ between engines, what is computed does not."""
+    config = write_config(vllm_assets, tmp_path)
+    options = ("rollout.engine=vllm", "rollout.vllm_mode=server", f"rollout.vllm_servers={list(servers)}")
+    recorded = tmp_path / "rollouts.jsonl"
+    outcome = succeeded(
+        train_on_two(config, *options, "parallel.tensor_model_parallel_size=2", f"rollout.record_to={recorded}")
+    )
+    lines = read_metrics(tmp_path / "run")
+    assert len(lines) == 6
+    for line in lines:
+        assert line["log_prob_diff_mean"] <= 1e-4 and line["log_prob_diff_max"] <= 1e-2
+    assert [line["policy_version"] for line in read_lines(recorded)] == [step for step in range(6) for _ in range(8)]
+    assert TOKEN not in outcome.stdout + outcome.stderr
+    assert not any(TOKEN in path.read_text(errors="replace") for path in (tmp_path / "run").glob("*.*"))
+
+    ahead = tmp_path / "ahead.jsonl"
+    succeeded(
+        train_here(
+            config,
+            *options,
+            f"train.output_dir={tmp_path / 'ahead'}",
+            f"rollout.record_to={ahead}",
+            "rollout.max_staleness=1",
+            "train.eval_steps=2",
+            f"data.eval_dataset={vllm_assets / 'prompts.jsonl'}",
+            "data.num_eval_prompts=2",
+        )
+    )
+    versions = [line["policy_version"] for line in read_lines(ahead)]
+    assert versions == [max(0, step - 1) for step in range(6) for _ in range(8)]
+    assert all(line["log_prob_diff_max"] > 1e-3 for line in read_metrics(tmp_path / "ahead")[2:] if "loss" in line)
+
+    # The recorded rollouts, trained on by the embedded engine's trainer, give the same losses and weights.
+    succeeded(
+        train_here(
+            config,
+            f"train.output_dir={tmp_path / 'replayed'}",
+            "rollout.engine=replay",
+            f"rollout.replay_from={recorded}",
+        )
+    )
+    for ours, theirs in zip(lines, read_metrics(tmp_path / "replayed"), strict=True):
+        assert ours["reward_mean"] == theirs["reward_mean"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+    replayed = weights(tmp_path / "replayed", 6)
+    for name, tensor in weights(tmp_path / "run", 6).items():
+        torch.testing.assert_close(tensor, replayed[name], rtol=0, atol=5e-4)
+
+
+def test_all_servers_hold_what_was_sent_and_count_its_version(
+    open_pool: Callable[..., ServerPool], exported: Weights, tmp_path: Path
+):
+    pool = open_pool()
+    changed = {name: tensor + 0.01 for name, tensor in exported.items()}
+    update(pool, changed, 1, tmp_path)
+    after_one = tokens(pool.submit(requests(8), 1).result())
+    update(pool, exported, 2, tmp_path)
+    after_two = pool.submit(requests(8), 2).result()
+    update(pool, changed, 3, tmp_path)
+    assert tokens(pool.submit(requests(8), 3).result()) == after_one != tokens(after_two)
+    assert {span["version"] for choice in after_two for span in choice["weight_versions"]} == {"2"}
+    with pytest.raises(UserError, match="no rollout server is left"):
+        pool.submit(requests(1), 2).result()
+    scores = pool.score([[5, 6, 7], [8, 9]], SCORING_ARGUMENTS)
+    assert len(scores) == 2  # one of each server, and the same
+    first, second = scores.values()
+    assert first == second and [len(row) for row in first] == [2, 1]
+
+
+def test_damaged_and_broken_updates_never_sample(
+    open_pool: Callable[..., ServerPool], servers: dict, exported: Weights, tmp_path: Path
+):
+    """One server gets a tensor of a wrong shape, the other half an update. Both come back after a restart."""
+    first, second = servers
+    name = next(iter(exported))
+    one, other = open_pool([first]), open_pool([second])
+    with pytest.raises(UserError, match=f"{name} is torch.float32 .* where the model has"):
+        update(one, exported | {name: exported[name][:-1]}, 1, tmp_path)
+    other.open_update(1)
+    for file in write_weight_files(exported.items(), tmp_path / "half", bucket_bytes=20_000):
+        other.send(file)
+        break
+    with pytest.raises(UserError, match="tensors did not arrive"):
+        other.close_update()
+    for pool in (one, other):
+        with pytest.raises(UserError, match="no rollout server is left"):
+            pool.submit(requests(1), 1).result()
+
+    pool = open_pool()
+    update(pool, exported, 1, tmp_path)  # waits for both to restart
+    assert in_service(pool) == set(servers)
+    assert len(tokens(pool.submit(requests(4), 1).result())) == 4
+
+
+def test_a_killed_and_a_frozen_server_lose_no_completion(
+    open_pool: Callable[..., ServerPool], servers: dict[str, Popen[str]], exported: Weights, tmp_path: Path
+):
+    pool = open_pool()
+    update(pool, exported, 1, tmp_path)
+    expected = tokens(pool.submit(requests(24, 48), 1).result())
+
+    victim, survivor = servers
+    drawing = pool.submit(requests(24, 48), 1)
+    for child in psutil.Process(servers[victim].pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    assert tokens(drawing.result()) == expected
+    # It may have answered in time; a request shows that it is gone.
+    assert tokens(pool.submit(requests(24, 48), 1).result()) == expected
+    assert in_service(pool) == {survivor}
+    wait_for(lambda: in_service_after_update(pool, exported, 2, tmp_path) == set(servers))
+
+    pool = open_pool(timeout=5.0)
+    wait_for(lambda: in_service_after_update(pool, exported, 3, tmp_path) == set(servers))
+    frozen = psutil.Process(servers[survivor].pid).children(recursive=True)
+    drawing = pool.submit(requests(24, 48), 3)
+    for child in frozen:
+        child.suspend()
+    assert tokens(drawing.result()) == expected
+    assert tokens(pool.submit(requests(24, 48), 3).result()) == expected
+    assert in_service(pool) == {victim}
+    for child in frozen:
+        child.resume()
+    assert in_service_after_update(pool, exported, 4, tmp_path) == {victim}  # the other has to restart first
+    wait_for(lambda: in_service_after_update(pool, exported, 5, tmp_path) == set(servers))
+
+
+def test_wrong_tokens_and_models_are_refused(
+    open_pool: Callable[..., ServerPool], vllm_assets: Path, assets: Path, exported: Weights, tmp_path: Path
+):
+    with pytest.raises(UserError, match="refuses the token; set the CHORD_SERVER_TOKEN"):
+        open_pool(token="another secret, as long").open_update(1)
+    other = identity(assets / "model", "float32")
+    with pytest.raises(UserError, match="serves another model: its head_dim is 32, the trainer's 8"):
+        open_pool(identity=other).open_update(1)
+    with pytest.raises(UserError, match="its dtype is float32, the trainer's bfloat16"):
+        open_pool(identity=identity(vllm_assets / "model", "bfloat16")).open_update(1)
+    with pytest.raises(UserError, match="its tokenizer_sha256 is"):
+        open_pool(identity=replace_vocabulary(vllm_assets)).open_update(1)
+
+
+def test_without_a_server_the_run_says_so(vllm_assets: Path, tmp_path: Path):
+    (port,) = free_ports(1)
+    config = write_config(vllm_assets, tmp_path)
+    options = ("rollout.engine=vllm", "rollout.vllm_mode=server", "rollout.vllm_server_timeout=1")
+    outcome = train_here(config, *options, f"rollout.vllm_servers=['http://127.0.0.1:{port}']")
+    assert outcome.code == 2
+    (error,) = outcome.errors
+    assert "rollout servers are not ready after 1 s" in error and "start them with `chord-megatron serve`" in error
+
+
+def in_service_after_update(pool: ServerPool, tensors: Weights, version: int, directory: Path) -> set[str]:
+    update(pool, tensors, version, directory)
+    return in_service(pool)
+
+
+def replace_vocabulary(vllm_assets: Path) -> dict[str, Any]:
+    return identity(vllm_assets / "model", "float32") | {"tokenizer_sha256": "0" * 64}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + READY_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "a server did not come back"
+        time.sleep(1)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [opened.getsockname()[1] for opened in sockets]
+    for opened in sockets:
+        opened.close()
+    return ports
+
+
+def kill_if_alive(process: Popen[str]) -> None:
+    if process.poll() is None:
+        kill(process)

@@ -1,0 +1,145 @@
+"""Bytes in memory and on disk of models whose numbers of parameters are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from chord_megatron.config import Config
+from chord_megatron.convert.architecture import MixtureOfExperts, ModelArchitecture
+from chord_megatron.estimate import (
+    ModelState,
+    Parameters,
+    checkpoint_bytes,
+    export_bytes,
+    model_state,
+    stage_parameters,
+)
+from chord_megatron.plan import make_plan
+
+QWEN2_5_7B = ModelArchitecture(
+    family="qwen2",
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_query_groups=4,
+    head_dim=128,
+    vocab_size=152064,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tie_word_embeddings=False,
+    qkv_bias=True,
+    qk_layernorm=False,
+)
+QWEN3_30B_A3B = ModelArchitecture(
+    family="qwen3_moe",
+    num_layers=48,
+    hidden_size=2048,
+    ffn_hidden_size=6144,
+    num_attention_heads=32,
+    num_query_groups=4,
+    head_dim=128,
+    vocab_size=151936,
+    max_position_embeddings=40960,
+    rope_theta=1e6,
+    norm_eps=1e-6,
+    tie_word_embeddings=False,
+    qkv_bias=False,
+    qk_layernorm=True,
+    moe=MixtureOfExperts(
+        num_experts=128, experts_per_token=8, ffn_hidden_size=768, score_function="softmax", normalize_top_k=True
+    ),
+)
+# As their publishers count them.
+NUM_QWEN2_5_7B = 7_615_616_512
+NUM_QWEN3_30B = 30_532_122_624
+NUM_EXPERT = 48 * 128 * 3 * 2048 * 768
+
+
+def config_of(**changes: Any) -> Config:
+    """`changes` are group__leaf=value."""
+    settings: dict[str, dict[str, Any]] = {
+        "model": {"path": "model"},
+        "data": {"dataset": "prompts.jsonl"},
+        "chord": {"chord_mu_peak": 0, "chord_mu_valley": 0},
+        "train": {"output_dir": "out", "global_batch_size": 256, "train_iters": 12},
+    }
+    for key, value in changes.items():
+        group, leaf = key.split("__")
+        settings.setdefault(group, {})[leaf] = value
+    return Config.model_validate(settings)
+
+
+def state_of(arch: ModelArchitecture, world_size: int, **changes: Any) -> ModelState:
+    config = config_of(**changes)
+    return model_state(config, arch, make_plan(config, arch, world_size))
+
+
+@pytest.mark.parametrize(
+    ("arch", "parallel", "expected"),
+    [
+        (QWEN2_5_7B, {}, [Parameters(NUM_QWEN2_5_7B, 0)]),
+        # The norms, 2 x 28 + 1 vectors, are whole on both ranks.
+        (QWEN2_5_7B, {"tensor_model_parallel_size": 2}, [Parameters((NUM_QWEN2_5_7B + 57 * 3584) // 2, 0)]),
+        # A layer has 233057792 parameters; the first stage has the embedding, the last the output and the last norm.
+        (
+            QWEN2_5_7B,
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+            [
+                Parameters(152064 * 3584 + 14 * 233_057_792, 0),
+                Parameters(152064 * 3584 + 14 * 233_057_792 + 3584, 0),
+            ],
+        ),
+        (
+            QWEN3_30B_A3B,
+            {"expert_model_parallel_size": 8},
+            [Parameters(NUM_QWEN3_30B - NUM_EXPERT, NUM_EXPERT // 8)],
+        ),
+    ],
+)
+def test_parameters_of_each_stage(arch: ModelArchitecture, parallel: dict[str, int], expected: list[Parameters]):
+    assert stage_parameters(arch, config_of(**{f"parallel__{k}": v for k, v in parallel.items()}).parallel) == expected
+
+
+def test_bfloat16_takes_18_bytes_a_parameter():
+    state = state_of(QWEN2_5_7B, 1)
+    assert state == ModelState(
+        weights=2 * NUM_QWEN2_5_7B, gradients=4 * NUM_QWEN2_5_7B, optimizer=12 * NUM_QWEN2_5_7B, reference=0
+    )
+    assert state.on_device == 18 * NUM_QWEN2_5_7B
+
+
+def test_float32_takes_16_bytes_a_parameter_and_its_reference_4():
+    state = state_of(QWEN2_5_7B, 1, model__dtype="float32", grpo__beta=0.1)
+    assert state.on_device == 16 * NUM_QWEN2_5_7B
+    assert state.reference == 4 * NUM_QWEN2_5_7B
+
+
+def test_the_distributed_optimizer_divides_its_state_over_the_ranks_that_hold_the_same():
+    """16 ranks, EP 4: a dense parameter is on all 16, an expert on 4."""
+    dense, expert = NUM_QWEN3_30B - NUM_EXPERT, NUM_EXPERT // 4
+    state = state_of(
+        QWEN3_30B_A3B, 16, parallel__expert_model_parallel_size=4, optimizer__use_distributed_optimizer=True
+    )
+    assert state.weights + state.gradients == 6 * (dense + expert)
+    assert state.optimizer == 12 * dense // 16 + 12 * expert // 4
+    plain = state_of(QWEN3_30B_A3B, 16, parallel__expert_model_parallel_size=4)
+    assert plain.optimizer == 12 * (dense + expert)
+
+
+def test_the_fullest_stage_counts():
+    state = state_of(QWEN2_5_7B, 2, parallel__pipeline_model_parallel_size=2)
+    assert state.weights == 2 * (152064 * 3584 + 14 * 233_057_792 + 3584)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_distributed", "saved", "exported"),
+    [("bfloat16", False, 14, 2), ("bfloat16", True, 14, 2), ("float32", False, 12, 4), ("float32", True, 16, 4)],
+)
+def test_bytes_on_disk(dtype: str, is_distributed: bool, saved: int, exported: int):
+    config = config_of(model__dtype=dtype, optimizer__use_distributed_optimizer=is_distributed)
+    assert checkpoint_bytes(config, QWEN2_5_7B) == saved * NUM_QWEN2_5_7B
+    assert export_bytes(config, QWEN2_5_7B) == exported * NUM_QWEN2_5_7B

@@ -1,0 +1,208 @@
+"""What keeps weight updates and rollout servers honest, without vLLM: manifest, files, guard, pool, consistency."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from torch import Tensor
+
+from chord_megatron.convert.schema import TensorSpec
+from chord_megatron.rollout import server_guard
+from chord_megatron.rollout.consistency import check_consistency, largest_mean_difference
+from chord_megatron.rollout.manifest import Manifest, ManifestError, checksum
+from chord_megatron.rollout.server_guard import GENERATE, ServerGuard
+from chord_megatron.rollout.weight_files import read_weight_file, write_weight_files
+from chord_megatron.types import UserError
+
+TOKEN = "correct horse battery"
+EXPECTED = {"a": TensorSpec(torch.float32, (2, 3)), "b": TensorSpec(torch.bfloat16, (4,))}
+WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16))]
+
+
+# --- manifest -------------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_update_passes():
+    manifest = Manifest(EXPECTED)
+    checksums = {name: checksum(tensor) for name, tensor in WEIGHTS}
+    passed = list(manifest.checked(WEIGHTS, checksums))
+    manifest.check_complete()
+    assert [name for name, _ in passed] == ["a", "b"]
+    assert all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in zip(passed, WEIGHTS))
+
+
+def test_checksums_are_of_the_bytes():
+    tensor = torch.arange(6.0).view(2, 3)
+    assert checksum(tensor) == checksum(tensor.t().contiguous().t())  # another layout in memory
+    assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
+    assert checksum(torch.tensor(1.5)) == checksum(torch.tensor([1.5]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([("c", torch.ones(1))], "the model has no tensor c"),
+        ([WEIGHTS[0], WEIGHTS[0]], "a arrived twice"),
+        ([("a", torch.ones(3, 2))], r"a is torch.float32 \[3, 2\] where the model has torch.float32 \[2, 3\]"),
+        ([("b", torch.ones(4))], r"b is torch.float32 \[4\] where the model has torch.bfloat16 \[4\]"),
+        ([("a", torch.zeros(2, 3))], "a arrived with other bytes than were sent"),
+    ],
+)
+def test_what_is_wrong_is_named(weights: list[tuple[str, Tensor]], message: str):
+    checksums = {name: checksum(tensor) for name, tensor in WEIGHTS}
+    with pytest.raises(ManifestError, match=message):
+        list(Manifest(EXPECTED).checked(weights, checksums))
+
+
+def test_half_an_update_is_not_complete():
+    manifest = Manifest(EXPECTED)
+    list(manifest.checked(WEIGHTS[:1]))
+    with pytest.raises(ManifestError, match="1 of 2 tensors did not arrive: b"):
+        manifest.check_complete()
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_travel_in_buckets(tmp_path: Path):
+    weights = [(f"w{n}", torch.full((10,), float(n))) for n in range(5)]  # 40 bytes each
+    arrived = []
+    for file in write_weight_files(iter(weights), tmp_path / "update", bucket_bytes=80):
+        bucket = list(read_weight_file(file.path))
+        assert {name: checksum(tensor) for name, tensor in bucket} == file.checksums
+        arrived.append(bucket)
+    assert [[name for name, _ in bucket] for bucket in arrived] == [["w0", "w1"], ["w2", "w3"], ["w4"]]
+    assert not (tmp_path / "update").exists()
+    # What was read stays, though the files are gone.
+    assert all(torch.equal(tensor, dict(weights)[name]) for bucket in arrived for name, tensor in bucket)
+
+
+def test_an_update_that_breaks_off_leaves_no_files(tmp_path: Path):
+    def broken() -> Iterator[tuple[str, Tensor]]:
+        yield WEIGHTS[0]
+        yield WEIGHTS[1]
+        raise RuntimeError("lost a rank")
+
+    with pytest.raises(RuntimeError, match="lost a rank"):
+        for _ in write_weight_files(broken(), tmp_path / "update", bucket_bytes=1):
+            assert len(list((tmp_path / "update").iterdir())) == 1
+    assert not (tmp_path / "update").exists()
+
+
+# --- guard ----------------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """An application as vLLM's: answers 200, unless told otherwise; remembers what reached it."""
+
+    def __init__(self) -> None:
+        self.reached: list[str] = []
+        self.status = 200
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        self.reached.append(scope["path"])
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """ask("POST", "/path") -> status code; the token is right unless given."""
+    monkeypatch.setenv(server_guard.TOKEN_VARIABLE, TOKEN)
+    transport = httpx.ASGITransport(ServerGuard(engine))
+
+    def send(method: str, path: str, authorization: str | None = f"Bearer {TOKEN}") -> int:
+        async def request() -> int:
+            async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+                headers = {"Authorization": authorization} if authorization else {}
+                return (await client.request(method, path, headers=headers)).status_code
+
+        return asyncio.run(request())
+
+    return send
+
+
+@pytest.mark.parametrize("authorization", [None, "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN} "])
+@pytest.mark.parametrize(
+    "path", ["/chord/status", "/chord/restart", "/health", GENERATE, "/pause", "/collective_rpc", "/"]
+)
+def test_every_route_wants_the_token(ask: Any, engine: Engine, path: str, authorization: str | None):
+    for method in ("GET", "POST", "OPTIONS"):
+        assert ask(method, path, authorization) == 401
+    assert engine.reached == []
+
+
+def test_routes_that_nobody_needs_are_closed(ask: Any, engine: Engine):
+    for path in ("/collective_rpc", "/v1/completions", "/sleep", "/server_info", "/health", "/inference/v1/generate/"):
+        assert ask("POST", path) == 404
+    assert engine.reached == []
+
+
+def test_no_token_is_sampled_before_a_complete_update(ask: Any, engine: Engine):
+    assert ask("POST", GENERATE) == 409
+    for path in ("/start_weight_update", "/update_weights"):
+        assert ask("POST", path) == 200
+        assert ask("POST", GENERATE) == 409
+    assert ask("POST", "/finish_weight_update") == 200
+    assert ask("POST", GENERATE) == 200
+    assert ask("POST", "/start_weight_update") == 200
+    assert ask("POST", GENERATE) == 409
+    assert engine.reached.count(GENERATE) == 1
+
+
+def test_a_failed_update_is_not_healed_by_a_finish(ask: Any, engine: Engine):
+    ask("POST", "/start_weight_update")
+    engine.status = 500
+    assert ask("POST", "/update_weights") == 500
+    engine.status = 200
+    assert ask("POST", "/finish_weight_update") == 409
+    assert ask("POST", GENERATE) == 409
+    assert ask("POST", "/start_weight_update") == 409  # only a restart helps
+
+
+def test_health_is_the_engines(ask: Any, engine: Engine):
+    assert ask("GET", "/chord/health") == 200
+    engine.status = 503
+    assert ask("GET", "/chord/health") == 503
+    assert engine.reached == ["/health", "/health"]
+
+
+@pytest.mark.parametrize("token", ["", "short", "x" * 15, "gr\u00fc\u00dfe an alle hier!!", "two lines\nof the secret"])
+def test_a_poor_secret_is_refused(monkeypatch: pytest.MonkeyPatch, token: str):
+    monkeypatch.setenv(server_guard.TOKEN_VARIABLE, token)
+    with pytest.raises(UserError, match="at least 16 printable ASCII characters"):
+        server_guard.read_token()
+
+
+# --- consistency ----------------------------------------------------------------------------------------------------
+
+
+def test_the_engine_that_differs_most_is_named():
+    expected = [[-1.0, -2.0], [-3.0]]
+    scores = {"near": [[-1.0, -2.1], [-3.0]], "far": [[-1.5, -2.0], [-2.9]]}
+    difference, name = largest_mean_difference(expected, scores)
+    assert difference == pytest.approx(0.2) and name == "far"
+    assert largest_mean_difference(expected, {}) == (0.0, "")
+    scores["broken"] = [[-1.0, math.nan], [-3.0]]
+    assert largest_mean_difference(expected, scores) == (math.inf, "broken")
+
+
+@pytest.mark.parametrize("difference", [0.0500001, math.inf])
+def test_a_difference_above_the_threshold_stops_or_warns(difference: float):
+    check_consistency(0.05, "engine", threshold=0.05, version=3, action="stop")
+    with pytest.raises(UserError, match=r"engine and the trainer disagree about weights of version 3.*differ by"):
+        check_consistency(difference, "engine", threshold=0.05, version=3, action="stop")
+    with pytest.warns(UserWarning, match="differ by"):
+        check_consistency(difference, "engine", threshold=0.05, version=3, action="warn")
