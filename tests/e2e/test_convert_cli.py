@@ -116,7 +116,8 @@ def test_sizes(text: str, size: int):
 
 # Holds a conversion after its first tensor, as a slow disk would.
 HOLD = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
 from chord_megatron import conversion
 from chord_megatron.cli_convert import app
 

@@ -517,7 +517,9 @@ def test_a_run_with_vllm_needs_vllm(run_config: Path, hide: Callable[[str], None
 
     config = load_config(run_config)
     assert problems_with(config) == []
-    with_vllm = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": "vllm"})})
+    with_vllm = config.model_copy(
+        update={"rollout": config.rollout.model_copy(update={"engine": "vllm", "vllm_mode": "colocate"})}
+    )
     (problem,) = problems_with(with_vllm)
     assert problem.startswith("vLLM: rollout.engine=vllm needs it")
 
