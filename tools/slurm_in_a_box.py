@@ -2,7 +2,7 @@
 
 Starts munged, slurmctld and two slurmd with a configuration in a temporary directory, submits the quickstart, has the
 job queued again by `scontrol requeue` and by the signal that announces the time limit, and compares what it left with
-an uninterrupted run. About three minutes on two cores. Continuous integration does not run it, because it needs
+an uninterrupted run. About six minutes on two cores. Continuous integration does not run it, because it needs
 
     apt-get install --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
 

@@ -118,7 +118,9 @@ def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(undisturbed:
     outcomes = [succeeded(finish(agent)) for agent in (keeper, member)]
     printed = "".join(outcome.stdout for outcome in (first_keeper, *outcomes))
     assert sorted(re.findall(rf"resuming {run} at step (\d+)", printed)) == ["2", "6"]
-    assert "torchrun ended with 1 (attempt 1 of 3)" in outcomes[1].stderr
+    # A lost member costs no attempt; with the keeper the rendezvous is lost, and torchrun has to be started again.
+    assert "torchrun ended" not in first_keeper.stderr
+    assert outcomes[1].stderr.count("torchrun ended with 1 (attempt 1 of 3)") == 1
     assert logged_steps(run) == list(range(8))
     assert read_metrics(run) == read_metrics(undisturbed)
     assert weight_bytes(run, 8) == weight_bytes(undisturbed, 8)
