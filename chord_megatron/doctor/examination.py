@@ -31,7 +31,7 @@ def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_n
     gpus = machine.find_gpus()
     state = model_state(config, arch, plan)
     return [
-        *_examine_common(gpus, uses_vllm=config.rollout.engine == "vllm"),
+        *_examine_common(gpus, uses_vllm=config.rollout.vllm_mode == "colocate"),  # servers have their own
         configuration.check_weights(Path(config.model.path), arch),
         configuration.check_processes(gpus, nproc_per_node),
         configuration.check_dtype(gpus, config.model.dtype),

