@@ -163,7 +163,8 @@ def _check_batches(config: Config, data_parallel_size: int) -> None:
 
 def _check_streams(config: Config) -> None:
     chord, rollout, train = config.chord, config.rollout, config.train
-    learns_from_experts = any(mu_at(config, step) > 0 for step in range(train.train_iters))
+    constant_from = chord.chord_mu_warmup_steps + chord.chord_mu_decay_steps
+    learns_from_experts = any(mu_at(config, step) > 0 for step in range(min(train.train_iters, constant_from + 1)))
     if learns_from_experts and chord.chord_sft_dataset is None:
         raise UserError(
             "chord.chord_sft_dataset is required while mu > 0; "

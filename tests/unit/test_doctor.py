@@ -517,21 +517,11 @@ def test_a_run_with_vllm_in_its_processes_needs_vllm(run_config: Path):
         arch = read_architecture(Path(config.model.path))
         return problems(examination.examine_for(config, arch, make_plan(config, arch, 1), 1))
 
-<<<<<<< HEAD
-    config = load_config(run_config)
-    assert problems_with(config) == []
-    with_vllm = config.model_copy(
-        update={"rollout": config.rollout.model_copy(update={"engine": "vllm", "vllm_mode": "colocate"})}
-    )
-    (problem,) = problems_with(with_vllm)
-    assert problem.startswith("vLLM: rollout.engine=vllm needs it")
-=======
     assert problems_with() == []
     (problem,) = problems_with("rollout.engine=vllm", "rollout.vllm_mode=colocate")
     assert problem.startswith("vLLM: rollout.vllm_mode=colocate needs it")
     servers = "rollout.vllm_servers=['http://127.0.0.1:8000']"
     assert problems_with("rollout.engine=vllm", "rollout.vllm_mode=server", servers) == []
->>>>>>> c43357e96db53ac41017cd2c5e8a9224bbf940ad
 
 
 def test_only_what_blocks_is_a_problem():
