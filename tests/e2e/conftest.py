@@ -45,6 +45,16 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def vllm_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `assets`, with a model that vLLM runs on CPU: its attention wants a head dimension of 32."""
+    root = tmp_path_factory.mktemp("vllm_assets")
+    write_tiny_model(root / "model", head_dim=32)
+    for name in ("prompts.jsonl", "experts.jsonl", "rewards.py"):
+        (root / name).symlink_to(assets / name)
+    return root
+
+
 @pytest.fixture
 def config(assets: Path, tmp_path: Path) -> Path:
     """A configuration whose run goes to tmp_path/run."""

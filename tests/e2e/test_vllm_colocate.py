@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from harness import Outcome, finish, read_metrics, start, succeeded, write_config
-from tiny_model import write_tiny_model
 
 pytestmark = [
     pytest.mark.e2e,
@@ -19,16 +18,6 @@ pytestmark = [
 ]
 
 WORKER = Path(__file__).with_name("vllm_colocate_worker.py")
-
-
-@pytest.fixture(scope="module")
-def vllm_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `assets`, with a model that vLLM runs on CPU: its attention wants a head dimension of 32."""
-    root = tmp_path_factory.mktemp("colocate_assets")
-    write_tiny_model(root / "model", head_dim=32)
-    for name in ("prompts.jsonl", "experts.jsonl", "rewards.py"):
-        (root / name).symlink_to(assets / name)
-    return root
 
 
 def on_two_ranks(worker_arguments: list[object]) -> Outcome:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_two, weights, write_config
 from safetensors.torch import load_file
-from tiny_model import write_tiny_model
 from torch import Tensor
 
 from chord_megatron.rollout.serve import identity
@@ -42,16 +41,6 @@ def token() -> Iterator[None]:
     patch.setenv("CHORD_SERVER_TOKEN", TOKEN)
     yield
     patch.undo()
-
-
-@pytest.fixture(scope="module")
-def vllm_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `assets`, with a model that vLLM runs on CPU: its attention wants a head dimension of 32."""
-    root = tmp_path_factory.mktemp("vllm_assets")
-    write_tiny_model(root / "model", head_dim=32)
-    for name in ("prompts.jsonl", "experts.jsonl", "rewards.py"):
-        (root / name).symlink_to(assets / name)
-    return root
 
 
 @pytest.fixture(scope="module")
