@@ -1,7 +1,7 @@
 """`python requirements.py [NAME ...]`: what pyproject.toml asks for, a line each, for `pip install --requirement`.
 
-What the image has already keeps its range, so that pip leaves it alone; the rest comes in the version that the tests ran
-with (constraints.txt). NAMEs: these only.
+What the image has already keeps its range, so that pip leaves it alone; the rest comes in the version that the tests
+ran with (constraints.txt). NAMEs: these only.
 """
 
 from __future__ import annotations

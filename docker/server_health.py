@@ -1,4 +1,4 @@
-"""The health check of docker/Dockerfile.vllm: fails unless vLLM's engine, behind the server's token, says that it is well."""
+"""The health check of docker/Dockerfile.vllm: fails unless vLLM's engine says that it is well."""
 
 import os
 import urllib.request

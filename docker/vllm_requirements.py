@@ -12,7 +12,15 @@ import sys
 
 BUILT_FOR_ONE_TORCH = {"torch", "torchaudio", "torchvision", "torchcodec"}
 # What pip would fetch for the build by itself, had the build a torch of its own (vLLM's requirements/build/cuda.txt).
-FOR_THE_BUILD = ("cmake>=3.26.1", "ninja", "packaging>=24.2", "setuptools-scm>=8", "setuptools-rust>=1.9", "wheel", "jinja2")
+FOR_THE_BUILD = (
+    "cmake>=3.26.1",
+    "ninja",
+    "packaging>=24.2",
+    "setuptools-scm>=8",
+    "setuptools-rust>=1.9",
+    "wheel",
+    "jinja2",
+)
 
 
 def requirements(version: str) -> list[str]:

@@ -1,13 +1,13 @@
-"""Replay a Dockerfile without Docker: its RUN lines, read from the file, in a directory and a virtual environment of their own.
+"""Replay a Dockerfile without Docker: its RUN lines, in a directory and a virtual environment of their own.
 
-    python tools/replay_dockerfile.py docker/Dockerfile.cpu --target demo --check
+    python tools/replay_dockerfile.py docker/Dockerfile.cpu --directory NEW_DIR --check
 
 What a base image brings stands in as packages that are installed first (--base): NVIDIA's image is replayed with
 `--base torch==2.13.0 --python python3.12`. As there, they become pip's constraints (PIP_CONSTRAINT).
 
-Replayed: ARG and ENV, WORKDIR, COPY (also between stages), RUN by bash, and with --check the HEALTHCHECK. Not replayed, and
-said so: RUN lines that need root (useradd, apt-get), USER, and everything about the image that a shell cannot see. Paths
-in RUN lines must be relative to WORKDIR. Without Docker, nothing keeps the commands from the rest of the machine.
+Replayed: ARG and ENV, WORKDIR, COPY (also between stages), RUN by bash, and with --check the HEALTHCHECK. Not replayed:
+RUN lines that begin with a command for root (useradd, apt-get; it says so), USER, the base image itself. Paths in RUN
+lines must be relative to WORKDIR. Without Docker, nothing keeps the commands from the rest of the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def read_stages(path: Path) -> list[Stage]:
     """The stages of a Dockerfile, in their order; ARGs before the first FROM are filled in."""
     with path.open("rb") as file:
         parser = DockerfileParser(fileobj=file, env_replace=False)
-        structure = [(step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"]
+        structure = [
+            (step["instruction"], step["value"]) for step in parser.structure if step["instruction"] != "COMMENT"
+        ]
     defaults: dict[str, str] = {}
     stages: list[Stage] = []
     for instruction, value in structure:
@@ -135,7 +137,9 @@ class Replay:
         for source in sources:
             path = others[source_stage[1]].root / source.lstrip("/") if source_stage else ROOT / source
             if path.is_dir():  # COPY copies what is in a directory
-                shutil.copytree(path, self.here / target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    path, self.here / target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+                )
             else:
                 shutil.copy(path, self.here / target)
 
@@ -150,7 +154,7 @@ def replay(stages: list[Stage], directory: Path, python: str, base: list[str]) -
         say(f"FROM {stage.base} AS {stage.name}")
         current = Replay(directory, stage, done.get(stage.base))
         if stage.base not in done:
-            current.prepare(python, base if stage is not stages[0] or len(stages) == 1 else [])
+            current.prepare(python, [] if stage.base.startswith("python:") else base)
         for instruction, value in stage.steps:
             say(f"{instruction} {value}")
             current.step(instruction, value, done)

@@ -100,7 +100,8 @@ def test_torch_is_recorded_first_and_checked_after_every_install(path: Path):
             assert kinds.pop(0) == "pip installtorch=="
         if stage.base not in {s.name for s in read_stages(path)}:
             assert kinds.pop(0) == "record"
-        assert "record" not in kinds and kinds[-1] == "same_torch.py check", stage.name
+        assert "record" not in kinds
+        assert kinds[-1:] == (["same_torch.py check"] if installs else []), stage.name
         for line in installs:
             assert line.endswith(("same_torch.py check torch.json", "same_torch.py record torch.json")), line
 
@@ -155,7 +156,10 @@ def test_the_laptop_image_runs_the_demo_of_the_makefile():
     (command,) = [value for name, value in stage_of(CPU, "demo").steps if name == "CMD"]
     recipe = (ROOT / "Makefile").read_text()
     lines = re.findall(r"^\t\$\(BIN\)/((?:python|chord-megatron) .*(?:\$\(DEMO\)|quickstart).*)$", recipe, re.MULTILINE)
-    wanted = [line.replace("$(DEMO)", "runs/quickstart").replace("$<", "examples/quickstart/make_quickstart.py") for line in lines]
+    wanted = [
+        line.replace("$(DEMO)", "runs/quickstart").replace("$<", "examples/quickstart/make_quickstart.py")
+        for line in lines
+    ]
     assert len(wanted) == 4
     assert sorted(json.loads(command)[-1].split("; ")) == sorted(wanted)
 
@@ -195,13 +199,14 @@ def test_the_server_image_installs_what_the_server_imports():
     run = [sys.executable, "-c", SERVER_IMPORTS.format(allowed=allowed)]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for module in re.findall(r"from chord_megatron\.([\w.]+)", (ROOT / "chord_megatron/rollout/vllm_worker.py").read_text()):
+    for module in re.findall(
+        r"from chord_megatron\.([\w.]+)", (ROOT / "chord_megatron/rollout/vllm_worker.py").read_text()
+    ):
         assert f"chord_megatron.{module}" in SERVER_IMPORTS or module == "convert.hf_config"  # of serve
-    # Each is needed: without it the imports fail.
-    for name in set(named) - {"packaging", "pydantic", "typer", "rich", "safetensors", "PyYAML"}:
-        fewer = [module for module in allowed if module != MODULES.get(name, name)]
-        run[-1] = SERVER_IMPORTS.format(allowed=fewer)
-        assert subprocess.run(run, cwd=ROOT, capture_output=True).returncode == 1, name
+    # xxhash is what vLLM does not bring: without it the imports fail.
+    run[-1] = SERVER_IMPORTS.format(allowed=[module for module in allowed if module != "xxhash"])
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.endswith("ImportError: xxhash\n")
 
 
 def test_requirements_keep_what_is_installed_and_pin_the_rest():
