@@ -14,6 +14,7 @@ shift
 
 options=(
   --rm --init --name "$NAME"
+  --user "$(id -u):$(id -g)" # who owns what the run writes
   # /dev/shm: NCCL uses it between the processes of a machine, and weights travel through it to a vLLM server.
   # Docker's default is 64 MB. `--shm-size 64g` instead, where the host's IPC must not be shared.
   --ipc host

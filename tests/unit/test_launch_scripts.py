@@ -202,7 +202,8 @@ def test_docker_gets_secrets_by_name_and_much_shared_memory(stand_ins: StandIns)
     code, _ = stand_ins.run("docker.sh", "c.yaml", "a.b=1", CHORD_SERVER_TOKEN="hunter2", MODELS="/models")
     assert code == 0
     assert stand_ins.calls("docker") == [
-        "run --rm --init --name chord-train --ipc host --ulimit memlock=-1 --ulimit stack=67108864"
+        f"run --rm --init --name chord-train --user {os.getuid()}:{os.getgid()}"
+        " --ipc host --ulimit memlock=-1 --ulimit stack=67108864"
         f" --volume {ROOT}:{ROOT} --workdir {ROOT} --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN"
         " --gpus all --volume /models:/models:ro"
         " chord_megatron chord-megatron train c.yaml --nproc-per-node 4 a.b=1"

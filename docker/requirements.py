@@ -1,0 +1,36 @@
+"""`python requirements.py [NAME ...]`: what pyproject.toml asks for, a line each, for `pip install --requirement`.
+
+What the image has already keeps its range, so that pip leaves it alone; the rest comes in the version that the tests
+ran with (constraints.txt). NAMEs: these only.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def requirements(only: list[str]) -> list[str]:
+    """One requirement for each dependency. Raises KeyError for a name that pyproject.toml does not have."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    ranges = {re.match(r"[\w.-]+", line)[0]: line for line in project["dependencies"]}
+    tested = dict(line.split("==") for line in Path("constraints.txt").read_text().splitlines() if "==" in line)
+    return [
+        f"{name}=={tested[name]}" if name in tested and not is_installed(name) else ranges[name]
+        for name in only or ranges
+    ]
+
+
+def is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    print(*requirements(sys.argv[1:]), sep="\n")
