@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
-from megatron.core import optimizer, tensor_parallel
+from megatron.core import optimizer
+from megatron.core.tensor_parallel import layers
 
 _ADAMS = {"transformer_engine": "TransformerEngine", "apex": "Apex", "torch": "torch"}
 
@@ -34,7 +34,6 @@ class Acceleration:
 
 def find_installed() -> Installed:
     """The facts about this process."""
-    layers = importlib.import_module(f"{tensor_parallel.__name__}.layers")
     return Installed(
         cuda=torch.cuda.is_available(),
         transformer_engine=find_spec("transformer_engine") is not None,
@@ -62,9 +61,9 @@ def choose_acceleration(
 def describe(chosen: Acceleration, installed: Installed) -> str:
     """One line for the log."""
     missing = "not installed" if installed.cuda else "needs a GPU"
-    layers = "TransformerEngine"
+    kind = "TransformerEngine"
     if chosen.transformer_impl == "local":
-        layers = f"Megatron local (TransformerEngine {missing})"
+        kind = f"Megatron local (TransformerEngine {missing})"
     fusion = "fused" if chosen.fuse_gradient_accumulation else f"unfused (Apex's kernel {missing})"
     overlap = "overlapped" if chosen.overlap_grad_reduce else "not overlapped"
-    return f"layers: {layers}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}"
+    return f"layers: {kind}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}"

@@ -77,7 +77,7 @@ def test_parameters_are_the_rounded_masters(case: str, runs: dict[tuple[str, str
 
 
 def test_updates_below_a_bfloat16_ulp_add_up(runs: dict[tuple[str, str], Path]) -> None:
-    """Norms start at 1, below which bfloat16 has a number every 2^-8: rounding after each step would leave them there."""
+    """Norms start at 1, below which bfloat16 steps by 2^-8: rounding after each update would leave them there."""
     half, full = (torch.load(runs["experts", dtype] / "masters.pt") for dtype in ("bfloat16", "float32"))
     norms = [name for name in half[0] if name.endswith("norm.weight")]
     assert len(norms) == 9
