@@ -16,8 +16,9 @@ WORKER = Path(__file__).with_name("bfloat16_worker.py")
 STEPS = 10
 LR = 1e-3
 CASES = {"experts": 1.0, "mixed": 0.4}  # mu
-# Of the loss, in nats a token, and of the gradient norm, relative.
-LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 0.02, 0.05
+# Of losses and entropy, in nats, and of the gradient norm, relative. Measured: at most 0.0041 and 0.0099, while the
+# experts' loss falls from 5.76 to 4.04.
+LOSS_TOLERANCE, GRAD_NORM_TOLERANCE = 0.01, 0.03
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_the_loss_follows_float32(case: str, runs: dict[tuple[str, str], Path]) 
     full, half = (read_lines(runs[case, dtype] / "metrics.jsonl") for dtype in ("float32", "bfloat16"))
     assert [line["step"] for line in full] == list(range(STEPS))
     expert_losses = [line["loss_expert"] for line in full]
-    assert expert_losses[-1] < expert_losses[0] - 20 * LOSS_TOLERANCE  # a curve, and not a line
+    assert expert_losses[-1] < expert_losses[0] - 100 * LOSS_TOLERANCE  # a curve, and not a line
     for key in ("loss", "loss_expert", "loss_rollout", "entropy"):
         wanted, actual = ([line.get(key) or 0.0 for line in lines] for lines in (full, half))
         assert actual == pytest.approx(wanted, abs=LOSS_TOLERANCE), key
@@ -88,4 +89,4 @@ def test_updates_below_a_bfloat16_ulp_add_up(runs: dict[tuple[str, str], Path]) 
             before = step[name][1]
         assert (half[-1][name][0] < 1).any()
         moved, wanted = (steps[-1][name][1] - 1 for steps in (half, full))
-        assert (moved - wanted).norm() < 0.25 * wanted.norm()
+        assert (moved - wanted).norm() < 0.25 * wanted.norm()  # measured: at most 0.16 of it
