@@ -59,7 +59,7 @@ def test_the_installed_release_has_what_the_backend_uses():
             "user.py: megatron.core.module.Settings() has no field other",
         ),
         (
-            "from megatron.core.module import Child\nclass Mine(Child):\n  def gone(self): pass\n  def method(self): pass",
+            "from megatron.core.module import Child\nclass A(Child):\n  def gone(self): pass\n  def method(self): pass",
             "user.py: megatron.core.module.Child has no gone",
         ),
     ],
