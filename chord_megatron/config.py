@@ -129,6 +129,7 @@ class OptimizerConfig(_Group):
     adam_eps: float = 1e-8
     clip_grad: float = Field(default=1.0, ge=0)  # 0 = no clipping
     use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool | None = None  # sum gradients while others are computed; None = on GPUs
 
 
 class TrainConfig(_Group):

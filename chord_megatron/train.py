@@ -110,7 +110,8 @@ class Run:
         self.skipped_steps = self.skipped_in_row = 0
         self.next_step = self._resume()
         # Rank 0 writes; `None` elsewhere.
-        self.outputs = RunOutputs(config, self.run_dir, self.next_step, data.notes) if self.groups.rank == 0 else None
+        notes = [self.engine.acceleration_note, *data.notes]
+        self.outputs = RunOutputs(config, self.run_dir, self.next_step, notes) if self.groups.rank == 0 else None
 
     def train(self) -> None:
         """Evaluate, step, log and save until train_iters."""

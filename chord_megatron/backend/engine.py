@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from chord_megatron.backend import checkpoint
+from chord_megatron.backend.acceleration import choose_acceleration, describe, find_installed
 from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
@@ -62,14 +63,23 @@ class MegatronEngine:
         self.groups = groups
         self._model_dir = Path(model.path)
         self.arch = read_architecture(self._model_dir)
-        chunks = build_model_chunks(self.arch, model, parallel, groups)
+        installed = find_installed()
+        acceleration = choose_acceleration(
+            installed, data_parallel_size=groups.dp_size, overlap_grad_reduce=optimizer.overlap_grad_reduce
+        )
+        self.acceleration_note = describe(acceleration, installed)
+        chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
             load_megatron_weights(chunks, self._model_dir, self.arch)
         else:
             load_hf_weights(chunks, self._model_dir, self.arch, groups)
         # On the host: it is needed once a step, and a second model on the device is what others run out of memory by.
         self._reference = [p.detach().cpu().clone() for _, p in named_weights(chunks)] if keep_reference else None
-        self._chunks = wrap_data_parallel(chunks, use_distributed_optimizer=optimizer.use_distributed_optimizer)
+        self._chunks = wrap_data_parallel(
+            chunks,
+            use_distributed_optimizer=optimizer.use_distributed_optimizer,
+            overlap_grad_reduce=acceleration.overlap_grad_reduce,
+        )
         self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
         self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
         self._clip_grad = optimizer.clip_grad

@@ -23,7 +23,6 @@ from chord_megatron.backend.attention import (
     SDPACoreAttention,
     cached_attention,
 )
-from chord_megatron.backend.transformer_config import has_transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -36,7 +35,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of one model chunk of this pipeline rank."""
-    on_te = has_transformer_engine()
+    on_te = config.transformer_impl == "transformer_engine"
     layer_spec = _te_layer_spec if on_te else _local_layer_spec
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     first = get_transformer_layer_offset(config, vp_stage)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend.megatron_checkpoint import MegatronReader
@@ -32,7 +32,7 @@ def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: 
     # Objects (as against tensors) are unpickled without checks; no weight is one.
     _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
     try:
-        loaded = dist_checkpointing.load(state, str(reader.directory), common_strategy=_NothingInCommon())
+        loaded = _load_tensors(state, reader.directory)
     except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"the checkpoint {reader.directory} cannot be read ({cause}); copy it again") from error
@@ -41,8 +41,12 @@ def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: 
         unwrap(chunk).load_state_dict(loaded[str(index)], strict=False)
 
 
-class _NothingInCommon(TorchCommonLoadStrategy):
-    """Leaves common.pt unread: Megatron-LM pickles its command line there, and the weights need nothing of it."""
+def _load_tensors(state: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """What dist_checkpointing.load does (serialization.py), but common.pt stays unread.
 
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        return {}
+    Megatron-LM pickles its command line there, and the weights need nothing of it. Up to 0.16 an argument could say
+    so; later releases have none.
+    """
+    state, _, factories = load_preprocess(state)
+    state, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
+    return apply_factory_merges(TorchDistLoadShardedStrategy().load(state, directory), factories)

@@ -16,6 +16,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from chord_megatron.backend.acceleration import Acceleration, choose_acceleration, find_installed
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.layer_specs import block_spec
 from chord_megatron.backend.rope import scaled_inverse_frequencies
@@ -61,10 +62,17 @@ class CausalLM(GPTModel):
 
 
 def build_model_chunks(
-    arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig, groups: ParallelGroups
+    arch: ModelArchitecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    groups: ParallelGroups,
+    acceleration: Acceleration | None = None,
 ) -> list[torch.nn.Module]:
-    """This rank's model chunks (one per virtual pipeline stage) on its device, weights not yet set."""
-    config = transformer_config(arch, model, parallel)
+    """This rank's model chunks (one per virtual pipeline stage) on its device, weights not yet set.
+
+    acceleration: None = what is installed.
+    """
+    config = transformer_config(arch, model, parallel, acceleration or choose_acceleration(find_installed()))
     vp_size = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for vp_stage in range(vp_size or 1):
@@ -90,16 +98,23 @@ def build_model_chunks(
 
 
 def wrap_data_parallel(
-    chunks: list[torch.nn.Module], *, use_distributed_optimizer: bool
+    chunks: list[torch.nn.Module], *, use_distributed_optimizer: bool, overlap_grad_reduce: bool
 ) -> list[DistributedDataParallel]:
     """DDP around each chunk: gradients accumulate in fp32 and are summed over the data-parallel ranks."""
+    config = unwrap(chunks[0]).config  # the same of all chunks
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
     )
-    return [
-        DistributedDataParallel(unwrap(chunk).config, ddp_config, chunk, disable_bucketing=index > 0)
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+    if overlap_grad_reduce:  # only the last micro-batch completes the sums
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return wrapped
 
 
 def _scale_rotary_embeddings(

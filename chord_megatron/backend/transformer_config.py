@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,18 +9,16 @@ import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
+from chord_megatron.backend.acceleration import Acceleration
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.convert.architecture import ModelArchitecture, YarnRope
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def has_transformer_engine() -> bool:
-    """Whether the TransformerEngine layers are used: they need a GPU and the package."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-
-
-def transformer_config(arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def transformer_config(
+    arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig, acceleration: Acceleration
+) -> TransformerConfig:
     """Megatron-Core's configuration of this architecture under this layout."""
     config_class = TransformerConfig if arch.mla is None else MLATransformerConfig
     dtype = _DTYPES[model.dtype]
@@ -53,11 +50,12 @@ def transformer_config(arch: ModelArchitecture, model: ModelConfig, parallel: Pa
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=acceleration.fuse_gradient_accumulation,
+        transformer_impl=acceleration.transformer_impl,
         finalize_model_grads_func=finalize_model_grads,
         **_layout(parallel),
         **(_attention(arch) if arch.mla is None else _latent_attention(arch)),
-        **_experts(arch),
+        **_experts(arch, grouped_gemm=acceleration.transformer_impl == "transformer_engine"),
         **_recomputation(model),
     )
 
@@ -114,7 +112,7 @@ def _latent_attention(arch: ModelArchitecture) -> dict[str, Any]:
     }
 
 
-def _experts(arch: ModelArchitecture) -> dict[str, Any]:
+def _experts(arch: ModelArchitecture, *, grouped_gemm: bool) -> dict[str, Any]:
     moe = arch.moe
     if moe is None:
         return {}
@@ -137,7 +135,7 @@ def _experts(arch: ModelArchitecture) -> dict[str, Any]:
         "moe_router_load_balancing_type": "none",
         "moe_router_enable_expert_bias": moe.has_expert_bias,
         "moe_router_bias_update_rate": 0.0,
-        "moe_grouped_gemm": has_transformer_engine(),
+        "moe_grouped_gemm": grouped_gemm,
     }
 
 

@@ -88,6 +88,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP 2": (2, {}),
     "DP 2, micro-batch 4, shuffled": (2, {**micro_batch(4), **SHUFFLED}),
     "DP 2, distributed optimizer": (2, {"optimizer.use_distributed_optimizer": True}),
+    "DP 2, overlapped gradient sums": (2, {"optimizer.overlap_grad_reduce": True, **micro_batch(1)}),
     "TP 2 x PP 2": (4, {**TP_2, **PP_2}),
 }
 # Where completions are sampled too; the other settings do not reach the sampler.

@@ -65,3 +65,14 @@ def test_bfloat16_trains(assets: Path, tmp_path: Path) -> None:
     steps = train(assets, tmp_path / "run", "model.dtype=bfloat16")
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert steps[-1]["skipped_steps"] == 0
+
+
+def test_bfloat16_follows_float32(assets: Path, tmp_path: Path) -> None:
+    """Whatever is installed: tests/e2e/test_bfloat16.py allows as much on the CPU."""
+    recording = tmp_path / "rollouts.jsonl"
+    full = train(assets, tmp_path / "full", f"rollout.record_to={recording}")
+    replay = ("rollout.engine=replay", f"rollout.replay_from={recording}")
+    half = train(assets, tmp_path / "half", "model.dtype=bfloat16", *replay)
+    for wanted, actual in zip(full, half, strict=True):
+        assert actual["loss_expert"] == pytest.approx(wanted["loss_expert"], abs=0.01)
+        assert actual["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.03)
