@@ -142,7 +142,16 @@ def measure_ahead(directory: Path, steps: int) -> dict[str, Any]:
                 "train.save_steps=null",
                 f"train.output_dir={run}",
             ]
-            command = [sys.executable, "-m", "chord_megatron.cli", "train", "examples/vllm/server.yaml", *overrides, "--nproc-per-node", "2"]
+            command = [
+                sys.executable,
+                "-m",
+                "chord_megatron.cli",
+                "train",
+                "examples/vllm/server.yaml",
+                *overrides,
+                "--nproc-per-node",
+                "2",
+            ]
             subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
             keys = ("time_step", "time_rollout", "time_generation", "time_train", "time_sync")
