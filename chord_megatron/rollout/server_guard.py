@@ -28,7 +28,6 @@ GUARDED = (
     "/resume",
     "/reset_prefix_cache",
     *_WEIGHTS,
-    "/weight_checker",
 )
 
 # unsynced: no trainer has sent weights yet. failed: an update broke off; only a restart mends it.
