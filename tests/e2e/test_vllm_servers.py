@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 TOKEN = "a secret for these tests alone"
-READY_SECONDS = 240
+READY_SECONDS = 480
 Weights = dict[str, Tensor]
 
 
