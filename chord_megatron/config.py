@@ -84,7 +84,9 @@ class RolloutConfig(_Group):
     offload_model: bool = False  # colocate: the training weights to the host while generating
     vllm_servers: list[str] | None = None  # server: http://host:port of each
     vllm_server_timeout: float = Field(default=600.0, gt=0)  # server: seconds for a completion, and to come back
-    weight_transfer_dir: str = "/dev/shm"  # server: memory on one node; across nodes a shared directory
+    weight_transfer: Literal["files", "broadcast"] = "files"  # server: broadcast = NCCL between GPUs, else gloo
+    weight_transfer_dir: str = "/dev/shm"  # files: memory on one node; across nodes a shared directory
+    weight_transfer_address: str = "127.0.0.1"  # broadcast: rank 0's, as the servers reach it
     max_staleness: Literal[0, 1] = 0  # server: 1 draws the next batch while training on this one
     consistency_threshold: float | None = Field(default=0.05, gt=0)  # vllm: mean |log-prob difference| of the probes
     consistency_action: Literal["stop", "warn"] = "stop"

@@ -229,7 +229,14 @@ _KEYS_OF_MODE = {
         "offload_optimizer",
         "offload_model",
     ),
-    "server": ("vllm_servers", "vllm_server_timeout", "weight_transfer_dir", "max_staleness"),
+    "server": (
+        "vllm_servers",
+        "vllm_server_timeout",
+        "weight_transfer",
+        "weight_transfer_dir",
+        "weight_transfer_address",
+        "max_staleness",
+    ),
 }
 
 

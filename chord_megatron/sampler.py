@@ -77,7 +77,7 @@ class Sampler:
             return
         with self.timer("sync"):
             expected = self._probe_log_probs()
-            self.rollout.update_weights(self.engine.export_hf_weights(), policy_version)
+            self.rollout.update_weights(self.engine.export_hf_weights, policy_version)
             if expected:
                 with self.engine.offloaded(optimizer=False, model=self.config.offload_model):
                     self._check(expected, policy_version)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.config import Config
@@ -14,6 +16,7 @@ from chord_megatron.rollout.serve import identity
 from chord_megatron.rollout.server_guard import read_token
 from chord_megatron.rollout.server_pool import ServerPool
 from chord_megatron.rollout.servers import ServerRollout
+from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 
 
 def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:
@@ -64,9 +67,13 @@ def _build_servers(config: Config, groups: ParallelGroups) -> ServerRollout:
             timeout=rollout.vllm_server_timeout,
             max_in_flight=rollout.max_batch_size,
         )
-    return ServerRollout(
-        pool,
-        seed=config.train.seed,
-        transfer_dir=Path(rollout.weight_transfer_dir),
-        bucket_bytes=config.model.export_bucket_megabytes * 10**6,
+    return ServerRollout(pool, _build_transfer(config, groups.device), seed=config.train.seed)
+
+
+def _build_transfer(config: Config, device: torch.device) -> WeightTransfer:
+    rollout, bucket_bytes = config.rollout, config.model.export_bucket_megabytes * 10**6
+    if rollout.weight_transfer == "files":
+        return FileTransfer(Path(rollout.weight_transfer_dir), bucket_bytes=bucket_bytes)
+    return BroadcastTransfer(
+        rollout.weight_transfer_address, device=device, bucket_bytes=bucket_bytes, timeout=rollout.vllm_server_timeout
     )

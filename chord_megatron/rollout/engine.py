@@ -9,6 +9,9 @@ from torch import Tensor
 
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams
 
+# A pass over the trainer's weights: (Hugging Face name, full tensor). Each of its steps is a collective call.
+WeightSource = Callable[[], Iterator[tuple[str, Tensor]]]
+
 
 class RolloutEngine(Protocol):
     """Draws completions from the policy. Every method is a collective call of all ranks."""
@@ -25,8 +28,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
-        """Take over the trainer's weights, given as (HF name, full tensor)."""
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
+        """Take over the trainer's weights."""
         ...
 
     def close(self) -> None:

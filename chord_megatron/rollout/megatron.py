@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch.distributed as dist
-from torch import Tensor
 
+from chord_megatron.rollout.engine import WeightSource
 from chord_megatron.rollout.samples import make_sample
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams
 
@@ -52,7 +52,7 @@ class MegatronRollout:
         dist.all_gather_object(shares, samples, group=self._dp_group)
         return sorted((sample for share in shares for sample in share), key=lambda sample: sample.sample_index)
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """Nothing to do: the trainer's weights are the sampler's."""
         self.weights_version = policy_version
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import Tensor
-
+from chord_megatron.rollout.engine import WeightSource
 from chord_megatron.tracking.files import JsonLines, filter_json_lines
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
 
@@ -68,7 +67,7 @@ class ReplayRollout:
                 )
         return samples
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """Nothing to do: the completions are there already."""
         self.weights_version = policy_version
 

@@ -78,7 +78,7 @@ def _command(options: ServerOptions) -> list[str]:
         "port": options.port,
         "tensor_parallel_size": options.tensor_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
-        "weight_transfer_config": json.dumps({"backend": "chord_file"}),
+        "weight_transfer_config": json.dumps({"backend": "chord"}),
         "middleware": "chord_megatron.rollout.server_guard.ServerGuard",
     }
     flags = [part for name, value in arguments.items() for part in ("--" + name.replace("_", "-"), str(value))]

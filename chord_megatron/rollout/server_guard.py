@@ -27,6 +27,8 @@ GUARDED = (
     "/pause",
     "/resume",
     "/reset_prefix_cache",
+    "/get_world_size",
+    "/init_weight_transfer_engine",
     *_WEIGHTS,
 )
 

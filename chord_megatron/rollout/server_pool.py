@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,7 +20,6 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from chord_megatron.rollout.server_guard import GENERATE, TOKEN_VARIABLE
-from chord_megatron.rollout.weight_files import WeightFile
 from chord_megatron.types import UserError
 
 T = TypeVar("T")
@@ -34,6 +33,10 @@ _logger = logging.getLogger(__name__)
 
 class ServerError(Exception):
     """One server failed; another may do."""
+
+
+class UpdateError(UserError):
+    """No server took the weights; another attempt may do, once they have restarted."""
 
 
 @dataclass
@@ -170,12 +173,36 @@ class ServerPool:
         self._on_updating("/pause")
         self._on_updating("/start_weight_update")
 
-    def send(self, file: WeightFile) -> None:
-        """Have the servers load one bucket."""
-        self._on_updating("/update_weights", {"update_info": {"path": str(file.path), "checksums": file.checksums}})
+    def updating(self) -> list[str]:
+        """Which starts of which servers take part in the update."""
+        return [f"{server.url} {server.instance}" for server in self._updating]
+
+    def num_workers(self) -> list[int]:
+        """How many processes each of them loads weights in. Raises UpdateError."""
+
+        async def ask() -> list[Json]:
+            return await self._all(self._request("GET", server, "/get_world_size") for server in self._updating)
+
+        return [answer["world_size"] for answer in self._run(ask())]
+
+    def join_group(self, infos: Sequence[Json], join: Callable[[], None]) -> None:
+        """Have each server join a group as its `infos` say, while this process does. Raises UpdateError."""
+        bodies = [{"init_info": info} for info in infos]
+        self._run(self._together("/init_weight_transfer_engine", bodies, join))
+
+    def send(self, update: Json, meanwhile: Callable[[], None] | None = None) -> None:
+        """Have the servers load one bucket. With `meanwhile`, a collective call, it takes all of them or none.
+
+        Raises UpdateError.
+        """
+        body = {"update_info": update}
+        if meanwhile is None:
+            self._on_updating("/update_weights", body)
+        else:
+            self._run(self._together("/update_weights", [body] * len(self._updating), meanwhile))
 
     def close_update(self) -> None:
-        """The servers check that nothing is missing, and are in service again. Raises UserError where none is left."""
+        """The servers check that nothing is missing, and are in service again. Raises UpdateError."""
         self._on_updating("/finish_weight_update", {"weight_version": str(self._version)})
         self._on_updating("/reset_prefix_cache")
         self._on_updating("/resume")
@@ -217,7 +244,7 @@ class ServerPool:
         self._run(self._each(path, body))
 
     async def _each(self, path: str, body: Json | None) -> None:
-        """POST to all that are being updated; one that fails is out of it. Raises UserError where none is left."""
+        """POST to all that are being updated; one that fails is out of it. Raises UpdateError where none is left."""
 
         async def post(server: Server) -> bool:
             try:
@@ -230,10 +257,32 @@ class ServerPool:
         done = await asyncio.gather(*(post(server) for server in self._updating))
         self._updating = [server for server, is_done in zip(self._updating, done) if is_done]
         if not self._updating:
-            raise UserError(
-                f"no rollout server took the weights of version {self._version}: {self._failures()}; see what they "
-                "print, and start the run again: it goes on from its latest checkpoint"
-            )
+            raise self._update_error()
+
+    async def _together(self, path: str, bodies: Sequence[Json], meanwhile: Callable[[], None]) -> None:
+        """POST to all that are being updated while `meanwhile` runs; where one fails, all do. Raises UpdateError."""
+        requests = [self._post(server, path, body) for server, body in zip(self._updating, bodies, strict=True)]
+        await self._all([*requests, _in_thread(meanwhile)])
+
+    async def _all(self, parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+        """What they return. After a failure no server is trusted: raises UpdateError."""
+        try:
+            async with asyncio.TaskGroup() as group:  # the first error cancels the others
+                tasks = [group.create_task(part) for part in parts]
+        except ExceptionGroup as errors:
+            (first, *_) = errors.exceptions
+            if not isinstance(first, ServerError | RuntimeError):  # RuntimeError: torch.distributed's
+                raise first from errors
+            for server in self._updating:
+                self._take_out(server, str(first))
+            raise self._update_error() from errors
+        return [task.result() for task in tasks]
+
+    def _update_error(self) -> UpdateError:
+        return UpdateError(
+            f"no rollout server took the weights of version {self._version}: {self._failures()}; see what they "
+            "print, and start the run again: it goes on from its latest checkpoint"
+        )
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -267,6 +316,27 @@ class ServerPool:
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+
+async def _in_thread(function: Callable[[], None]) -> None:
+    """As asyncio.to_thread, in a thread that nobody waits for at the end of the process."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def settle(error: Exception | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(None)
+
+    def run() -> None:
+        error = None
+        try:
+            function()
+        except Exception as raised:
+            error = raised
+        loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, daemon=True, name="weight-broadcast").start()
+    await done
 
 
 def _check_identity(url: str, ours: Json, theirs: Json) -> None:

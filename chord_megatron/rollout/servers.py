@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
+from chord_megatron.rollout.engine import WeightSource
 from chord_megatron.rollout.samples import make_sample
-from chord_megatron.rollout.server_pool import ServerPool
+from chord_megatron.rollout.server_pool import ServerPool, UpdateError
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
-from chord_megatron.rollout.weight_files import write_weight_files
+from chord_megatron.rollout.weight_transfer import WeightTransfer
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+
+T = TypeVar("T")
+
+_UPDATE_ATTEMPTS = 2
 
 
 class ServerRollout:
     """Every method is a collective call of all ranks; `pool` is there on rank 0 alone."""
 
-    def __init__(self, pool: ServerPool | None, *, seed: int, transfer_dir: Path, bucket_bytes: int) -> None:
-        """`transfer_dir`: where weights are handed over, `bucket_bytes` at a time."""
-        self._pool, self._seed = pool, seed
-        self._transfer_dir = transfer_dir / f"chord-weights-{uuid4().hex}"
-        self._bucket_bytes = bucket_bytes
+    def __init__(self, pool: ServerPool | None, transfer: WeightTransfer, *, seed: int) -> None:
+        self._pool, self._transfer, self._seed = pool, transfer, seed
         self.weights_version: int | None = None
         self.generation_seconds: float | None = None
 
@@ -44,7 +44,7 @@ class ServerRollout:
         """See AsynchronousEngine."""
         assert self.weights_version == policy_version, "sampling with other weights than the policy's"
         if self._pool is None:
-            return lambda: _broadcast(None)
+            return lambda: _broadcast([])
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         requests = [
             {
@@ -74,18 +74,29 @@ class ServerRollout:
         """See ScoringEngine: those of every server."""
         return self._pool.score(sequences, SCORING_ARGUMENTS) if self._pool else {}
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
-        """See RolloutEngine. Raises UserError where no server takes them."""
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
+        """See RolloutEngine. Raises UserError where no server takes them, also not after a restart."""
         self.weights_version = None
-        if self._pool is None:
-            for _ in weights:  # takes part in the gathers
-                pass
-        else:
-            self._pool.open_update(policy_version)
-            for file in write_weight_files(weights, self._transfer_dir, bucket_bytes=self._bucket_bytes):
-                self._pool.send(file)
-            self._pool.close_update()
-        self.weights_version = policy_version
+        for _ in range(_UPDATE_ATTEMPTS):
+            failure = _broadcast(self._try_update(weights(), policy_version))
+            if failure is None:
+                self.weights_version = policy_version
+                return
+        raise UpdateError(failure)
+
+    def _try_update(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> str | None:
+        """Why no server took them, if so."""
+        failure = None
+        if self._pool is not None:
+            try:
+                self._pool.open_update(policy_version)
+                self._transfer.send(self._pool, weights)
+                self._pool.close_update()
+            except UpdateError as error:
+                failure = str(error)
+        for _ in weights:  # what is left, or all of them: each is a collective call
+            pass
+        return failure
 
     def close(self) -> None:
         """Drop the connections; the servers run on."""
@@ -97,8 +108,8 @@ def _log_probs(choice: dict[str, Any]) -> list[float]:
     return [entry["logprob"] for entry in choice["logprobs"]["content"]]
 
 
-def _broadcast(samples: list[RolloutSample] | None) -> list[RolloutSample]:
-    shared = [samples]
+def _broadcast(value: T) -> T:
+    """Rank 0's value."""
+    shared = [value]
     dist.broadcast_object_list(shared, src=0)
-    assert shared[0] is not None
     return shared[0]

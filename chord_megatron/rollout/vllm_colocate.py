@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.mapping import hf_tensors
+from chord_megatron.rollout.engine import WeightSource
 from chord_megatron.rollout.manifest import Manifest
 from chord_megatron.rollout.samples import make_sample
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, engine_arguments, import_vllm, sampling_arguments
@@ -92,13 +92,13 @@ class VllmColocateRollout:
         ]
         return {f"vLLM on rank {dist.get_rank()}": scores}
 
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """See RolloutEngine. Every tensor is loaded as it is exported."""
         self.weights_version = None
         with _kept_settings():
             self._wake("weights")
             manifest = Manifest(hf_tensors(self._arch, self._dtype))
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": manifest.checked(weights)})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": manifest.checked(weights())})
             manifest.check_complete()
             self._llm.reset_prefix_cache()
         self.weights_version = policy_version

@@ -22,6 +22,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.rollout.manifest import Manifest
+from chord_megatron.rollout.weight_broadcast import BroadcastGroup, unpack
 from chord_megatron.rollout.weight_files import read_weight_file
 
 
@@ -30,26 +31,43 @@ class WorkerExtension:
 
 
 @dataclass
-class FileInitInfo(WeightTransferInitInfo):
-    """Nothing to agree on beforehand."""
+class InitInfo(WeightTransferInitInfo):
+    """The group of weight_broadcast.py: where it meets, and the rank of this server's first worker."""
+
+    address: str
+    port: int
+    world_size: int
+    first_rank: int
+    timeout: float
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: a file as of weight_files.py, and the checksums that its sender computed."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One bucket: a file and its checksums as of weight_files.py, or headers as of weight_broadcast.py."""
 
-    path: str
+    path: str | None = None
     checksums: dict[str, str] = field(default_factory=dict)
+    tensors: list[dict[str, Any]] = field(default_factory=list)
 
 
-class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
-    """Weights through files in memory or on a shared disk; the same on CPU and CUDA."""
+class CheckedWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Weights from files or from a broadcast; the same on CPU and CUDA."""
 
-    init_info_cls = FileInitInfo
-    update_info_cls = FileUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    _group: BroadcastGroup | None = None
 
-    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
-        """Nothing to do."""
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        parallel = self.parallel_config
+        self._group = BroadcastGroup(
+            init_info.address,
+            init_info.port,
+            rank=init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank,
+            world_size=init_info.world_size,
+            device=self.device,
+            timeout=init_info.timeout,
+        )
 
     def start_weight_update(self) -> None:
         # What an update consists of, by the configuration that this engine was started with.
@@ -63,17 +81,24 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if update_info.path is not None:
+            arrived, checksums = read_weight_file(Path(update_info.path)), update_info.checksums
+        else:
+            assert self._group is not None
+            arrived = unpack(update_info.tensors, self._group)
+            checksums = {header["name"]: header["checksum"] for header in update_info.tensors}
         # All are checked before the first is loaded.
-        weights = list(self._manifest.checked(read_weight_file(Path(update_info.path)), update_info.checksums))
-        self.model.load_weights(weights)
+        self.model.load_weights(list(self._manifest.checked(arrived, checksums)))
 
     def finish_weight_update(self) -> None:
         self._manifest.check_complete()
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing to do."""
+        if self._group is not None:
+            self._group.abort()
+        self._group = None
 
 
-WeightTransferEngineFactory.register_engine("chord_file", FileWeightTransfer)
+WeightTransferEngineFactory.register_engine("chord", CheckedWeightTransfer)

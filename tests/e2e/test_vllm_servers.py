@@ -14,14 +14,16 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_two, weights, write_config
 from safetensors.torch import load_file
 from torch import Tensor
 
 from chord_megatron.rollout.serve import identity
 from chord_megatron.rollout.server_pool import ServerPool
+from chord_megatron.rollout.servers import ServerRollout
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
-from chord_megatron.rollout.weight_files import write_weight_files
+from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 from chord_megatron.types import SamplingParams, UserError
 
 pytestmark = [
@@ -84,10 +86,17 @@ def open_pool(servers: dict, vllm_assets: Path) -> Iterator[Callable[..., Server
 
 
 def update(pool: ServerPool, tensors: Weights, version: int, directory: Path) -> None:
+    send(pool, FileTransfer(directory, bucket_bytes=20_000), tensors, version)
+
+
+def send(pool: ServerPool, transfer: WeightTransfer, tensors: Weights, version: int) -> None:
     pool.open_update(version)
-    for file in write_weight_files(tensors.items(), directory / "update", bucket_bytes=20_000):
-        pool.send(file)
+    transfer.send(pool, tensors.items())
     pool.close_update()
+
+
+def broadcast() -> BroadcastTransfer:
+    return BroadcastTransfer("127.0.0.1", device=torch.device("cpu"), bucket_bytes=20_000, timeout=READY_SECONDS)
 
 
 def requests(count: int, length: int = 8) -> list[dict[str, Any]]:
@@ -127,6 +136,7 @@ def test_a_run_learns_from_a_server_as_from_the_embedded_engine(servers: dict, v
             f"train.output_dir={tmp_path / 'ahead'}",
             f"rollout.record_to={ahead}",
             "rollout.max_staleness=1",
+            "rollout.weight_transfer=broadcast",
             "train.eval_steps=2",
             f"data.eval_dataset={vllm_assets / 'prompts.jsonl'}",
             "data.num_eval_prompts=2",
@@ -156,13 +166,16 @@ def test_a_run_learns_from_a_server_as_from_the_embedded_engine(servers: dict, v
 def test_all_servers_hold_what_was_sent_and_count_its_version(
     open_pool: Callable[..., ServerPool], exported: Weights, tmp_path: Path
 ):
-    pool = open_pool()
+    """By files and by broadcast, through one group of trainer and workers for both of its updates."""
+    pool, transfer = open_pool(), broadcast()
     changed = {name: tensor + 0.01 for name, tensor in exported.items()}
     update(pool, changed, 1, tmp_path)
     after_one = tokens(pool.submit(requests(8), 1).result())
-    update(pool, exported, 2, tmp_path)
+    send(pool, transfer, exported, 2)
+    group = transfer._group
     after_two = pool.submit(requests(8), 2).result()
-    update(pool, changed, 3, tmp_path)
+    send(pool, transfer, changed, 3)
+    assert transfer._group is group is not None
     assert tokens(pool.submit(requests(8), 3).result()) == after_one != tokens(after_two)
     assert {span["version"] for choice in after_two for span in choice["weight_versions"]} == {"2"}
     with pytest.raises(UserError, match="no rollout server is left"):
@@ -182,12 +195,8 @@ def test_damaged_and_broken_updates_never_sample(
     one, other = open_pool([first]), open_pool([second])
     with pytest.raises(UserError, match=f"{name} is torch.float32 .* where the model has"):
         update(one, exported | {name: exported[name][:-1]}, 1, tmp_path)
-    other.open_update(1)
-    for file in write_weight_files(exported.items(), tmp_path / "half", bucket_bytes=20_000):
-        other.send(file)
-        break
     with pytest.raises(UserError, match="tensors did not arrive"):
-        other.close_update()
+        update(other, {name: exported[name]}, 1, tmp_path)
     for pool in (one, other):
         with pytest.raises(UserError, match="no rollout server is left"):
             pool.submit(requests(1), 1).result()
@@ -207,9 +216,7 @@ def test_a_killed_and_a_frozen_server_lose_no_completion(
 
     victim, survivor = servers
     drawing = pool.submit(requests(24, 48), 1)
-    for child in psutil.Process(servers[victim].pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            child.kill()
+    kill_children(servers[victim])
     assert tokens(drawing.result()) == expected
     # It may have answered in time; a request shows that it is gone.
     assert tokens(pool.submit(requests(24, 48), 1).result()) == expected
@@ -229,6 +236,32 @@ def test_a_killed_and_a_frozen_server_lose_no_completion(
         child.resume()
     assert in_service_after_update(pool, exported, 4, tmp_path) == {victim}  # the other has to restart first
     wait_for(lambda: in_service_after_update(pool, exported, 5, tmp_path) == set(servers))
+
+
+def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
+    open_pool: Callable[..., ServerPool], servers: dict[str, Popen[str]], exported: Weights, tmp_path: Path
+):
+    """The survivor has half an update then: it may not sample from it, and is restarted as well."""
+    pool, victim = open_pool(), next(iter(servers))
+    update(pool, exported, 1, tmp_path)
+    expected = tokens(pool.submit(requests(8), 1).result())
+    passes = []
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        passes.append(len(passes))
+        for number, item in enumerate(exported.items()):
+            if number == 3 and len(passes) == 1:
+                kill_children(servers[victim])
+            yield item
+
+    rollout = ServerRollout(pool, broadcast(), seed=0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        rollout.update_weights(weights, 2)
+    finally:
+        dist.destroy_process_group()
+    assert passes == [0, 1] and rollout.weights_version == 2
+    assert tokens(pool.submit(requests(8), 2).result()) == expected
 
 
 def test_wrong_tokens_and_models_are_refused(
@@ -277,6 +310,12 @@ def free_ports(count: int) -> list[int]:
     for opened in sockets:
         opened.close()
     return ports
+
+
+def kill_children(process: Popen[str]) -> None:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def kill_if_alive(process: Popen[str]) -> None:

@@ -186,7 +186,8 @@ class Refuse(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 import chord_megatron.cli, chord_megatron.rollout.serve, chord_megatron.rollout.server_guard
 import chord_megatron.rollout.vllm_adapter, chord_megatron.rollout.vllm_server
-import chord_megatron.convert.mapping, chord_megatron.rollout.manifest, chord_megatron.rollout.weight_files
+import chord_megatron.convert.mapping, chord_megatron.rollout.manifest
+import chord_megatron.rollout.weight_broadcast, chord_megatron.rollout.weight_files
 """
 MODULES = {"PyYAML": "yaml"}
 
@@ -203,19 +204,19 @@ def test_the_server_image_installs_what_the_server_imports():
         r"from chord_megatron\.([\w.]+)", (ROOT / "chord_megatron/rollout/vllm_worker.py").read_text()
     ):
         assert f"chord_megatron.{module}" in SERVER_IMPORTS or module == "convert.hf_config"  # of serve
-    # xxhash is what vLLM does not bring: without it the imports fail.
-    run[-1] = SERVER_IMPORTS.format(allowed=[module for module in allowed if module != "xxhash"])
+    # Without one of them the imports fail.
+    run[-1] = SERVER_IMPORTS.format(allowed=[module for module in allowed if module != "safetensors"])
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert done.stderr.endswith("ImportError: xxhash\n")
+    assert done.stderr.endswith("ImportError: safetensors\n")
 
 
 def test_requirements_keep_what_is_installed_and_pin_the_rest():
     run = [sys.executable, "docker/requirements.py"]
     everything = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     assert "torch>=2.6" in everything and "pydantic>=2.9" in everything  # installed here, so their ranges
-    bare = [sys.executable, "-S", "-E", "docker/requirements.py", "typer", "xxhash"]  # -S: no site-packages
+    bare = [sys.executable, "-S", "-E", "docker/requirements.py", "typer", "rich"]  # -S: no site-packages
     done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "typer==0.29.2\nxxhash==4.1.0\n"
+    assert done.stdout == "typer==0.29.2\nrich==15.0.0\n"
 
 
 def test_a_replaced_torch_ends_the_build(tmp_path: Path):

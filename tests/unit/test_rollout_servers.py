@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,9 @@ from chord_megatron.rollout import server_guard
 from chord_megatron.rollout.consistency import check_consistency, largest_mean_difference
 from chord_megatron.rollout.manifest import Manifest, ManifestError, checksum
 from chord_megatron.rollout.server_guard import GENERATE, ServerGuard
-from chord_megatron.rollout.weight_files import read_weight_file, write_weight_files
+from chord_megatron.rollout.weight_broadcast import BroadcastGroup, pack, unpack
+from chord_megatron.rollout.weight_files import read_weight_file
+from chord_megatron.rollout.weight_transfer import FileTransfer
 from chord_megatron.types import UserError
 
 TOKEN = "correct horse battery"
@@ -43,6 +48,25 @@ def test_checksums_are_of_the_bytes():
     assert checksum(tensor) == checksum(tensor.t().contiguous().t())  # another layout in memory
     assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
     assert checksum(torch.tensor(1.5)) == checksum(torch.tensor([1.5]))
+    words = torch.arange(5000, dtype=torch.int64)
+    assert checksum(words) == checksum(torch.cat([words[:1], words])[1:])  # wherever it begins in memory
+    assert checksum(words.view(torch.uint8)) == checksum(
+        torch.cat([torch.zeros(3, dtype=torch.uint8), words.view(torch.uint8)])[3:]
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2048, 2049, 10_000])
+def test_checksums_tell_changed_exchanged_and_missing_values_apart(size: int):
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    changed = [torch.cat([tensor, torch.zeros(1)]), tensor[:-1]]
+    for place in {0, size // 2, size - 1}:
+        bit = tensor.clone()
+        bit.view(torch.int32)[place] ^= 1
+        changed.append(bit)
+    if size > 1:
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(1))
+        changed += [tensor.roll(1), tensor.roll(2048) if size > 2048 else tensor.flip(0), tensor[order]]
+    assert len({checksum(tensor), *(checksum(other) for other in changed)}) == 1 + len(changed)
 
 
 @pytest.mark.parametrize(
@@ -71,17 +95,27 @@ def test_half_an_update_is_not_complete():
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
+class FileReader:
+    """A pool whose servers read the files that they are sent."""
+
+    def __init__(self) -> None:
+        self.arrived: list[list[tuple[str, Tensor]]] = []
+
+    def send(self, update: dict[str, Any]) -> None:
+        bucket = list(read_weight_file(Path(update["path"])))
+        assert len(list(Path(update["path"]).parent.iterdir())) == 1
+        assert {name: checksum(tensor) for name, tensor in bucket} == update["checksums"]
+        self.arrived.append(bucket)
+
+
 def test_weights_travel_in_buckets(tmp_path: Path):
     weights = [(f"w{n}", torch.full((10,), float(n))) for n in range(5)]  # 40 bytes each
-    arrived = []
-    for file in write_weight_files(iter(weights), tmp_path / "update", bucket_bytes=80):
-        bucket = list(read_weight_file(file.path))
-        assert {name: checksum(tensor) for name, tensor in bucket} == file.checksums
-        arrived.append(bucket)
-    assert [[name for name, _ in bucket] for bucket in arrived] == [["w0", "w1"], ["w2", "w3"], ["w4"]]
-    assert not (tmp_path / "update").exists()
+    pool = FileReader()
+    FileTransfer(tmp_path, bucket_bytes=80).send(pool, iter(weights))
+    assert [[name for name, _ in bucket] for bucket in pool.arrived] == [["w0", "w1"], ["w2", "w3"], ["w4"]]
+    assert not list(tmp_path.iterdir())
     # What was read stays, though the files are gone.
-    assert all(torch.equal(tensor, dict(weights)[name]) for bucket in arrived for name, tensor in bucket)
+    assert all(torch.equal(tensor, dict(weights)[name]) for bucket in pool.arrived for name, tensor in bucket)
 
 
 def test_an_update_that_breaks_off_leaves_no_files(tmp_path: Path):
@@ -90,10 +124,63 @@ def test_an_update_that_breaks_off_leaves_no_files(tmp_path: Path):
         yield WEIGHTS[1]
         raise RuntimeError("lost a rank")
 
+    pool = FileReader()
     with pytest.raises(RuntimeError, match="lost a rank"):
-        for _ in write_weight_files(broken(), tmp_path / "update", bucket_bytes=1):
-            assert len(list((tmp_path / "update").iterdir())) == 1
-    assert not (tmp_path / "update").exists()
+        FileTransfer(tmp_path, bucket_bytes=1).send(pool, broken())
+    assert len(pool.arrived) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError,
+        match=r"rollout.weight_transfer_dir: 24 bytes cannot be written to .*file/chord-weights-.*; enlarge it",
+    ):
+        FileTransfer(tmp_path / "file", bucket_bytes=24).send(FileReader(), iter(WEIGHTS))
+
+
+# --- broadcast ------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def group_of(rank: int, port: int, listener: socket.socket | None = None, timeout: float = 60.0) -> BroadcastGroup:
+    return BroadcastGroup("127.0.0.1", port, rank=rank, world_size=3, device=CPU, timeout=timeout, listener=listener)
+
+
+def test_a_broadcast_reaches_all_as_it_was_sent():
+    bucket = {  # sizes that are no multiples of anything
+        "a": torch.arange(7, dtype=torch.bfloat16),
+        "b": torch.tensor([[1.0], [-0.0], [3.0]]),
+        "c": torch.tensor([True, False]),
+        "d": torch.tensor(5, dtype=torch.int64),
+    }
+    message, headers = pack(bucket, CPU)
+    headers = json.loads(json.dumps(headers))  # they travel by HTTP
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with ThreadPoolExecutor(2) as threads:
+        receivers = [threads.submit(lambda r=rank: list(unpack(headers, group_of(r, port)))) for rank in (1, 2)]
+        group_of(0, port, listener).broadcast(message)
+        for receiver in receivers:
+            arrived = receiver.result()
+            assert [name for name, _ in arrived] == list(bucket)
+            for (name, tensor), header in zip(arrived, headers, strict=True):
+                assert tensor.dtype == bucket[name].dtype and torch.equal(tensor, bucket[name])
+                assert checksum(tensor) == header["checksum"]
+
+
+def test_a_receiver_that_is_gone_is_noticed():
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    with ThreadPoolExecutor(2) as threads:
+        others = [threads.submit(group_of, rank, port, timeout=2.0) for rank in (1, 2)]
+        group = group_of(0, port, listener, timeout=2.0)
+        for other in others:
+            other.result()  # and never receives
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out|closed"):
+            group.broadcast(torch.zeros(50 * 10**6, dtype=torch.uint8))
+        group.abort()
 
 
 # --- guard ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chord_megatron.config import RolloutConfig
+from chord_megatron.rollout.engine import WeightSource
 from chord_megatron.sampler import Sampler
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.types import Prompt, SamplingParams, UserError
@@ -52,7 +53,7 @@ class Recorder:
         return iter(())
 
     # the rollout engine's
-    def update_weights(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> None:
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         self.weights_version = policy_version
         self.done.append(f"update {policy_version}")
 
