@@ -3,8 +3,8 @@
     python tools/bench_weight_sync.py [--repeats 5] [--steps 12] [--output benchmarks/results/weight_sync.json]
 
 Updates: a model of the size of Qwen2.5-0.5B with random weights goes to a `chord-megatron serve` on this machine,
-through files in memory, and into an engine in this process; beside them memcpy of the same bytes, into memory in
-use. All in turns; medians, and ratios of seconds per GB. One step ahead: the quickstart with its rollouts from the
+through files in memory and by a broadcast (gloo), and into an engine in this process; beside them memcpy of the same
+bytes, into memory in use. All in turns; medians, and ratios of seconds per GB. One step ahead: the quickstart with its rollouts from the
 same kind of server, with max_staleness 0 and 1: mean seconds of a step, of waiting for rollouts, of drawing them.
 `make demo` once makes its model.
 """
@@ -22,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from chord_megatron.rollout.serve import identity
 from chord_megatron.rollout.server_guard import TOKEN_VARIABLE
 from chord_megatron.rollout.server_pool import ServerPool
 from chord_megatron.rollout.vllm_adapter import engine_arguments, import_vllm
-from chord_megatron.rollout.weight_files import write_weight_files
+from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 
 ROOT = Path(__file__).parents[1]
+TIMEOUT = 900.0
+BUCKET_BYTES = 512 * 10**6
 QUICKSTART = ROOT / "runs" / "quickstart"
 CONFIG = {  # of Qwen2.5-0.5B
     "architectures": ["Qwen2ForCausalLM"],
@@ -64,7 +67,7 @@ def server(model_dir: Path, dtype: str) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "chord_megatron.cli", "serve", str(model_dir), "--port", str(port)]
-    process = subprocess.Popen([*command, "--dtype", dtype, "--max-model-len", "64"], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--dtype", dtype, "--max-model-len", "64"], stdout=sys.stderr)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -103,25 +106,35 @@ def measure_updates(model_dir: Path, repeats: int) -> dict[str, Any]:
     )
     with server(model_dir, "bfloat16") as url:
         pool = ServerPool(
-            [url], os.environ[TOKEN_VARIABLE], identity(model_dir, "bfloat16"), timeout=600, max_in_flight=8
+            [url], os.environ[TOKEN_VARIABLE], identity(model_dir, "bfloat16"), timeout=TIMEOUT, max_in_flight=8
         )
 
-        def to_server(version: int) -> None:
+        files = FileTransfer(Path("/dev/shm"), bucket_bytes=BUCKET_BYTES)
+        broadcast = BroadcastTransfer(
+            "127.0.0.1", device=torch.device("cpu"), bucket_bytes=BUCKET_BYTES, timeout=TIMEOUT
+        )
+
+        def to_server(transfer: WeightTransfer, version: int) -> None:
             pool.open_update(version)
-            for file in write_weight_files(weights.items(), Path("/dev/shm/chord-bench"), bucket_bytes=512 * 10**6):
-                pool.send(file)
+            transfer.send(pool, weights.items())
             pool.close_update()
 
         def in_process(version: int) -> None:
             items: Iterator[tuple[str, Tensor]] = iter(weights.items())
             engine.collective_rpc("reload_weights", kwargs={"weights_iterator": items})
 
-        to_server(0)  # waits for the server to start
-        times: dict[str, list[float]] = {"memcpy": [], "colocate": [], "server": []}
-        for version in range(1, repeats + 1):
-            times["memcpy"].append(seconds(memcpy))
-            times["colocate"].append(seconds(in_process, version))
-            times["server"].append(seconds(to_server, version))
+        to_server(files, 0)  # waits for the server to start
+        to_server(broadcast, 1)  # builds the group
+        ways: dict[str, Callable[[int], None]] = {
+            "memcpy": lambda version: memcpy(),
+            "colocate": in_process,
+            "server, files": partial(to_server, files),
+            "server, broadcast": partial(to_server, broadcast),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(repeats):
+            for number, (name, update) in enumerate(ways.items()):
+                times[name].append(seconds(update, 2 + turn * len(ways) + number))
         pool.close()
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {

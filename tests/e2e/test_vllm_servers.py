@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import Popen
@@ -18,13 +21,17 @@ import torch.distributed as dist
 from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_two, weights, write_config
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from chord_megatron.config import RolloutConfig
 from chord_megatron.rollout.serve import identity
 from chord_megatron.rollout.server_pool import ServerPool
 from chord_megatron.rollout.servers import ServerRollout
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
 from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
-from chord_megatron.types import SamplingParams, UserError
+from chord_megatron.sampler import Sampler
+from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.types import Prompt, RolloutSample, SamplingParams, TrainingSample, UserError
 
 pytestmark = [
     pytest.mark.e2e,
@@ -83,6 +90,13 @@ def open_pool(servers: dict, vllm_assets: Path) -> Iterator[Callable[..., Server
     yield build
     for pool in pools:
         pool.close()
+
+
+@pytest.fixture
+def single_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def update(pool: ServerPool, tensors: Weights, version: int, directory: Path) -> None:
@@ -164,15 +178,15 @@ def test_a_run_learns_from_a_server_as_from_the_embedded_engine(servers: dict, v
 
 
 def test_all_servers_hold_what_was_sent_and_count_its_version(
-    open_pool: Callable[..., ServerPool], exported: Weights, tmp_path: Path
+    open_pool: Callable[..., ServerPool], exported: Weights, vllm_assets: Path, tmp_path: Path
 ):
-    """By files and by broadcast, through one group of trainer and workers for both of its updates."""
+    """By files and by broadcast; at last a server completes as an engine does that reads the checkpoint itself."""
     pool, transfer = open_pool(), broadcast()
     changed = {name: tensor + 0.01 for name, tensor in exported.items()}
     update(pool, changed, 1, tmp_path)
     after_one = tokens(pool.submit(requests(8), 1).result())
     send(pool, transfer, exported, 2)
-    group = transfer._group
+    group = transfer._group  # serves the next update as well
     after_two = pool.submit(requests(8), 2).result()
     send(pool, transfer, changed, 3)
     assert transfer._group is group is not None
@@ -184,6 +198,56 @@ def test_all_servers_hold_what_was_sent_and_count_its_version(
     assert len(scores) == 2  # one of each server, and the same
     first, second = scores.values()
     assert first == second and [len(row) for row in first] == [2, 1]
+
+    update(pool, exported, 4, tmp_path)
+    fresh = tmp_path / "fresh.json"
+    worker = Path(__file__).with_name("vllm_colocate_worker.py")
+    subprocess.run([sys.executable, worker, fresh, "--fresh", vllm_assets / "model"], check=True, timeout=240)
+    expected = json.loads(fresh.read_text(encoding="utf-8"))["tokens"]
+    assert tokens(pool.submit(requests(4, 12), 4).result()) == expected
+
+
+class Trainer:
+    """The trainer's side of the sampler: transformers computes the log-probs, the tensors are what is given."""
+
+    def __init__(self, model_dir: Path, exported: Weights) -> None:
+        self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+        self._exported = exported
+
+    def compute_log_probs(self, samples: Sequence[TrainingSample], *, micro_batch_size: int) -> list[Tensor]:
+        rows = []
+        for sample in samples:
+            with torch.no_grad():
+                log_probs = self._model(sample.tokens[None]).logits[0].log_softmax(-1)
+            rows.append(torch.cat([torch.zeros(1), log_probs[:-1].gather(1, sample.tokens[1:, None])[:, 0]]))
+        return rows
+
+    def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._exported.items())
+
+    def offloaded(self, **_: bool) -> Any:
+        return nullcontext()
+
+
+def test_a_sampler_with_other_weights_than_the_trainers_stops_the_run(
+    open_pool: Callable[..., ServerPool], exported: Weights, vllm_assets: Path, single_process: None, tmp_path: Path
+):
+    """A complete update with right checksums, of weights that are not the policy's: only the probes can tell."""
+    prompts = [Prompt(n, "", (5, 6 + n, 7, 8), "") for n in range(4)]
+    rollout = ServerRollout(open_pool(), FileTransfer(tmp_path, bucket_bytes=20_000), seed=0)
+
+    def draw(sent: Weights, version: int) -> list[RolloutSample]:
+        trainer = Trainer(vllm_assets / "model", sent)
+        sampler = Sampler(trainer, rollout, RolloutConfig(consistency_threshold=1e-4), prompts, PhaseTimer())
+        params = SamplingParams(max_completion_length=4)
+        return sampler.draw(prompts, params, num_generations=1, step=0, policy_version=version).result()
+
+    assert len(draw(exported, 1)) == 4
+    swapped = exported | {
+        name: exported[name.replace("layers.0", "layers.1")] for name in exported if "layers.0" in name
+    }
+    with pytest.raises(UserError, match=r"http.* and the trainer disagree about weights of version 2: log-probs of"):
+        draw(swapped, 2)
 
 
 def test_damaged_and_broken_updates_never_sample(
@@ -239,7 +303,11 @@ def test_a_killed_and_a_frozen_server_lose_no_completion(
 
 
 def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
-    open_pool: Callable[..., ServerPool], servers: dict[str, Popen[str]], exported: Weights, tmp_path: Path
+    open_pool: Callable[..., ServerPool],
+    servers: dict[str, Popen[str]],
+    exported: Weights,
+    single_process: None,
+    tmp_path: Path,
 ):
     """The survivor has half an update then: it may not sample from it, and is restarted as well."""
     pool, victim = open_pool(), next(iter(servers))
@@ -255,11 +323,7 @@ def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
             yield item
 
     rollout = ServerRollout(pool, broadcast(), seed=0)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        rollout.update_weights(weights, 2)
-    finally:
-        dist.destroy_process_group()
+    rollout.update_weights(weights, 2)
     assert passes == [0, 1] and rollout.weights_version == 2
     assert tokens(pool.submit(requests(8), 2).result()) == expected
 
