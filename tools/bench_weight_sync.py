@@ -4,9 +4,9 @@
 
 Updates: a model of the size of Qwen2.5-0.5B with random weights goes to a `chord-megatron serve` on this machine,
 through files in memory and by a broadcast (gloo), and into an engine in this process; beside them memcpy of the same
-bytes, into memory in use. All in turns; medians, and ratios of seconds per GB. One step ahead: the quickstart with its rollouts from the
-same kind of server, with max_staleness 0 and 1: mean seconds of a step, of waiting for rollouts, of drawing them.
-`make demo` once makes its model.
+bytes, into memory in use. All in turns; medians, and ratios of seconds per GB. One step ahead: the quickstart with its
+rollouts from the same kind of server, with max_staleness 0 and 1: mean seconds of a step, of waiting for rollouts, of
+drawing them. `make demo` once makes its model.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from typing import Any
 
 import torch
 from bench_environment import hardware, versions
-from torch import Tensor
 
+from chord_megatron.backend.groups import initialize_distributed
+from chord_megatron.config import ParallelConfig
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.rollout.serve import identity
 from chord_megatron.rollout.server_guard import TOKEN_VARIABLE
 from chord_megatron.rollout.server_pool import ServerPool
-from chord_megatron.rollout.vllm_adapter import engine_arguments, import_vllm
+from chord_megatron.rollout.vllm_colocate import VllmColocateRollout
 from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 
 ROOT = Path(__file__).parents[1]
@@ -98,11 +99,18 @@ def measure_updates(model_dir: Path, repeats: int) -> dict[str, Any]:
         for name, tensor in weights.items():
             copies[name].copy_(tensor)
 
-    vllm = import_vllm()
-    engine = vllm.LLM(
-        **engine_arguments(model_dir, dtype="bfloat16", max_model_len=64, max_num_seqs=8),
+    initialize_distributed(ParallelConfig(), seed=0)
+    engine = VllmColocateRollout(
+        model_dir,
+        arch,
+        dtype="bfloat16",
+        seed=0,
+        tensor_parallel_size=1,
+        max_model_len=64,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.4,
         enforce_eager=True,
-        skip_tokenizer_init=True,
+        sleep_level=0,
     )
     with server(model_dir, "bfloat16") as url:
         pool = ServerPool(
@@ -119,15 +127,11 @@ def measure_updates(model_dir: Path, repeats: int) -> dict[str, Any]:
             transfer.send(pool, weights.items())
             pool.close_update()
 
-        def in_process(version: int) -> None:
-            items: Iterator[tuple[str, Tensor]] = iter(weights.items())
-            engine.collective_rpc("reload_weights", kwargs={"weights_iterator": items})
-
         to_server(files, 0)  # waits for the server to start
         to_server(broadcast, 1)  # builds the group
         ways: dict[str, Callable[[int], None]] = {
             "memcpy": lambda version: memcpy(),
-            "colocate": in_process,
+            "colocate": lambda version: engine.update_weights(lambda: iter(weights.items()), version),
             "server, files": partial(to_server, files),
             "server, broadcast": partial(to_server, broadcast),
         }

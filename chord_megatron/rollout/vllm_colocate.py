@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ class VllmColocateRollout:
     ) -> None:
         """Raises UserError where vLLM is absent or of another version."""
         vllm = import_vllm()
+        for name in ("RANK", "LOCAL_RANK"):  # vLLM reads torchrun's; without torchrun there is one process
+            os.environ.setdefault(name, "0")
         self._request = vllm.SamplingParams
         self._arch, self._dtype, self._seed = arch, getattr(torch, dtype), seed
         self._sleep_level = sleep_level if torch.cuda.is_available() else 0  # vLLM has no sleep on CPU
