@@ -24,9 +24,11 @@ RUN python same_torch.py record torch.json \
     && python same_torch.py check torch.json
 COPY --from=wheel /build/dist dist
 RUN python -m pip install --no-cache-dir --no-deps dist/*.whl && python same_torch.py check torch.json
+COPY examples examples
 
-# An option, built with --target colocate. vLLM's wheels ask for a torch of their own, so it is compiled against the one here:
-# long, with sources from GitHub; each of MAX_JOBS compilers takes some GB of memory. Its other dependencies are installed without those that bring a torch.
+# An option, built with --target colocate. vLLM's wheels ask for a torch of their own, so it is compiled against the one
+# here: long, with sources from GitHub; each of MAX_JOBS compilers takes some GB of memory. Its other dependencies are
+# installed without those that bring a torch.
 FROM base AS colocate
 ARG VLLM=0.32.0
 ARG MAX_JOBS=8

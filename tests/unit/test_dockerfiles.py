@@ -37,6 +37,12 @@ def stage_of(path: Path, name: str) -> Stage:
     return stage
 
 
+def workdir_of(path: Path) -> str:
+    """Of the image itself, not of the stage that builds the wheel."""
+    (workdir,) = [value for s in read_stages(path) if s.name != "wheel" for name, value in s.steps if name == "WORKDIR"]
+    return workdir
+
+
 # The rules of every image
 
 
@@ -115,7 +121,9 @@ def test_images_say_whether_they_are_well(path: Path):
             continue
         (check,) = checks
         command = json.loads(check.partition(" CMD ")[2])
-        assert command[-2:] == (["python3", "server_health.py"] if path is VLLM else ["chord-megatron", "doctor"])
+        # By its full path: docker run --workdir may lead elsewhere.
+        server = ["python3", f"{workdir_of(path)}/server_health.py"]
+        assert command[-2:] == (server if path is VLLM else ["chord-megatron", "doctor"])
 
 
 def test_the_context_leaves_out_what_images_do_not_need():
@@ -171,6 +179,23 @@ def test_kubernetes_uses_the_image_of_each_role():
         templates = [document["spec"]["template"] for document in documents if "template" in document.get("spec", {})]
         images[name] = [container["image"] for t in templates for container in t["spec"]["containers"]]
     assert images == {"train": ["chord_megatron:latest"], "vllm": ["chord_megatron-vllm:latest"]}
+
+
+def test_the_job_finds_its_script_and_its_recipe_in_the_image():
+    (job,) = [
+        document
+        for document in yaml.safe_load_all((ROOT / "examples/launch/kubernetes/train.yaml").read_text())
+        if document["kind"] == "Job"
+    ]
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert steps_of(MAIN, "USER")[-1] == str(pod["securityContext"]["fsGroup"])
+    assert container["workingDir"] == workdir_of(MAIN)
+    copied = [line.split() for line in steps_of(MAIN, "COPY")]
+    assert ["examples", "examples"] in copied
+    for name in (container["command"][0], container["args"][0]):
+        assert name.startswith("examples/") and (ROOT / name).is_file()
+    assert os.access(ROOT / container["command"][0], os.X_OK)
 
 
 SERVER_IMPORTS = """
