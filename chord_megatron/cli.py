@@ -124,6 +124,8 @@ def doctor(
         print(as_json(checks))
     else:
         Console().print(as_table(checks))
+        if not problems(checks):
+            print("\ntraining can run on this machine" if config is None else "\nthis run can start here")
     for problem in problems(checks):
         print(f"problem: {problem}", file=sys.stderr)
     return 1 if problems(checks) else 0

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from chord_megatron.config import Config, ParallelConfig
+from chord_megatron.config import Config, ParallelConfig, RolloutConfig
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.families.common import EMBEDDING
 from chord_megatron.convert.mapping import MappedParameter, hf_shapes, hf_tensors, mapped_parameters, padded_vocab_size
@@ -32,6 +32,7 @@ class ModelState:
     gradients: int
     optimizer: int
     reference: int  # on the host, whatever the device
+    aside: int = 0  # on the host, while trainer and colocated sampler make room for one another
 
     @property
     def on_device(self) -> int:
@@ -63,7 +64,21 @@ def model_state(config: Config, arch: ModelArchitecture, plan: Plan) -> ModelSta
                 reference=weight * count if config.grpo.beta > 0 else 0,
             )
         )
-    return max(stages, key=lambda state: state.on_device)
+    fullest = max(stages, key=lambda state: state.on_device)
+    return replace(fullest, aside=_bytes_aside(fullest, config, arch))
+
+
+def bytes_beside_sampler(state: ModelState, rollout: RolloutConfig) -> int:
+    """What of the trainer's stays on the device while a colocated sampler generates."""
+    away = state.weights * rollout.offload_model + (state.gradients + state.optimizer) * rollout.offload_optimizer
+    return state.on_device - away
+
+
+def _bytes_aside(state: ModelState, config: Config, arch: ModelArchitecture) -> int:
+    """Offloaded weights and optimizer state (gradients are dropped), and the weights of a sampler asleep at level 1."""
+    rollout = config.rollout
+    sampler = export_bytes(config, arch) // rollout.vllm_tensor_parallel_size if rollout.sleep_level == 1 else 0
+    return state.weights * rollout.offload_model + state.optimizer * rollout.offload_optimizer + sampler
 
 
 def stage_parameters(arch: ModelArchitecture, parallel: ParallelConfig) -> list[Parameters]:

@@ -51,5 +51,5 @@ def last_words(returncode: int, stderr: str) -> str:
     return lines[-1] if lines else f"the process ended with code {returncode}"
 
 
-def gigabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
+def size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.1f} MB"

@@ -8,13 +8,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
-from chord_megatron.config import Config
+from chord_megatron.backend.checkpoint_metadata import METADATA_FILE, read_metadata
+from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
-from chord_megatron.doctor.check import Check, gigabytes
+from chord_megatron.doctor.check import Check, size
 from chord_megatron.doctor.machine import Gpu, available_memory
-from chord_megatron.estimate import ModelState, checkpoint_bytes, export_bytes
+from chord_megatron.estimate import ModelState, bytes_beside_sampler, checkpoint_bytes, export_bytes
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.types import UserError
 
@@ -23,13 +23,15 @@ _LESS_MEMORY = (
     "raise parallel.tensor_model_parallel_size or pipeline_model_parallel_size, set "
     "optimizer.use_distributed_optimizer=true with several data-parallel ranks, or take a smaller model"
 )
+_MAKE_ROOM = "rollout.sleep_level, offload_optimizer or offload_model"
 
 
 def check_weights(model_dir: Path, arch: ModelArchitecture) -> Check:
     """Whether the model's files are there and complete, by their headers."""
-    if (model_dir / METADATA_FILE).is_file():
-        return Check("weights", str(model_dir), "ok", "a converted checkpoint; its tensors are checked on loading")
     try:
+        if (model_dir / METADATA_FILE).is_file():
+            read_metadata(model_dir, "convert the model again")
+            return Check("weights", str(model_dir), "ok", "a converted checkpoint; its tensors are checked on loading")
         with SafetensorsReader(model_dir) as reader:
             check_complete(reader, arch)
     except UserError as error:
@@ -63,25 +65,37 @@ def check_dtype(gpus: Sequence[Gpu], dtype: str) -> Check:
     return Check("model.dtype", dtype, "ok", "slow on a CPU; model.dtype=float32 is faster there" if slow else "used")
 
 
-def check_gpu_memory(state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
-    """What the fullest rank holds, against the GPU with the least free memory that a rank would get."""
+def check_gpu_memory(
+    state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int, rollout: RolloutConfig | None = None
+) -> Check:
+    """What the fullest rank holds, against the GPU with the least free memory that a rank would get.
+
+    rollout: of a run with vLLM in its processes, which shares the GPU; None without.
+    """
     gpu = min(gpus[:nproc_per_node], key=lambda gpu: gpu.free_bytes)
-    found = f"{gigabytes(gpu.free_bytes)} of {gigabytes(gpu.total_bytes)} free"
-    if state.on_device <= gpu.free_bytes:
-        return Check("GPU memory", found, "ok", f"needed: {_describe(state)}; activations and KV cache come on top")
-    remedy = "end what else runs on it" if state.on_device <= gpu.total_bytes else _LESS_MEMORY
-    meaning = f"{found}, but needed are {_describe(state)}"
-    return Check("GPU memory", found, "wrong", meaning, remedy, is_blocking=True)
+    found = f"{size(gpu.free_bytes)} of {size(gpu.total_bytes)} free"
+    needed, what, on_top, remedy = state.on_device, _describe(state), "activations and KV cache", _LESS_MEMORY
+    if rollout is not None:
+        sampler = int(rollout.vllm_gpu_memory_utilization * gpu.total_bytes)
+        needed = max(needed + sampler * (rollout.sleep_level == 0), bytes_beside_sampler(state, rollout) + sampler)
+        what = f"{size(needed)} at once: {size(sampler)} of vLLM, and {what}"
+        on_top = "activations"
+        remedy = f"lower rollout.vllm_gpu_memory_utilization, set {_MAKE_ROOM}, or {_LESS_MEMORY}"
+    if needed <= gpu.free_bytes:
+        return Check("GPU memory", found, "ok", f"needed: {what}; {on_top} come on top")
+    remedy = "end what else runs on it" if needed <= gpu.total_bytes else remedy
+    return Check("GPU memory", found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
 
 
 def check_host_memory(state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
-    """What all processes of this node hold on the host: everything without GPUs, else the reference alone."""
-    needed = nproc_per_node * (state.reference + (0 if gpus else state.on_device))
+    """What all processes of this node hold on the host: everything without GPUs, else what a GPU need not hold."""
+    needed = nproc_per_node * (state.reference + state.aside + (0 if gpus else state.on_device))
     free = available_memory()
-    found = f"{gigabytes(free)} free"
+    found = f"{size(free)} free"
     parts = [] if gpus else [_describe(state)]
-    parts += [f"{gigabytes(state.reference)} reference a process (grpo.beta > 0)"] if state.reference else []
-    what = f"{gigabytes(needed)} for {nproc_per_node} process{'es' * (nproc_per_node > 1)}: {', '.join(parts)}"
+    parts += [f"{size(state.reference)} reference a process (grpo.beta > 0)"] if state.reference else []
+    parts += [f"{size(state.aside)} a process while trainer and vLLM make room ({_MAKE_ROOM})"] if state.aside else []
+    what = f"{size(needed)} for {nproc_per_node} process{'es' * (nproc_per_node > 1)}: {', '.join(parts)}"
     if needed <= free:
         return Check("host memory", found, "ok", f"needed: {what}" if parts else "for data and libraries")
     remedy = f"start fewer processes here, or {_LESS_MEMORY}"
@@ -108,8 +122,8 @@ def check_disk(config: Config, arch: ModelArchitecture) -> Check:
     copies = _copies_to_write(config, already=len(RunDir(output_dir).saved_steps()))
     checkpoint, export = checkpoint_bytes(config, arch), export_bytes(config, arch)
     needed = copies * (checkpoint + export)
-    what = f"{gigabytes(needed)} = {copies} x ({gigabytes(checkpoint)} checkpoint + {gigabytes(export)} export)"
-    found = f"{gigabytes(free)} free"
+    what = f"{size(needed)} = {copies} x ({size(checkpoint)} checkpoint + {size(export)} export)"
+    found = f"{size(free)} free"
     if needed <= free:
         return Check("disk", found, "ok", f"needed: {what}")
     remedy = "free some space, or name another disk in train.output_dir"
@@ -132,5 +146,5 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def _describe(state: ModelState) -> str:
-    parts = f"{gigabytes(state.weights)} weights + {gigabytes(state.gradients)} gradients"
-    return f"{gigabytes(state.on_device)} a process = {parts} + {gigabytes(state.optimizer)} optimizer"
+    parts = f"{size(state.weights)} weights + {size(state.gradients)} gradients"
+    return f"{size(state.on_device)} a process = {parts} + {size(state.optimizer)} optimizer"

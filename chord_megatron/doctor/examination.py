@@ -30,13 +30,14 @@ def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_n
     """What this machine has, and whether this run, of so many processes here, can work on it."""
     gpus = machine.find_gpus()
     state = model_state(config, arch, plan)
+    colocated = config.rollout if config.rollout.vllm_mode == "colocate" else None  # servers have GPUs of their own
     return [
-        *_examine_common(gpus, uses_vllm=config.rollout.vllm_mode == "colocate"),  # servers have their own
+        *_examine_common(gpus, uses_vllm=colocated is not None),
         configuration.check_weights(Path(config.model.path), arch),
         configuration.check_processes(gpus, nproc_per_node),
         configuration.check_dtype(gpus, config.model.dtype),
         *([] if gpus else [software.check_adam_on_cpu()]),
-        *([configuration.check_gpu_memory(state, gpus, nproc_per_node)] if gpus else []),
+        *([configuration.check_gpu_memory(state, gpus, nproc_per_node, colocated)] if gpus else []),
         configuration.check_host_memory(state, gpus, nproc_per_node),
         configuration.check_output_dir(Path(config.train.output_dir)),
         configuration.check_disk(config, arch),
@@ -45,7 +46,7 @@ def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_n
 
 def _examine_common(gpus: Sequence[machine.Gpu], *, uses_vllm: bool) -> list[Check]:
     has_gpu = bool(gpus)
-    driver = machine.check_driver()
+    driver = machine.check_driver(has_gpu)
     checks: list[Callable[[], Check]] = [
         software.check_python,
         software.check_package,

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from chord_megatron.doctor.all_reduce import time_all_reduce
-from chord_megatron.doctor.check import Check, gigabytes
+from chord_megatron.doctor.check import Check, size
 
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
 _DRIVER_SECONDS = 30
@@ -40,14 +40,24 @@ def find_gpus() -> list[Gpu]:
         if not torch.cuda.is_available():
             return []
     return [
-        Gpu(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i), *torch.cuda.mem_get_info(i))
+        Gpu(torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i), *_gpu_memory(i))
         for i in range(torch.cuda.device_count())
     ]
 
 
-def check_driver() -> Check:
+def _gpu_memory(index: int) -> tuple[int, int]:
+    """Free and all bytes. To ask takes some memory itself: nothing is free where it fails."""
+    try:
+        return torch.cuda.mem_get_info(index)
+    except RuntimeError:
+        return 0, torch.cuda.get_device_properties(index).total_memory
+
+
+def check_driver(has_gpu: bool) -> Check:
     """NVIDIA's driver, which comes from the host of a container."""
     name = "NVIDIA driver"
+    if shutil.which("nvidia-smi") is None and has_gpu:
+        return Check(name, None, "ok", "used; there is no nvidia-smi to ask for its version")
     if shutil.which("nvidia-smi") is None:
         return Check(
             name, None, "missing", "needed for GPUs; containers get it from their host (docker run --gpus all)"
@@ -132,7 +142,7 @@ _NETWORK_REMEDY = {
 
 def check_gpu_memory(gpus: Sequence[Gpu]) -> Check:
     least = min(gpus, key=lambda gpu: gpu.free_bytes)
-    found = f"{gigabytes(least.free_bytes)} of {gigabytes(least.total_bytes)} free"
+    found = f"{size(least.free_bytes)} of {size(least.total_bytes)} free"
     return Check("GPU memory", found, "ok", "on the fullest GPU")
 
 
@@ -150,7 +160,7 @@ def available_memory() -> int:
 
 
 def check_host_memory() -> Check:
-    found = f"{gigabytes(available_memory())} of {gigabytes(psutil.virtual_memory().total)} free"
+    found = f"{size(available_memory())} of {size(psutil.virtual_memory().total)} free"
     return Check("host memory", found, "ok", "for all processes together")
 
 
@@ -159,5 +169,5 @@ def check_disk(directory: Path) -> Check:
     meaning = f"holds a checkpoint and an export of {free / _BYTES_SAVED / 1e9:.1f} billion parameters"
     if free < _LITTLE_DISK:
         remedy = "free some space, or name another disk in train.output_dir"
-        return Check("disk", f"{gigabytes(free)} free", "wrong", f"it {meaning} only", remedy)
-    return Check("disk", f"{gigabytes(free)} free", "ok", f"{meaning} (bfloat16)")
+        return Check("disk", f"{size(free)} free", "wrong", f"it {meaning} only", remedy)
+    return Check("disk", f"{size(free)} free", "ok", f"{meaning} (bfloat16)")

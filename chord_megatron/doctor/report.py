@@ -31,7 +31,12 @@ def as_json(checks: Sequence[Check]) -> str:
 
 
 def as_table(checks: Sequence[Check]) -> Table:
-    table = Table("", "found", "", "")
+    # Without lines, for narrow terminals; long paths go on below rather than end in dots.
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column("found", overflow="fold", max_width=16)
+    table.add_column("", no_wrap=True)
+    table.add_column("")
     for check in checks:
         # Text: messages of others may hold square brackets, which are markup elsewhere.
         meaning = Text(check.meaning)

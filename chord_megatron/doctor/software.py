@@ -168,7 +168,7 @@ def check_vllm(*, uses_vllm: bool) -> Check:
         return Check("vLLM", None, "replaced", "rollouts come from the embedded engine, rollout.engine=megatron")
     if version is None or not is_within(version, SpecifierSet(VLLM_RANGE)):
         meaning = f"rollout.engine=vllm works with {VLLM_RANGE} only"
-    elif error := import_error("vllm"):
+    elif error := import_error("vllm.entrypoints.llm"):  # `import vllm` alone loads next to nothing
         meaning = f"it cannot be imported: {error}"
     else:
         return Check("vLLM", version, "ok", "rollout.engine=vllm")

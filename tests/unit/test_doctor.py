@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from chord_megatron.cli import app
-from chord_megatron.config import load_config
+from chord_megatron.config import RolloutConfig, load_config
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.doctor import configuration, examination, machine, software
-from chord_megatron.doctor.check import Check, import_error
+from chord_megatron.doctor.check import Check, import_error, size
 from chord_megatron.doctor.machine import Gpu
 from chord_megatron.doctor.report import as_json, problems
 from chord_megatron.estimate import ModelState
@@ -129,9 +129,20 @@ def test_a_table_and_exit_code_0_without_a_configuration():
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert (result.exit_code, result.stderr) == (0, "")
     for name in ("Python", "torch", "NVIDIA driver", "CUDA", "NCCL", "gloo", "megatron-core", "TransformerEngine"):
-        assert f"│ {name} " in result.stdout
+        assert f"\n{name} " in result.stdout
     for name in ("Apex", "vLLM", "Triton", "torchvision", "host memory", "disk"):
-        assert f"│ {name} " in result.stdout
+        assert f"\n{name} " in result.stdout
+    assert result.stdout.endswith("\n\ntraining can run on this machine\n")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_narrow_terminal_gets_whole_paths(run_config: Path):
+    overrides = [f"train.output_dir={run_config.parent}/{'deep/' * 9}run"]
+    result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
+    assert "…" not in result.stdout and max(map(len, result.stdout.splitlines())) <= 80
+    assert result.stdout.endswith("\n\nthis run can start here\n")
+    overrides = [f"train.output_dir={run_config}/run"]
+    assert "this run can" not in CliRunner().invoke(app, ["doctor", str(run_config), *overrides]).stdout
 
 
 @pytest.mark.usefixtures("quick")
@@ -267,11 +278,22 @@ def test_without_vllm_the_embedded_engine_serves(hide: Callable[[str], None]):
     ],
 )
 def test_a_vllm_of_another_version_or_a_broken_one(install: Install, version: str, code: str, meaning: str | None):
-    install("vllm", code, version=version)
+    install("vllm", version=version)
+    install("vllm.entrypoints")
+    install("vllm.entrypoints.llm", code)
     check = software.check_vllm(uses_vllm=True)
     assert check.found == version
     assert (check.status, check.is_blocking) == (("ok", False) if meaning is None else ("wrong", True))
     assert meaning is None or meaning in check.meaning
+
+
+def test_sizes_of_tiny_models_are_not_zero():
+    assert (size(137_100_000_000), size(10**8), size(99_900_000), size(0)) == (
+        "137.1 GB",
+        "0.1 GB",
+        "99.9 MB",
+        "0.0 MB",
+    )
 
 
 # Versions.
@@ -344,9 +366,24 @@ def test_the_driver(
     else:
         (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
         (tmp_path / "nvidia-smi").chmod(0o755)
-    check = machine.check_driver()
+    check = machine.check_driver(has_gpu=False)
     assert (check.found, check.status) == (found, status)
     assert status != "wrong" or "Failed to initialize NVML" in check.meaning
+    # A container may have the driver without nvidia-smi (NVIDIA_DRIVER_CAPABILITIES=compute).
+    assert machine.check_driver(has_gpu=True).status == ("ok" if script is None else status)
+
+
+def test_a_gpu_that_is_full_has_nothing_free(monkeypatch: pytest.MonkeyPatch):
+    def out_of_memory(index: int) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=85 * GB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", out_of_memory)
+    assert machine.find_gpus() == [replace(H100, free_bytes=0)]
 
 
 def test_processes_that_cannot_meet_name_the_variables(monkeypatch: pytest.MonkeyPatch):
@@ -417,6 +454,32 @@ def test_gpu_memory_against_the_state_of_a_rank():
     assert configuration.check_gpu_memory(half, [H100, busy], 1).status == "ok"  # the second is not asked for
 
 
+def test_a_colocated_vllm_shares_the_gpu():
+    rollout = RolloutConfig(vllm_mode="colocate", vllm_gpu_memory_utilization=0.4)  # 0.4 of 85 GB: 34
+    half = replace(STATE_7B, optimizer=STATE_7B.optimizer // 4)  # 15.2 + 30.5 + 22.8 = 68.5 GB
+    check = configuration.check_gpu_memory(half, [H100], 1, rollout)
+    assert check.is_blocking and check.meaning.startswith(
+        "80.0 GB of 85.0 GB free, but needed are 102.5 GB at once: 34.0 GB of vLLM, and 68.5 GB a process = "
+    )
+    assert str(check.remedy).startswith("lower rollout.vllm_gpu_memory_utilization, set rollout.sleep_level, ")
+    # Asleep, vLLM leaves the GPU while training, but both are there while it generates...
+    asleep = rollout.model_copy(update={"sleep_level": 1})
+    assert configuration.check_gpu_memory(half, [H100], 1, asleep).is_blocking
+    # ... unless the trainer makes room: 15.2 GB of weights stay.
+    both = asleep.model_copy(update={"offload_optimizer": True})
+    check = configuration.check_gpu_memory(half, [H100], 1, both)
+    assert check.status == "ok" and check.meaning.startswith("needed: 68.5 GB at once: 34.0 GB of vLLM, and ")
+
+
+def test_what_makes_room_on_a_gpu_takes_memory_of_the_host(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(configuration, "available_memory", lambda: 500 * GB)
+    state = replace(STATE_7B, aside=STATE_7B.weights + STATE_7B.optimizer)  # 106.6 GB
+    check = configuration.check_host_memory(state, [H100] * 8, 8)
+    assert check.is_blocking and check.meaning.startswith(
+        "500.0 GB free, but needed are 852.9 GB for 8 processes: 106.6 GB a process while trainer and vLLM make room"
+    )
+
+
 def test_host_memory_holds_everything_without_gpus_and_the_reference_with_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(configuration, "available_memory", lambda: 150 * GB)
     assert configuration.check_host_memory(STATE_7B, [], 1).status == "ok"
@@ -440,7 +503,8 @@ def test_every_process_needs_a_gpu_of_its_own():
 
 
 def test_bfloat16_needs_an_ampere():
-    assert configuration.check_dtype([H100], "bfloat16").status == configuration.check_dtype([V100], "float32").status
+    assert configuration.check_dtype([H100], "bfloat16").status == "ok"
+    assert configuration.check_dtype([V100], "float32").status == "ok"
     check = configuration.check_dtype([H100, V100], "bfloat16")
     assert check.is_blocking and check.meaning == "Tesla V100 cannot compute in bfloat16"
     assert "slow on a CPU" in configuration.check_dtype([], "bfloat16").meaning
@@ -506,6 +570,10 @@ def test_incomplete_weights_are_named(run_config: Path):
     assert configuration.check_weights(model, arch).status == "ok"
     check = configuration.check_weights(model, replace(arch, num_layers=3))
     assert check.is_blocking and "model.layers.2." in check.meaning
+    (model / ".metadata").write_text("of a conversion that was cut off")
+    check = configuration.check_weights(model, arch)
+    assert check.is_blocking and check.meaning.endswith("is damaged; convert the model again")
+    (model / ".metadata").unlink()
     (model / "model.safetensors").unlink()
     assert "has neither model.safetensors nor" in configuration.check_weights(model, arch).meaning
 

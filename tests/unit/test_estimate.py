@@ -11,6 +11,7 @@ from chord_megatron.convert.architecture import MixtureOfExperts, ModelArchitect
 from chord_megatron.estimate import (
     ModelState,
     Parameters,
+    bytes_beside_sampler,
     checkpoint_bytes,
     export_bytes,
     model_state,
@@ -128,6 +129,23 @@ def test_the_distributed_optimizer_divides_its_state_over_the_ranks_that_hold_th
     assert state.optimizer == 12 * dense // 16 + 12 * expert // 4
     plain = state_of(QWEN3_30B_A3B, 16, parallel__expert_model_parallel_size=4)
     assert plain.optimizer == 12 * (dense + expert)
+
+
+def test_what_makes_room_for_a_colocated_sampler():
+    """Gradients are dropped, not copied; a sampler asleep at level 1 keeps its share of the model's 2 bytes."""
+    n = NUM_QWEN2_5_7B
+    rollout = {"rollout__engine": "vllm", "rollout__vllm_mode": "colocate"}
+    assert state_of(QWEN2_5_7B, 1, **rollout).aside == 0
+    offloaded = {**rollout, "rollout__offload_model": True, "rollout__offload_optimizer": True}
+    assert state_of(QWEN2_5_7B, 1, **offloaded).aside == (2 + 12) * n
+    asleep = {**rollout, "rollout__sleep_level": 1, "rollout__vllm_tensor_parallel_size": 2}
+    assert state_of(QWEN2_5_7B, 2, **asleep).aside == n
+    assert state_of(QWEN2_5_7B, 2, **{**asleep, "rollout__sleep_level": 2}).aside == 0
+
+    state = state_of(QWEN2_5_7B, 1)
+    for model, optimizer, stays in ((False, False, 18), (True, False, 16), (False, True, 2), (True, True, 0)):
+        config = config_of(**rollout, rollout__offload_model=model, rollout__offload_optimizer=optimizer)
+        assert bytes_beside_sampler(state, config.rollout) == stays * n
 
 
 def test_the_fullest_stage_counts():
