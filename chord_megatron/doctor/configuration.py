@@ -20,8 +20,8 @@ from chord_megatron.types import UserError
 
 _BFLOAT16_CAPABILITY = (8, 0)  # from Ampere on
 _LESS_MEMORY = (
-    "raise parallel.tensor_model_parallel_size or pipeline_model_parallel_size, set "
-    "optimizer.use_distributed_optimizer=true with several data-parallel ranks, or take a smaller model"
+    "raise parallel.tensor_model_parallel_size or pipeline_model_parallel_size, share the optimizer's state among "
+    "more data-parallel ranks (optimizer.use_distributed_optimizer), or take a smaller model"
 )
 _MAKE_ROOM = "rollout.sleep_level, offload_optimizer or offload_model"
 

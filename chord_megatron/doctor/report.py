@@ -36,7 +36,7 @@ def as_table(checks: Sequence[Check]) -> Table:
     table.add_column("", no_wrap=True)
     table.add_column("found", overflow="fold", max_width=16)
     table.add_column("", no_wrap=True)
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for check in checks:
         # Text: messages of others may hold square brackets, which are markup elsewhere.
         meaning = Text(check.meaning)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from packaging.specifiers import SpecifierSet
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -26,7 +27,7 @@ from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.doctor import configuration, examination, machine, software
 from chord_megatron.doctor.check import Check, import_error, size
 from chord_megatron.doctor.machine import Gpu
-from chord_megatron.doctor.report import as_json, problems
+from chord_megatron.doctor.report import as_json, as_table, problems
 from chord_megatron.estimate import ModelState
 from chord_megatron.plan import make_plan
 from chord_megatron.versions import VLLM_RANGE, declared_ranges, installed_version, is_within
@@ -141,8 +142,16 @@ def test_a_narrow_terminal_gets_whole_paths(run_config: Path):
     result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
     assert "…" not in result.stdout and max(map(len, result.stdout.splitlines())) <= 80
     assert result.stdout.endswith("\n\nthis run can start here\n")
-    overrides = [f"train.output_dir={run_config}/run"]
-    assert "this run can" not in CliRunner().invoke(app, ["doctor", str(run_config), *overrides]).stdout
+    overrides = [f"train.output_dir={run_config}/{'d' * 60}"]
+    result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
+    assert "…" not in result.stdout and "this run can" not in result.stdout
+
+
+def test_a_long_word_is_broken_rather_than_cut():
+    console = Console(width=60)
+    with console.capture() as capture:
+        console.print(as_table([Check("disk", None, "wrong", "full", "set " + "x" * 80)]))
+    assert "…" not in capture.get() and capture.get().count("x") == 80
 
 
 @pytest.mark.usefixtures("quick")
