@@ -40,11 +40,11 @@ RUN MAX_JOBS="$MAX_JOBS" python -m pip install --no-cache-dir --no-deps --no-bui
         --no-binary vllm "vllm==$VLLM" \
     && python same_torch.py check torch.json
 USER 10001
-HEALTHCHECK --interval=1h --timeout=3m CMD ["env", "CUDA_VISIBLE_DEVICES=", "chord-megatron", "doctor"]
+HEALTHCHECK --start-period=5m --interval=1h --timeout=3m CMD ["env", "CUDA_VISIBLE_DEVICES=", "chord-megatron", "doctor"]
 CMD ["bash"]
 
 FROM base AS train
 USER 10001
 # Without GPUs, so that it never takes memory from a run.
-HEALTHCHECK --interval=1h --timeout=3m CMD ["env", "CUDA_VISIBLE_DEVICES=", "chord-megatron", "doctor"]
+HEALTHCHECK --start-period=5m --interval=1h --timeout=3m CMD ["env", "CUDA_VISIBLE_DEVICES=", "chord-megatron", "doctor"]
 CMD ["bash"]

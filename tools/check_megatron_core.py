@@ -3,7 +3,7 @@
     python tools/check_megatron_core.py            # the installed release
     python tools/check_megatron_core.py DIRECTORY  # an unpacked wheel, which holds megatron/core
 
-Looks for every name that the backend imports, every keyword that it passes to such a name, every method that it
+Looks for every name that the backend imports, what it passes to such a name and what that needs, every method that it
 overrides or replaces, and what backend/cpu.py rewrites. Exit code 1 where something is missing. What happens inside
 these functions it cannot see: only the tests can.
 """
@@ -28,7 +28,7 @@ class Usage:
     """What one file of the backend uses of megatron."""
 
     imported: dict[str, str] = field(default_factory=dict)  # name here -> dotted name there
-    calls: list[tuple[str, int, frozenset[str]]] = field(default_factory=list)  # dotted name, positional, keywords
+    calls: list[tuple[str, ast.Call]] = field(default_factory=list)  # dotted name
     attributes: set[tuple[str, str]] = field(default_factory=set)  # (dotted name, attribute that it has)
     overrides: set[tuple[str, str]] = field(default_factory=set)  # (base class, method)
 
@@ -135,8 +135,7 @@ def read_usage(path: Path) -> Usage:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in usage.imported:
             usage.attributes.add((usage.imported[node.value.id], node.attr))
         if isinstance(node, ast.Call) and (name := _called(node.func, usage.imported)):
-            keywords = frozenset(keyword.arg for keyword in node.keywords if keyword.arg)
-            usage.calls.append((name, len(node.args), keywords))
+            usage.calls.append((name, node))
         if isinstance(node, ast.ClassDef):
             for base in node.bases:
                 if isinstance(base, ast.Name) and base.id in usage.imported:
@@ -162,16 +161,15 @@ def check(release: Release, backend: Path = BACKEND) -> list[str]:
                 continue
             if not release.has_attribute(name, attribute):
                 problems.append(f"{path.name}: {name} has no {attribute}")
-        for name, positional, keywords in usage.calls:
-            problems += [
-                f"{path.name}: {name}() {problem}" for problem in _misfits(release, name, positional, keywords)
-            ]
+        for name, call in usage.calls:
+            problems += [f"{path.name}: {name}() {problem}" for problem in _misfits(release, name, call)]
     return problems + _check_rewritten(release, backend / "cpu.py") + _check_configuration(release, backend)
 
 
-def _misfits(release: Release, name: str, positional: int, keywords: frozenset[str]) -> list[str]:
-    """What a call passes that the function does not take, or the reverse."""
-    signature = release.signature(name)
+def _misfits(release: Release, name: str, call: ast.Call) -> list[str]:
+    """What a call passes that the function does not take, and what it needs and does not get."""
+    signature, positional = release.signature(name), len(call.args)
+    keywords = {keyword.arg for keyword in call.keywords if keyword.arg}
     if signature is None:
         return []
     if isinstance(signature, frozenset):
@@ -182,7 +180,11 @@ def _misfits(release: Release, name: str, positional: int, keywords: frozenset[s
     problems = [f"takes no {k}" for k in sorted(keywords - known)] if signature.kwarg is None else []
     if positional > len(names) and signature.vararg is None:
         problems.append(f"takes {len(names)} positional arguments, not {positional}")
-    return problems
+    if any(isinstance(a, ast.Starred) for a in call.args) or any(keyword.arg is None for keyword in call.keywords):
+        return problems  # what a * or ** brings cannot be seen
+    required = names[positional : len(names) - len(signature.defaults)]
+    required += [a.arg for a, default in zip(signature.kwonlyargs, signature.kw_defaults) if default is None]
+    return problems + [f"needs {needed}" for needed in required if needed not in keywords]
 
 
 def _check_rewritten(release: Release, cpu: Path) -> list[str]:

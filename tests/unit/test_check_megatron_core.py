@@ -29,7 +29,7 @@ class Child(Base):
 class Settings:
     known: int = 0
 
-def function(first, *, known=None):
+def function(first, *, known=None, must):
     pass
 """
 
@@ -42,14 +42,23 @@ def test_the_installed_release_has_what_the_backend_uses():
     ("code", "problem"),
     [
         ("from megatron.core.module import Child\nChild(1)", None),
-        ("from megatron.core import module\nmodule.function(1, known=2)", None),
+        ("from megatron.core import module\nmodule.function(1, known=2, must=3)", None),
         ("from megatron.core.module import Gone", "user.py: no megatron.core.module.Gone"),
         ("from megatron.core.gone import function", "user.py: no megatron.core.gone.function"),
         ("from megatron.core import module\nmodule.gone = 1", "user.py: megatron.core.module has no gone"),
         (
-            "from megatron.core.module import function\nfunction(1, other=2)",
+            "from megatron.core.module import function\nfunction(1, must=2, other=3)",
             "user.py: megatron.core.module.function() takes no other",
         ),
+        (
+            "from megatron.core.module import function\nfunction(known=2, must=3)",
+            "user.py: megatron.core.module.function() needs first",
+        ),
+        (
+            "from megatron.core.module import function\nfunction(1)",
+            "user.py: megatron.core.module.function() needs must",
+        ),
+        ("from megatron.core.module import function\nfunction(*[1], **{})", None),
         (
             "from megatron.core.module import Child\nChild(1, 2)",
             "user.py: megatron.core.module.Child() takes 1 positional arguments, not 2",
