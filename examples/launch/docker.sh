@@ -20,6 +20,7 @@ options=(
   --ipc host
   --ulimit memlock=-1 --ulimit stack=67108864
   --volume "$PWD:$PWD" --workdir "$PWD"
+  --env PYTHONSAFEPATH=1 # the image's chord_megatron in every process, not one that lies here
   # Names without values: docker takes them from this environment, so that no secret is on a command line.
   --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN
 )

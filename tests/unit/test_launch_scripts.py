@@ -204,7 +204,8 @@ def test_docker_gets_secrets_by_name_and_much_shared_memory(stand_ins: StandIns)
     assert stand_ins.calls("docker") == [
         f"run --rm --init --name chord-train --user {os.getuid()}:{os.getgid()}"
         " --ipc host --ulimit memlock=-1 --ulimit stack=67108864"
-        f" --volume {ROOT}:{ROOT} --workdir {ROOT} --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN"
+        f" --volume {ROOT}:{ROOT} --workdir {ROOT} --env PYTHONSAFEPATH=1"
+        " --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN"
         " --gpus all --volume /models:/models:ro"
         " chord_megatron chord-megatron train c.yaml --nproc-per-node 4 a.b=1"
     ]
