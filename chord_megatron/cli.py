@@ -125,7 +125,8 @@ def doctor(
     else:
         Console().print(as_table(checks))
         if not problems(checks):
-            print("\ntraining can run on this machine" if config is None else "\nthis run can start here")
+            what = "training" if config is None else "this run; its data, rewards and servers were not looked at"
+            print(f"\nnothing on this machine stands in the way of {what}")
     for problem in problems(checks):
         print(f"problem: {problem}", file=sys.stderr)
     return 1 if problems(checks) else 0

@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from chord_megatron.backend.checkpoint_metadata import METADATA_FILE, read_metadata
+from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
+from chord_megatron.backend.megatron_checkpoint import MegatronReader
 from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
@@ -27,13 +28,13 @@ _MAKE_ROOM = "rollout.sleep_level, offload_optimizer or offload_model"
 
 
 def check_weights(model_dir: Path, arch: ModelArchitecture) -> Check:
-    """Whether the model's files are there and complete, by their headers."""
+    """Whether the model's files are there and complete, by their headers; of a converted checkpoint too."""
     try:
         if (model_dir / METADATA_FILE).is_file():
-            read_metadata(model_dir, "convert the model again")
-            return Check("weights", str(model_dir), "ok", "a converted checkpoint; its tensors are checked on loading")
-        with SafetensorsReader(model_dir) as reader:
-            check_complete(reader, arch)
+            MegatronReader(model_dir, arch)
+        else:
+            with SafetensorsReader(model_dir) as reader:
+                check_complete(reader, arch)
     except UserError as error:
         return Check("weights", None, "wrong", str(error), is_blocking=True)
     return Check("weights", str(model_dir), "ok", "every tensor of the model is there")

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from chord_megatron.cli import app
 from chord_megatron.config import RolloutConfig, load_config
+from chord_megatron.conversion import hf_to_megatron
 from chord_megatron.convert.hf_config import read_architecture
 from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.doctor import configuration, examination, machine, software
@@ -133,7 +134,7 @@ def test_a_table_and_exit_code_0_without_a_configuration():
         assert f"\n{name} " in result.stdout
     for name in ("Apex", "vLLM", "Triton", "torchvision", "host memory", "disk"):
         assert f"\n{name} " in result.stdout
-    assert result.stdout.endswith("\n\ntraining can run on this machine\n")
+    assert result.stdout.endswith("\n\nnothing on this machine stands in the way of training\n")
 
 
 @pytest.mark.usefixtures("quick")
@@ -141,10 +142,10 @@ def test_a_narrow_terminal_gets_whole_paths(run_config: Path):
     overrides = [f"train.output_dir={run_config.parent}/{'deep/' * 9}run"]
     result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
     assert "…" not in result.stdout and max(map(len, result.stdout.splitlines())) <= 80
-    assert result.stdout.endswith("\n\nthis run can start here\n")
+    assert "\n\nnothing on this machine stands in the way of this run; its data, " in result.stdout
     overrides = [f"train.output_dir={run_config}/{'d' * 60}"]
     result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
-    assert "…" not in result.stdout and "this run can" not in result.stdout
+    assert "…" not in result.stdout and "stands in the way" not in result.stdout
 
 
 def test_a_long_word_is_broken_rather_than_cut():
@@ -579,12 +580,23 @@ def test_incomplete_weights_are_named(run_config: Path):
     assert configuration.check_weights(model, arch).status == "ok"
     check = configuration.check_weights(model, replace(arch, num_layers=3))
     assert check.is_blocking and "model.layers.2." in check.meaning
-    (model / ".metadata").write_text("of a conversion that was cut off")
-    check = configuration.check_weights(model, arch)
-    assert check.is_blocking and check.meaning.endswith("is damaged; convert the model again")
-    (model / ".metadata").unlink()
     (model / "model.safetensors").unlink()
     assert "has neither model.safetensors nor" in configuration.check_weights(model, arch).meaning
+
+
+def test_incomplete_weights_of_a_converted_checkpoint_are_named(run_config: Path, tmp_path: Path):
+    model, converted = tmp_path / "model", tmp_path / "converted"
+    arch = read_architecture(model)
+    hf_to_megatron(model, converted, verify=False)
+    assert configuration.check_weights(converted, arch).status == "ok"
+    check = configuration.check_weights(converted, replace(arch, num_layers=3))
+    assert check.is_blocking and "decoder.layers.2." in check.meaning
+    (file,) = converted.glob("*.distcp")
+    file.unlink()
+    check = configuration.check_weights(converted, arch)
+    assert check.is_blocking and file.name in check.meaning
+    (converted / ".metadata").write_text("cut off")
+    assert "is damaged" in configuration.check_weights(converted, arch).meaning
 
 
 @pytest.mark.usefixtures("quick")
