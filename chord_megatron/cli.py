@@ -125,7 +125,7 @@ def doctor(
     else:
         Console().print(as_table(checks))
         if not problems(checks):
-            what = "training" if config is None else "this run; its data, rewards and servers were not looked at"
+            what = "training" if config is None else "this run\n(its data, rewards and servers were not looked at)"
             print(f"\nnothing on this machine stands in the way of {what}")
     for problem in problems(checks):
         print(f"problem: {problem}", file=sys.stderr)

@@ -142,7 +142,7 @@ def test_a_narrow_terminal_gets_whole_paths(run_config: Path):
     overrides = [f"train.output_dir={run_config.parent}/{'deep/' * 9}run"]
     result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
     assert "…" not in result.stdout and max(map(len, result.stdout.splitlines())) <= 80
-    assert "\n\nnothing on this machine stands in the way of this run; its data, " in result.stdout
+    assert "\n\nnothing on this machine stands in the way of this run\n(its data, " in result.stdout
     overrides = [f"train.output_dir={run_config}/{'d' * 60}"]
     result = CliRunner().invoke(app, ["doctor", str(run_config), *overrides], env={"COLUMNS": "80"})
     assert "…" not in result.stdout and "stands in the way" not in result.stdout
