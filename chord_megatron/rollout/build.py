@@ -42,18 +42,20 @@ def _build_colocate(config: Config, engine: MegatronEngine) -> RolloutEngine:
     from chord_megatron.rollout.vllm_colocate import VllmColocateRollout
 
     rollout = config.rollout
-    return VllmColocateRollout(
-        Path(config.model.path),
-        engine.arch,
-        dtype=config.model.dtype,
-        seed=config.train.seed,
-        tensor_parallel_size=rollout.vllm_tensor_parallel_size,
-        max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
-        max_num_seqs=rollout.max_batch_size,
-        gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
-        enforce_eager=rollout.vllm_enforce_eager,
-        sleep_level=rollout.sleep_level,
-    )
+    # vLLM starts only where its share of the GPU is free.
+    with engine.offloaded(optimizer=rollout.offload_optimizer, model=rollout.offload_model):
+        return VllmColocateRollout(
+            Path(config.model.path),
+            engine.arch,
+            dtype=config.model.dtype,
+            seed=config.train.seed,
+            tensor_parallel_size=rollout.vllm_tensor_parallel_size,
+            max_model_len=config.data.max_prompt_length + rollout.max_completion_length,
+            max_num_seqs=rollout.max_batch_size,
+            gpu_memory_utilization=rollout.vllm_gpu_memory_utilization,
+            enforce_eager=rollout.vllm_enforce_eager,
+            sleep_level=rollout.sleep_level,
+        )
 
 
 def _build_servers(config: Config, groups: ParallelGroups) -> ServerRollout:
