@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.config import Config, ParallelConfig, RolloutConfig
@@ -207,6 +208,12 @@ def _check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) ->
     for url in rollout.vllm_servers or ():
         if not re.fullmatch(r"https?://[^/\s]+/?", url):
             raise UserError(f"rollout.vllm_servers: {url!r} must look like http://host:port")
+        address = rollout.weight_transfer_address
+        if rollout.weight_transfer == "broadcast" and _is_loopback(address) > _is_loopback(str(urlsplit(url).hostname)):
+            raise UserError(
+                f"rollout.weight_transfer_address={address} cannot be reached from the machine of {url}; set it to an "
+                "address of rank 0's machine"
+            )
     tp = rollout.vllm_tensor_parallel_size
     if world_size % tp or arch.num_attention_heads % tp:
         raise UserError(
@@ -218,6 +225,10 @@ def _check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) ->
             "rollout.max_staleness=1 draws one batch ahead for each step; set grpo.steps_per_generation and "
             "grpo.num_iterations to 1"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith("127.")
 
 
 _KEYS_OF_MODE = {

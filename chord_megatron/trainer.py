@@ -103,7 +103,7 @@ class ChordTrainer:
         with self.timer("step"):
             result = self.take_step(step)
         times = self.timer.times()
-        times["time_generation"] = getattr(self.sampler.rollout, "generation_seconds", None)
+        times["time_generation"] = self.sampler.rollout.generation_seconds
         num_tokens = (result.metrics["num_rollout_tokens"] or 0) + (result.metrics["num_expert_tokens"] or 0)
         result.metrics.update(times, tokens_per_second=num_tokens / times["time_step"])
         return result

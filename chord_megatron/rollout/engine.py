@@ -17,6 +17,8 @@ class RolloutEngine(Protocol):
     """Draws completions from the policy. Every method is a collective call of all ranks."""
 
     weights_version: int | None  # policy version of the weights that it would sample with; None: it has none to trust
+    # Of the last batch, from its first request to its last answer; None where the trainer waits all the while.
+    generation_seconds: float | None
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
@@ -50,8 +52,6 @@ class ScoringEngine(RolloutEngine, Protocol):
 
 class AsynchronousEngine(ScoringEngine, Protocol):
     """An engine that draws while the trainer trains."""
-
-    generation_seconds: float | None  # of the last batch that is complete, from its first request to its last answer
 
     def submit(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int

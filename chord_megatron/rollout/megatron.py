@@ -23,6 +23,8 @@ class Generator(Protocol):
 class MegatronRollout:
     """Splits the completions of a step over the data-parallel ranks and decodes them in batches."""
 
+    generation_seconds: float | None = None
+
     def __init__(self, engine: Generator, dp_group: dist.ProcessGroup, *, seed: int, max_batch_size: int) -> None:
         self._engine = engine
         self._dp_group = dp_group

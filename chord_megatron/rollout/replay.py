@@ -41,6 +41,8 @@ class RolloutRecorder:
 class ReplayRollout:
     """Returns what was recorded at each step; the prompts must be those of the recording."""
 
+    generation_seconds: float | None = None
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._samples: dict[int, list[RolloutSample]] = {}

@@ -13,42 +13,23 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from chord_megatron.rollout.server_guard import GENERATE, TOKEN_VARIABLE
+from chord_megatron.rollout.server_client import Json, Server, ServerClient, ServerError, check_identity
+from chord_megatron.rollout.server_guard import GENERATE
 from chord_megatron.types import UserError
 
 T = TypeVar("T")
-Json = dict[str, Any]
 
-_CONNECT_SECONDS = 5.0
 _STATUS_SECONDS = 10.0
 _ATTEMPTS = 4  # at a completion, on whichever servers are left
 _logger = logging.getLogger(__name__)
 
 
-class ServerError(Exception):
-    """One server failed; another may do."""
-
-
 class UpdateError(UserError):
     """No server took the weights; another attempt may do, once they have restarted."""
-
-
-@dataclass
-class Server:
-    """What is known of one server."""
-
-    url: str
-    version: int | None = None  # of its weights; None: out of service
-    in_flight: int = 0
-    instance: str | None = None  # which start of the server was seen last
-    failed_instance: str | None = None  # a start that must not be used again
-    failure: str = "never reached"
 
 
 class ServerPool:
@@ -61,19 +42,14 @@ class ServerPool:
         self._version = -1
         self._is_first_update = True
         self._identity, self._timeout, self._max_in_flight = identity, timeout, max_in_flight
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(timeout, connect=_CONNECT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=None),
-            trust_env=False,  # no proxy: the token is for the servers alone
-        )
+        self._client = ServerClient(token, timeout=timeout)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="rollout-servers")
         self._thread.start()
 
     def close(self) -> None:
         """Drop all connections; the servers run on."""
-        self._run(self._client.aclose())
+        self._run(self._client.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -128,7 +104,7 @@ class ServerPool:
     async def _ask(self, server: Server, request: Json, version: int) -> Json:
         server.in_flight += 1
         try:
-            answer = await self._post(server, GENERATE, request)
+            answer = await self._client.post(server, GENERATE, request)
             (choice,) = answer["choices"]
             if choice["finish_reason"] not in ("stop", "length"):
                 raise ServerError(f"a completion ended with {choice['finish_reason']}")
@@ -181,7 +157,7 @@ class ServerPool:
         """How many processes each of them loads weights in. Raises UpdateError."""
 
         async def ask() -> list[Json]:
-            return await self._all(self._request("GET", server, "/get_world_size") for server in self._updating)
+            return await self._all(self._client.get(server, "/get_world_size") for server in self._updating)
 
         return [answer["world_size"] for answer in self._run(ask())]
 
@@ -228,13 +204,13 @@ class ServerPool:
     async def _is_fit(self, server: Server) -> bool:
         """Whether an update can begin. A server that failed is asked to restart, and fit once it is back."""
         try:
-            status = await self._request("GET", server, "/chord/status", timeout=_STATUS_SECONDS)
-            _check_identity(server.url, self._identity, status["identity"])
+            status = await self._client.get(server, "/chord/status", timeout=_STATUS_SECONDS)
+            check_identity(server.url, self._identity, status["identity"])
             server.instance = status["instance"]
             if status["state"] in ("unsynced", "ready") and server.instance != server.failed_instance:
                 return True
             server.failed_instance = server.instance
-            await self._request("POST", server, "/chord/restart", timeout=_STATUS_SECONDS)
+            await self._client.post(server, "/chord/restart", timeout=_STATUS_SECONDS)
             server.failure = "restarting"
         except ServerError as error:
             server.failure = str(error)
@@ -248,7 +224,7 @@ class ServerPool:
 
         async def post(server: Server) -> bool:
             try:
-                await self._post(server, path, body)
+                await self._client.post(server, path, body)
                 return True
             except ServerError as error:
                 self._take_out(server, str(error))
@@ -261,7 +237,7 @@ class ServerPool:
 
     async def _together(self, path: str, bodies: Sequence[Json], meanwhile: Callable[[], None]) -> None:
         """POST to all that are being updated while `meanwhile` runs; where one fails, all do. Raises UpdateError."""
-        requests = [self._post(server, path, body) for server, body in zip(self._updating, bodies, strict=True)]
+        requests = [self._client.post(server, path, body) for server, body in zip(self._updating, bodies, strict=True)]
         await self._all([*requests, _in_thread(meanwhile)])
 
     async def _all(self, parts: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -283,26 +259,6 @@ class ServerPool:
             f"no rollout server took the weights of version {self._version}: {self._failures()}; see what they "
             "print, and start the run again: it goes on from its latest checkpoint"
         )
-
-    # --- requests -----------------------------------------------------------------------------------------------------
-
-    async def _post(self, server: Server, path: str, body: Json | None) -> Json:
-        return await self._request("POST", server, path, json=body)
-
-    async def _request(self, method: str, server: Server, path: str, **options: Any) -> Json:
-        """The answer's JSON. Raises UserError for what no server would do, ServerError for what this one did not."""
-        try:
-            response = await self._client.request(method, server.url + path, **options)
-        except httpx.HTTPError as error:
-            raise ServerError(f"{path}: {type(error).__name__} {error}".rstrip()) from None
-        if response.status_code == 401:
-            raise UserError(f"{server.url} refuses the token; set the {TOKEN_VARIABLE} that it was started with")
-        text = " ".join(response.text.split())[:300]
-        if response.status_code in (400, 404, 422):
-            raise UserError(f"{server.url} refuses {path}: {text}; is it a `chord-megatron serve` of this release?")
-        if not response.is_success:
-            raise ServerError(f"{path}: {response.status_code} {text}")
-        return response.json()
 
     def _take_out(self, server: Server, failure: str) -> None:
         if server.failed_instance != server.instance:
@@ -337,19 +293,3 @@ async def _in_thread(function: Callable[[], None]) -> None:
 
     threading.Thread(target=run, daemon=True, name="weight-broadcast").start()
     await done
-
-
-def _check_identity(url: str, ours: Json, theirs: Json) -> None:
-    """Raises UserError where the server was started for another model."""
-    for key in ("architecture", "dtype", "tokenizer_sha256"):
-        mine, other = ours[key], theirs.get(key)
-        if mine == other:
-            continue
-        what = key
-        if key == "architecture" and isinstance(other, dict):
-            what = next((name for name in mine if mine[name] != other.get(name)), key)
-            mine, other = mine.get(what), other.get(what)
-        raise UserError(
-            f"{url} serves another model: its {what} is {other}, the trainer's {mine}; start it with the trainer's "
-            "model directory and model.dtype"
-        )

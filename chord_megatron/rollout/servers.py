@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
 from torch import Tensor
 
 from chord_megatron.rollout.engine import WeightSource
@@ -14,11 +15,9 @@ from chord_megatron.rollout.samples import make_sample
 from chord_megatron.rollout.server_pool import ServerPool, UpdateError
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
 from chord_megatron.rollout.weight_transfer import WeightTransfer
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
 
 T = TypeVar("T")
-
-_UPDATE_ATTEMPTS = 2
 
 
 class ServerRollout:
@@ -43,8 +42,6 @@ class ServerRollout:
     ) -> Callable[[], list[RolloutSample]]:
         """See AsynchronousEngine."""
         assert self.weights_version == policy_version, "sampling with other weights than the policy's"
-        if self._pool is None:
-            return lambda: _broadcast([])
         repeated = [prompt for prompt in prompts for _ in range(num_generations)]
         requests = [
             {
@@ -53,63 +50,72 @@ class ServerRollout:
             }
             for index, prompt in enumerate(repeated)
         ]
-        start = time.perf_counter()
-        future = self._pool.submit(requests, policy_version)
-        future.add_done_callback(lambda _: self._stop_clock(start))
+        if self._pool is not None:
+            start = time.perf_counter()
+            future = self._pool.submit(requests, policy_version)
+            future.add_done_callback(lambda _: self._stop_clock(start))
 
-        def collect() -> list[RolloutSample]:
-            return _broadcast(
-                [
-                    make_sample(prompt, index, choice["token_ids"], _log_probs(choice), params, policy_version)
-                    for index, (prompt, choice) in enumerate(zip(repeated, future.result(), strict=True))
-                ]
-            )
+        def collect(_: ServerPool) -> list[RolloutSample]:
+            return [
+                make_sample(prompt, index, choice["token_ids"], _log_probs(choice), params, policy_version)
+                for index, (prompt, choice) in enumerate(zip(repeated, future.result(), strict=True))
+            ]
 
-        return collect
+        return lambda: self._on_rank_0(collect)
 
     def _stop_clock(self, start: float) -> None:
         self.generation_seconds = time.perf_counter() - start
 
     def score(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
         """See ScoringEngine: those of every server."""
-        return self._pool.score(sequences, SCORING_ARGUMENTS) if self._pool else {}
+        return self._on_rank_0(lambda pool: pool.score(sequences, SCORING_ARGUMENTS))
 
     def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """See RolloutEngine. Raises UserError where no server takes them, also not after a restart."""
         self.weights_version = None
-        for _ in range(_UPDATE_ATTEMPTS):
-            failure = _broadcast(self._try_update(weights(), policy_version))
-            if failure is None:
-                self.weights_version = policy_version
-                return
-        raise UpdateError(failure)
+        self._update(weights, policy_version)
+        self.weights_version = policy_version
 
-    def _try_update(self, weights: Iterator[tuple[str, Tensor]], policy_version: int) -> str | None:
-        """Why no server took them, if so."""
-        failure = None
-        if self._pool is not None:
+    @retry(retry=retry_if_exception_type(UpdateError), stop=stop_after_attempt(2), reraise=True)
+    def _update(self, source: WeightSource, policy_version: int) -> None:
+        weights = source()
+
+        def send(pool: ServerPool) -> None:
             try:
-                self._pool.open_update(policy_version)
-                self._transfer.send(self._pool, weights)
-                self._pool.close_update()
-            except UpdateError as error:
-                failure = str(error)
-        for _ in weights:  # what is left, or all of them: each is a collective call
-            pass
-        return failure
+                pool.open_update(policy_version)
+                self._transfer.send(pool, weights)
+                pool.close_update()
+            finally:
+                _exhaust(weights)
+
+        if self._pool is None:
+            _exhaust(weights)
+        self._on_rank_0(send)
 
     def close(self) -> None:
         """Drop the connections; the servers run on."""
         if self._pool is not None:
             self._pool.close()
 
+    def _on_rank_0(self, compute: Callable[[ServerPool], T]) -> T:
+        """What rank 0 computes, on every rank; what it raises for the user, every rank raises."""
+        outcome: list[Any] = [None]
+        if self._pool is not None:
+            try:
+                outcome = [compute(self._pool)]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
+
 
 def _log_probs(choice: dict[str, Any]) -> list[float]:
     return [entry["logprob"] for entry in choice["logprobs"]["content"]]
 
 
-def _broadcast(value: T) -> T:
-    """Rank 0's value."""
-    shared = [value]
-    dist.broadcast_object_list(shared, src=0)
-    return shared[0]
+def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Take part in what is left of a collective pass."""
+    for _ in weights:
+        pass

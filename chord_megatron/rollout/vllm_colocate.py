@@ -28,6 +28,8 @@ class VllmColocateRollout:
     Every method is a collective call of all ranks.
     """
 
+    generation_seconds: float | None = None
+
     def __init__(
         self,
         model_dir: Path,

@@ -19,6 +19,7 @@ from chord_megatron.rollout.manifest import as_bytes, checksum
 
 Json = dict[str, Any]
 
+_MEETING_SECONDS = 120.0  # for all to be there: they are told at the same time
 _ALIGNMENT = 16  # bytes: tensors are viewed in place, in any dtype
 
 
@@ -36,7 +37,10 @@ class BroadcastGroup:
         timeout: float,
         listener: socket.socket | None = None,
     ) -> None:
-        """Meet at `address`:`port`, where rank 0 gives its `listener`. Waits for all, `timeout` seconds at most."""
+        """Meet at `address`:`port`, where rank 0 gives its `listener`. Waits for all.
+
+        `timeout`: seconds for a broadcast. Raises RuntimeError where not all came.
+        """
         self.device = device
         self._use_device()
         limit = timedelta(seconds=timeout)
@@ -48,7 +52,7 @@ class BroadcastGroup:
                 is_master=listener is not None,
                 master_listen_fd=listener.detach() if listener is not None else None,
                 wait_for_workers=False,
-                timeout=limit,
+                timeout=timedelta(seconds=min(timeout, _MEETING_SECONDS)),
             ),
         )
         if device.type == "cuda":

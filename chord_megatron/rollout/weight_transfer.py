@@ -17,6 +17,7 @@ from chord_megatron.rollout.manifest import buckets, checksum
 from chord_megatron.rollout.server_pool import ServerPool, UpdateError
 from chord_megatron.rollout.weight_broadcast import BroadcastGroup, pack
 from chord_megatron.rollout.weight_files import save_weight_file
+from chord_megatron.types import UserError
 
 
 class WeightTransfer(Protocol):
@@ -61,7 +62,7 @@ class BroadcastTransfer:
         self._members: Sequence[str] = ()
 
     def send(self, pool: ServerPool, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """See WeightTransfer."""
+        """See WeightTransfer. Raises UserError where this machine has no such address."""
         try:
             if self._group is None or self._members != pool.updating():
                 self._build_group(pool)
@@ -75,7 +76,7 @@ class BroadcastTransfer:
 
     def _build_group(self, pool: ServerPool) -> None:
         self._drop_group()
-        listener = socket.create_server((self._address, 0))
+        listener = self._listen()
         port = listener.getsockname()[1]
         num_workers = pool.num_workers()
         world_size = 1 + sum(num_workers)
@@ -94,6 +95,15 @@ class BroadcastTransfer:
 
         pool.join_group([shared | {"first_rank": 1 + sum(num_workers[:i])} for i in range(len(num_workers))], join)
         self._members = pool.updating()
+
+    def _listen(self) -> socket.socket:
+        try:
+            return socket.create_server((self._address, 0))
+        except OSError as error:
+            raise UserError(
+                f"rollout.weight_transfer_address: rank 0 cannot listen on {self._address} ({error}); name an address "
+                "of its machine"
+            ) from None
 
     def _drop_group(self) -> None:
         if self._group is not None:

@@ -346,9 +346,10 @@ def test_without_a_server_the_run_says_so(vllm_assets: Path, tmp_path: Path):
     (port,) = free_ports(1)
     config = write_config(vllm_assets, tmp_path)
     options = ("rollout.engine=vllm", "rollout.vllm_mode=server", "rollout.vllm_server_timeout=1")
-    outcome = train_here(config, *options, f"rollout.vllm_servers=['http://127.0.0.1:{port}']")
+    outcome = train_on_two(config, *options, f"rollout.vllm_servers=['http://127.0.0.1:{port}']")
     assert outcome.code == 2
     (error,) = outcome.errors
+    assert "Traceback" not in outcome.stderr  # of the other rank
     assert "rollout servers are not ready after 1 s" in error and "start them with `chord-megatron serve`" in error
 
 

@@ -43,6 +43,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+SERVER = {
+    "rollout__engine": "vllm",
+    "rollout__vllm_mode": "server",
+    "rollout__vllm_servers": ["http://127.0.0.1:8000"],
+}
 EXPERTS = MixtureOfExperts(
     num_experts=60, experts_per_token=4, ffn_hidden_size=1001, score_function="softmax", normalize_top_k=True
 )
@@ -216,6 +221,46 @@ def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
         (
             {"optimizer__lr_warmup_iters": 12},
             "optimizer.lr_warmup_iters=12 must be below train.train_iters=12",
+        ),
+        (
+            {"rollout__engine": "vllm"},
+            "rollout.engine=vllm and rollout.vllm_mode (colocate or server) go together; set both or neither",
+        ),
+        (
+            {"rollout__vllm_mode": "server"},
+            "rollout.engine=vllm and rollout.vllm_mode (colocate or server) go together; set both or neither",
+        ),
+        (
+            SERVER | {"rollout__sleep_level": 2},
+            "rollout.sleep_level is for rollout.engine=vllm with rollout.vllm_mode=colocate; remove it",
+        ),
+        (
+            {"rollout__weight_transfer": "broadcast"},
+            "rollout.weight_transfer is for rollout.engine=vllm with rollout.vllm_mode=server; remove it",
+        ),
+        (
+            SERVER | {"rollout__vllm_servers": []},
+            "rollout.vllm_mode=server needs rollout.vllm_servers, such as ['http://127.0.0.1:8000']; start them with "
+            "`chord-megatron serve`",
+        ),
+        (
+            SERVER | {"rollout__vllm_servers": ["10.0.0.5:8000"]},
+            "rollout.vllm_servers: '10.0.0.5:8000' must look like http://host:port",
+        ),
+        (
+            SERVER | {"rollout__weight_transfer": "broadcast", "rollout__vllm_servers": ["http://10.0.0.5:8000"]},
+            "rollout.weight_transfer_address=127.0.0.1 cannot be reached from the machine of http://10.0.0.5:8000; "
+            "set it to an address of rank 0's machine",
+        ),
+        (
+            {"rollout__engine": "vllm", "rollout__vllm_mode": "colocate", "rollout__vllm_tensor_parallel_size": 3},
+            "rollout.vllm_tensor_parallel_size=3 must divide the 8 processes and the model's 28 attention heads; "
+            "choose another",
+        ),
+        (
+            SERVER | {"rollout__max_staleness": 1, "grpo__num_iterations": 2},
+            "rollout.max_staleness=1 draws one batch ahead for each step; set grpo.steps_per_generation and "
+            "grpo.num_iterations to 1",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from chord_megatron.rollout.manifest import Manifest, ManifestError, checksum
 from chord_megatron.rollout.server_guard import GENERATE, ServerGuard
 from chord_megatron.rollout.weight_broadcast import BroadcastGroup, pack, unpack
 from chord_megatron.rollout.weight_files import read_weight_file
-from chord_megatron.rollout.weight_transfer import FileTransfer
+from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer
 from chord_megatron.types import UserError
 
 TOKEN = "correct horse battery"
@@ -181,6 +181,17 @@ def test_a_receiver_that_is_gone_is_noticed():
         with pytest.raises(RuntimeError, match=r"[Tt]imed out|closed"):
             group.broadcast(torch.zeros(50 * 10**6, dtype=torch.uint8))
         group.abort()
+
+
+def test_an_address_of_another_machine_is_refused():
+    transfer = BroadcastTransfer("192.0.2.1", device=CPU, bucket_bytes=80, timeout=1.0)  # of RFC 5737, nobody's
+    with pytest.raises(UserError, match=r"rollout.weight_transfer_address: rank 0 cannot listen on 192.0.2.1 \("):
+        transfer.send(NoServers(), iter(WEIGHTS))
+
+
+class NoServers:
+    def updating(self) -> list[str]:
+        return []
 
 
 # --- guard ----------------------------------------------------------------------------------------------------------
