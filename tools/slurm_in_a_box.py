@@ -1,8 +1,9 @@
 """Run examples/launch/slurm.sbatch on a real Slurm of its own: two nodes on this machine, interrupted twice.
 
-Starts munged, slurmctld and two slurmd with a configuration in a temporary directory, submits the quickstart, has the
-job queued again by `scontrol requeue` and by the signal that announces the time limit, and compares what it left with
-an uninterrupted run. About six minutes on two cores. Continuous integration does not run it, because it needs
+Starts munged, slurmctld and two slurmd with a configuration in a temporary directory and submits the quickstart. Slurm
+takes the nodes away for a job of a partition with a higher priority, later the signal that announces the time limit
+comes. Both times the job is queued again and resumes; what it left is compared with an uninterrupted run. About three
+minutes on two cores. Continuous integration does not run it, because it needs
 
     apt-get install --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
 
@@ -29,6 +30,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = "examples/quickstart/quickstart.yaml"
+URGENT_PARTITION = "urgent"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("box1", "box2")
 TRAIN_ITERS, SAVE_STEPS = 15, 4
@@ -57,12 +59,15 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=5
 GresTypes=gpu
 NodeName={node_1} NodeAddr=127.0.0.1 NodeHostname=localhost Port={node_1_port} CPUs=1 Gres=gpu:1 State=UNKNOWN
 NodeName={node_2} NodeAddr=127.0.0.1 NodeHostname=localhost Port={node_2_port} CPUs=1 Gres=gpu:1 State=UNKNOWN
-PartitionName=box Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=box Nodes=ALL PriorityTier=1 Default=YES MaxTime=INFINITE State=UP
+PartitionName={urgent} Nodes=ALL PriorityTier=2 MaxTime=INFINITE State=UP
 """
 # The script asks for GPUs, and Slurm wants to see a device for each that a node is said to have.
 GRES_CONF = "Name=gpu File=/dev/null\n"
@@ -101,9 +106,8 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(secrets.token_bytes(128))
     configuration = directory / "slurm.conf"
     ports = dict(zip(("controller_port", "node_1_port", "node_2_port"), free_ports(3)))
-    configuration.write_text(
-        SLURM_CONF.format(directory=directory, user=getpass.getuser(), node_1=NODES[0], node_2=NODES[1], **ports)
-    )
+    names = {"user": getpass.getuser(), "node_1": NODES[0], "node_2": NODES[1], "urgent": URGENT_PARTITION}
+    configuration.write_text(SLURM_CONF.format(directory=directory, **names, **ports))
     (directory / "gres.conf").write_text(GRES_CONF)
     environment = {**os.environ, "SLURM_CONF": str(configuration), **python_environment()}
     munge_files = [f"--{name}={directory}/munge.{name.split('-')[0]}" for name in ("pid-file", "log-file", "seed-file")]
@@ -139,10 +143,12 @@ def daemon(command: list[str], log: Path, environment: dict[str, str]) -> Iterat
 def run_interrupted(directory: Path, assets: list[str], environment: dict[str, str]) -> None:
     """Submit the script, interrupt the job after two of its checkpoints, and see it to its end."""
     run, log = directory / "slurm_run", directory / "job.log"
-    submit = ["sbatch", "--parsable", f"--nodes={len(NODES)}", "--gpus-per-node=1", f"--output={log}"]
+    resources = [f"--nodes={len(NODES)}", "--gpus-per-node=1"]
+    submit = ["sbatch", "--parsable", *resources, f"--output={log}"]
     job = capture([*submit, "examples/launch/slurm.sbatch", RECIPE, f"train.output_dir={run}", *assets], environment)
     say(f"job {job} submitted")
-    interrupt(["scontrol", "requeue", job], 1, run, job, environment)
+    interrupt(["srun", f"--partition={URGENT_PARTITION}", *resources, "true"], 1, run, job, environment)
+    say(preemption(job, directory / "slurmctld.log"))
     interrupt(["scancel", "--batch", "--signal=USR1", job], 2, run, job, environment)
     wait_for(lambda: "JobState=COMPLETED" in show(job, environment), "the end of the job", seconds=300)
     say(fields(show(job, environment), "JobState", "Restarts", "ExitCode", "NodeList", "BatchHost"))
@@ -160,6 +166,12 @@ def interrupt(command: list[str], count: int, run: Path, job: str, environment: 
     capture(command, environment)
     wait_for(lambda: f"Restarts={count} " in show(job, environment), "the requeue", seconds=60)
     say(fields(show(job, environment), "JobState", "Restarts"))
+
+
+def preemption(job: str, log: Path) -> str:
+    """The line in which the controller says that it preempted the job, once."""
+    (line,) = re.findall(rf"preempted JobId={job} has been requeued .*", log.read_text())
+    return line
 
 
 def run_undisturbed(directory: Path, assets: list[str]) -> None:
