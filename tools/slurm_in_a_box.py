@@ -1,9 +1,9 @@
-"""Run examples/launch/slurm.sbatch on a real Slurm of its own: two nodes on this machine, interrupted twice.
+"""Run examples/launch/slurm.sbatch on a real Slurm of its own: two nodes on this machine, interrupted three times.
 
-Starts munged, slurmctld and two slurmd with a configuration in a temporary directory and submits the quickstart. Slurm
-takes the nodes away for a job of a partition with a higher priority, later the signal that announces the time limit
-comes. Both times the job is queued again and resumes; what it left is compared with an uninterrupted run. About three
-minutes on two cores. Continuous integration does not run it, because it needs
+Starts munged, slurmctld and two slurmd with a configuration in a temporary directory and submits the quickstart. A job
+of a partition with a higher PriorityTier preempts it, first without a GraceTime, then with one; then comes the signal
+that announces the time limit. Each time the job is queued again and resumes, and what it leaves is compared with an
+uninterrupted run. Three to five minutes on two cores. Continuous integration does not run it, because it needs
 
     apt-get install --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
 
@@ -30,7 +30,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = "examples/quickstart/quickstart.yaml"
-URGENT_PARTITION = "urgent"
+PARTITION, URGENT_PARTITION = "box", "urgent"
+GRACE_SECONDS = 60
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("box1", "box2")
 TRAIN_ITERS, SAVE_STEPS = 15, 4
@@ -66,8 +67,8 @@ KillWait=5
 GresTypes=gpu
 NodeName={node_1} NodeAddr=127.0.0.1 NodeHostname=localhost Port={node_1_port} CPUs=1 Gres=gpu:1 State=UNKNOWN
 NodeName={node_2} NodeAddr=127.0.0.1 NodeHostname=localhost Port={node_2_port} CPUs=1 Gres=gpu:1 State=UNKNOWN
-PartitionName=box Nodes=ALL PriorityTier=1 Default=YES MaxTime=INFINITE State=UP
-PartitionName={urgent} Nodes=ALL PriorityTier=2 MaxTime=INFINITE State=UP
+PartitionName={partition} Nodes=ALL PriorityTier=1 Default=YES MaxTime=INFINITE State=UP
+PartitionName={urgent_partition} Nodes=ALL PriorityTier=2 MaxTime=INFINITE State=UP
 """
 # The script asks for GPUs, and Slurm wants to see a device for each that a node is said to have.
 GRES_CONF = "Name=gpu File=/dev/null\n"
@@ -106,8 +107,9 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(secrets.token_bytes(128))
     configuration = directory / "slurm.conf"
     ports = dict(zip(("controller_port", "node_1_port", "node_2_port"), free_ports(3)))
-    names = {"user": getpass.getuser(), "node_1": NODES[0], "node_2": NODES[1], "urgent": URGENT_PARTITION}
-    configuration.write_text(SLURM_CONF.format(directory=directory, **names, **ports))
+    names = {"user": getpass.getuser(), "node_1": NODES[0], "node_2": NODES[1]}
+    partitions = {"partition": PARTITION, "urgent_partition": URGENT_PARTITION}
+    configuration.write_text(SLURM_CONF.format(directory=directory, **names, **partitions, **ports))
     (directory / "gres.conf").write_text(GRES_CONF)
     environment = {**os.environ, "SLURM_CONF": str(configuration), **python_environment()}
     munge_files = [f"--{name}={directory}/munge.{name.split('-')[0]}" for name in ("pid-file", "log-file", "seed-file")]
@@ -141,20 +143,25 @@ def daemon(command: list[str], log: Path, environment: dict[str, str]) -> Iterat
 
 
 def run_interrupted(directory: Path, assets: list[str], environment: dict[str, str]) -> None:
-    """Submit the script, interrupt the job after two of its checkpoints, and see it to its end."""
+    """Submit the script, interrupt the job after three of its checkpoints, and see it to its end."""
     run, log = directory / "slurm_run", directory / "job.log"
     resources = [f"--nodes={len(NODES)}", "--gpus-per-node=1"]
     submit = ["sbatch", "--parsable", *resources, f"--output={log}"]
     job = capture([*submit, "examples/launch/slurm.sbatch", RECIPE, f"train.output_dir={run}", *assets], environment)
     say(f"job {job} submitted")
-    interrupt(["srun", f"--partition={URGENT_PARTITION}", *resources, "true"], 1, run, job, environment)
-    say(preemption(job, directory / "slurmctld.log"))
-    interrupt(["scancel", "--batch", "--signal=USR1", job], 2, run, job, environment)
+    urgent_job = ["srun", f"--partition={URGENT_PARTITION}", *resources, "true"]
+    interrupt(urgent_job, 1, run, job, environment)
+    say(find(f"preempted JobId={job} has been requeued", directory / "slurmctld.log"))
+    capture(["scontrol", "update", f"PartitionName={PARTITION}", f"GraceTime={GRACE_SECONDS}"], environment)
+    interrupt(urgent_job, 2, run, job, environment)
+    say(find("preempted: back to the queue", log))
+    interrupt(["scancel", "--batch", "--signal=USR1", job], 3, run, job, environment)
+    say(find("the time limit is near: back to the queue", log))
     wait_for(lambda: "JobState=COMPLETED" in show(job, environment), "the end of the job", seconds=300)
     say(fields(show(job, environment), "JobState", "Restarts", "ExitCode", "NodeList", "BatchHost"))
     resumed = [int(step) for step in re.findall(r"resuming .* at step (\d+)", log.read_text())]
     say(f"resumed at {resumed}")
-    assert resumed == [SAVE_STEPS, 2 * SAVE_STEPS], log.read_text()[-4000:]
+    assert resumed == [SAVE_STEPS, 2 * SAVE_STEPS, 3 * SAVE_STEPS], log.read_text()[-4000:]
 
 
 def interrupt(command: list[str], count: int, run: Path, job: str, environment: dict[str, str]) -> None:
@@ -168,9 +175,9 @@ def interrupt(command: list[str], count: int, run: Path, job: str, environment: 
     say(fields(show(job, environment), "JobState", "Restarts"))
 
 
-def preemption(job: str, log: Path) -> str:
-    """The line in which the controller says that it preempted the job, once."""
-    (line,) = re.findall(rf"preempted JobId={job} has been requeued .*", log.read_text())
+def find(text: str, log: Path) -> str:
+    """The one line of a log that has the text."""
+    (line,) = [line for line in log.read_text().splitlines() if text in line]
     return line
 
 
