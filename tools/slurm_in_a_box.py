@@ -1,8 +1,9 @@
-"""Run examples/launch/slurm.sbatch on a real Slurm of its own: two nodes on this machine, interrupted twice.
+"""Run examples/launch/slurm.sbatch on a real Slurm of its own: two nodes on this machine, interrupted three times.
 
-Starts munged, slurmctld and two slurmd with a configuration in a temporary directory, submits the quickstart, has the
-job queued again by `scontrol requeue` and by the signal that announces the time limit, and compares what it left with
-an uninterrupted run. About six minutes on two cores. Continuous integration does not run it, because it needs
+Starts munged, slurmctld and two slurmd with a configuration in a temporary directory and submits the quickstart. A job
+of a partition with a higher PriorityTier preempts it, first without a GraceTime, then with one; then comes the signal
+that announces the time limit. Each time the job is queued again and resumes, and what it leaves is compared with an
+uninterrupted run. Three to five minutes on two cores. Continuous integration does not run it, because it needs
 
     apt-get install --no-install-recommends slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
 
@@ -29,6 +30,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RECIPE = "examples/quickstart/quickstart.yaml"
+PARTITION, URGENT_PARTITION = "box", "urgent"
+GRACE_SECONDS = 60
 DAEMONS = ("munged", "slurmctld", "slurmd")
 NODES = ("box1", "box2")
 TRAIN_ITERS, SAVE_STEPS = 15, 4
@@ -57,12 +60,15 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 KillWait=5
 GresTypes=gpu
 NodeName={node_1} NodeAddr=127.0.0.1 NodeHostname=localhost Port={node_1_port} CPUs=1 Gres=gpu:1 State=UNKNOWN
 NodeName={node_2} NodeAddr=127.0.0.1 NodeHostname=localhost Port={node_2_port} CPUs=1 Gres=gpu:1 State=UNKNOWN
-PartitionName=box Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName={partition} Nodes=ALL PriorityTier=1 Default=YES MaxTime=INFINITE State=UP
+PartitionName={urgent_partition} Nodes=ALL PriorityTier=2 MaxTime=INFINITE State=UP
 """
 # The script asks for GPUs, and Slurm wants to see a device for each that a node is said to have.
 GRES_CONF = "Name=gpu File=/dev/null\n"
@@ -101,9 +107,9 @@ def slurm(directory: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(secrets.token_bytes(128))
     configuration = directory / "slurm.conf"
     ports = dict(zip(("controller_port", "node_1_port", "node_2_port"), free_ports(3)))
-    configuration.write_text(
-        SLURM_CONF.format(directory=directory, user=getpass.getuser(), node_1=NODES[0], node_2=NODES[1], **ports)
-    )
+    names = {"user": getpass.getuser(), "node_1": NODES[0], "node_2": NODES[1]}
+    partitions = {"partition": PARTITION, "urgent_partition": URGENT_PARTITION}
+    configuration.write_text(SLURM_CONF.format(directory=directory, **names, **partitions, **ports))
     (directory / "gres.conf").write_text(GRES_CONF)
     environment = {**os.environ, "SLURM_CONF": str(configuration), **python_environment()}
     munge_files = [f"--{name}={directory}/munge.{name.split('-')[0]}" for name in ("pid-file", "log-file", "seed-file")]
@@ -137,18 +143,25 @@ def daemon(command: list[str], log: Path, environment: dict[str, str]) -> Iterat
 
 
 def run_interrupted(directory: Path, assets: list[str], environment: dict[str, str]) -> None:
-    """Submit the script, interrupt the job after two of its checkpoints, and see it to its end."""
+    """Submit the script, interrupt the job after three of its checkpoints, and see it to its end."""
     run, log = directory / "slurm_run", directory / "job.log"
-    submit = ["sbatch", "--parsable", f"--nodes={len(NODES)}", "--gpus-per-node=1", f"--output={log}"]
+    resources = [f"--nodes={len(NODES)}", "--gpus-per-node=1"]
+    submit = ["sbatch", "--parsable", *resources, f"--output={log}"]
     job = capture([*submit, "examples/launch/slurm.sbatch", RECIPE, f"train.output_dir={run}", *assets], environment)
     say(f"job {job} submitted")
-    interrupt(["scontrol", "requeue", job], 1, run, job, environment)
-    interrupt(["scancel", "--batch", "--signal=USR1", job], 2, run, job, environment)
+    urgent_job = ["srun", f"--partition={URGENT_PARTITION}", *resources, "true"]
+    interrupt(urgent_job, 1, run, job, environment)
+    say(find(f"preempted JobId={job} has been requeued", directory / "slurmctld.log"))
+    capture(["scontrol", "update", f"PartitionName={PARTITION}", f"GraceTime={GRACE_SECONDS}"], environment)
+    interrupt(urgent_job, 2, run, job, environment)
+    say(find("preempted: back to the queue", log))
+    interrupt(["scancel", "--batch", "--signal=USR1", job], 3, run, job, environment)
+    say(find("the time limit is near: back to the queue", log))
     wait_for(lambda: "JobState=COMPLETED" in show(job, environment), "the end of the job", seconds=300)
     say(fields(show(job, environment), "JobState", "Restarts", "ExitCode", "NodeList", "BatchHost"))
     resumed = [int(step) for step in re.findall(r"resuming .* at step (\d+)", log.read_text())]
     say(f"resumed at {resumed}")
-    assert resumed == [SAVE_STEPS, 2 * SAVE_STEPS], log.read_text()[-4000:]
+    assert resumed == [SAVE_STEPS, 2 * SAVE_STEPS, 3 * SAVE_STEPS], log.read_text()[-4000:]
 
 
 def interrupt(command: list[str], count: int, run: Path, job: str, environment: dict[str, str]) -> None:
@@ -160,6 +173,12 @@ def interrupt(command: list[str], count: int, run: Path, job: str, environment: 
     capture(command, environment)
     wait_for(lambda: f"Restarts={count} " in show(job, environment), "the requeue", seconds=60)
     say(fields(show(job, environment), "JobState", "Restarts"))
+
+
+def find(text: str, log: Path) -> str:
+    """The one line of a log that has the text."""
+    (line,) = [line for line in log.read_text().splitlines() if text in line]
+    return line
 
 
 def run_undisturbed(directory: Path, assets: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Two nodes, each an agent of torchrun, by the scripts of examples/launch; agents are killed and come back."""
+"""The quickstart on two nodes, each an agent of torchrun, by the scripts of examples/launch; agents are killed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -20,13 +20,11 @@ from harness import (
     succeeded,
     wait_until,
     weight_bytes,
-    write_config,
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
-LAUNCH = Path(__file__).resolve().parents[2] / "examples" / "launch"
-OVERRIDES = ("parallel.tensor_model_parallel_size=2", "train.train_iters=8")  # a checkpoint every second step
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 Agent = subprocess.Popen[str]
 _started: list[Agent] = []
 
@@ -40,10 +38,30 @@ def no_agent_left_behind() -> Iterator[None]:
             kill(agent)
 
 
-def start_agent(script: str, node_rank: int, port: int, config: Path, **environment: str) -> Agent:
+@pytest.fixture(scope="module")
+def overrides(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The quickstart's files, 8 steps of it, and a reward function that also differs between random completions."""
+    root = tmp_path_factory.mktemp("quickstart")
+    make = [sys.executable, EXAMPLES / "quickstart" / "make_quickstart.py", "--output-dir", root]
+    subprocess.run(make, check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    return (
+        f"model.path={root / 'model'}",
+        f"data.dataset={root / 'prompts.jsonl'}",
+        "data.eval_dataset=null",  # evaluations call the reward functions too
+        "train.eval_steps=null",
+        f"chord.chord_sft_dataset={root / 'experts.jsonl'}",
+        f"rewards.reward_funcs=[accuracy,{assets / 'rewards.py'}:letters]",
+        "train.train_iters=8",
+        "optimizer.lr_warmup_iters=2",
+        "train.save_steps=2",
+        "tracking.report_to=[]",
+    )
+
+
+def start_agent(script: str, node_rank: int, port: int, overrides: Sequence[str], **environment: str) -> Agent:
     """One node of two, with one process, in a process group of its own."""
     agent = subprocess.Popen(
-        [LAUNCH / script, config, *OVERRIDES],
+        [EXAMPLES / "launch" / script, EXAMPLES / "quickstart" / "quickstart.yaml", *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -89,16 +107,16 @@ def workers_of(agent: Agent) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run by two static agents."""
-    root = tmp_path_factory.mktemp("static")
-    config, port = write_config(assets, root), free_port()
-    agents = [start_agent("static_nodes.sh", rank, port, config) for rank in (0, 1)]
-    wait_until(lambda: logged_steps(root / "run") != [], agents[0])
+    port, run = free_port(), tmp_path_factory.mktemp("static") / "run"
+    all_overrides = [*overrides, f"train.output_dir={run}"]
+    agents = [start_agent("static_nodes.sh", rank, port, all_overrides) for rank in (0, 1)]
+    wait_until(lambda: logged_steps(run) != [], agents[0])
     assert [workers_of(agent) for agent in agents] == [[("0", "0", "1", "2")], [("1", "1", "1", "2")]]
     for agent in agents:
         succeeded(finish(agent))
-    return root / "run"
+    return run
 
 
 def test_two_static_agents_train(undisturbed: Path):
@@ -106,12 +124,15 @@ def test_two_static_agents_train(undisturbed: Path):
     assert latest(undisturbed) == "step_8"
 
 
-def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(undisturbed: Path, assets: Path, tmp_path: Path):
+def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(
+    undisturbed: Path, overrides: tuple[str, ...], tmp_path: Path
+):
     """First the agent that only takes part dies, later the one that keeps the rendezvous."""
-    config, port, run = write_config(assets, tmp_path), free_port(), tmp_path / "run"
+    port, run = free_port(), tmp_path / "run"
 
     def start(node_rank: int, **environment: str) -> Agent:
-        return start_agent("elastic_nodes.sh", node_rank, port, config, **environment)
+        all_overrides = [*overrides, f"train.output_dir={run}"]
+        return start_agent("elastic_nodes.sh", node_rank, port, all_overrides, **environment)
 
     # A reward function that waits is where an agent dies: node 1 in step 3, and node 0 in step 7, its sixth step after
     # the others' restart at step 2.

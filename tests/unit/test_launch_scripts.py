@@ -216,7 +216,7 @@ def test_slurm_starts_the_elastic_script_on_each_node(stand_ins: StandIns):
     stand_ins.add("srun", f'echo "to $NNODES $NPROC_PER_NODE $RDZV_ENDPOINT $RDZV_ID" >> {stand_ins.log}; exit 3')
     code, _ = stand_ins.run("slurm.sbatch", "c.yaml", "a.b=1", NPROC_PER_NODE="", **SLURM, SLURM_RESTART_COUNT="1")
     assert code == 3
-    assert stand_ins.calls("scontrol") == ["show hostnames a[1-2]"]
+    assert stand_ins.calls("scontrol") == ["show hostnames a[1-2]", "--oneliner show job 12345"]
     assert stand_ins.calls("srun") == [
         "--kill-on-bad-exit=1 --cpu-bind=none examples/launch/elastic_nodes.sh c.yaml a.b=1"
     ]
@@ -229,8 +229,25 @@ def test_slurm_queues_the_job_again_before_its_time_limit(stand_ins: StandIns):
     wait_until(lambda: len(stand_ins.calls("srun")) == 1)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=30)
-    assert stand_ins.calls("scontrol") == ["requeue 12345"]
+    assert stand_ins.calls("scontrol") == ["requeue 12345", "--oneliner show job 12345"]
     assert process.returncode == 5, "it must wait for what Slurm ends"
+
+
+# A time from the start of the grace time on, otherwise None.
+@pytest.mark.parametrize(("preempt_time", "requeued"), [("2026-01-02T03:05:00", ["requeue 12345"]), ("None", [])])
+def test_slurm_queues_a_job_that_ends_within_the_grace_time_of_a_preemption(
+    stand_ins: StandIns, preempt_time: str, requeued: list[str]
+):
+    stand_ins.add("srun", "exit 143")
+    stand_ins.add("scontrol", f"echo 'JobId=12345 PreemptEligibleTime=2026-01-02T03:04:00 PreemptTime={preempt_time}'")
+    code, _ = stand_ins.run("slurm.sbatch", "c.yaml", **SLURM, RDZV_HOST="a1")
+    assert code == 143
+    assert stand_ins.calls("scontrol") == ["--oneliner show job 12345", *requeued]
+
+
+def test_slurm_does_not_ask_about_a_job_that_succeeds(stand_ins: StandIns):
+    assert stand_ins.run("slurm.sbatch", "c.yaml", **SLURM, RDZV_HOST="a1")[0] == 0
+    assert stand_ins.calls("scontrol") == []
 
 
 def test_slurm_reads_its_options_only_before_the_first_command():
