@@ -82,8 +82,10 @@ class BroadcastTransfer:
         world_size = 1 + sum(num_workers)
         shared = {"address": self._address, "port": port, "world_size": world_size, "timeout": self._timeout}
 
+        joined: list[BroadcastGroup] = []
+
         def join() -> None:
-            self._group = BroadcastGroup(
+            group = BroadcastGroup(
                 self._address,
                 port,
                 rank=0,
@@ -92,8 +94,10 @@ class BroadcastTransfer:
                 timeout=self._timeout,
                 listener=listener,
             )
+            joined.append(group)
 
         pool.join_group([shared | {"first_rank": 1 + sum(num_workers[:i])} for i in range(len(num_workers))], join)
+        (self._group,) = joined
         self._members = pool.updating()
 
     def _listen(self) -> socket.socket:
