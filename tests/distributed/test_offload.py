@@ -17,8 +17,15 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 LAYOUTS: dict[str, dict[str, Any]] = {"TP 2": TP_2, "DP 2": {}, "EP 2": EP_2, "PP 2 x VPP 2": PP_2 | VPP_2}
+PAIRS = [
+    ("qwen2 tied", "float32", False),
+    ("qwen2 untied", "bfloat16", False),
+    ("qwen2 tied", "bfloat16", True),
+    ("qwen2 untied", "float32", True),
+]
 CASES = [
-    *product(("TP 2", "DP 2"), ("qwen2 tied", "qwen2 untied"), ("float32", "bfloat16"), (False, True)),
+    # Every pair of head, dtype and optimizer.
+    *((layout, *case) for layout in ("TP 2", "DP 2") for case in PAIRS),
     *product(("EP 2",), ("qwen3_moe untied",), ("bfloat16",), (False, True)),
     *product(("PP 2 x VPP 2",), ("qwen2 untied",), ("float32", "bfloat16"), (True,)),
 ]
