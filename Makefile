@@ -20,7 +20,7 @@ demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/python examples/quickstart/solve.py $(DEMO)/run
 
 test: lint .venv/vllm
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 vllm: .venv/vllm
 
