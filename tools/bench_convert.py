@@ -28,9 +28,9 @@ import psutil
 import torch
 from bench_environment import hardware, versions
 
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.convert.mapping import hf_tensors
-from chord_megatron.convert.safetensors_writer import write_safetensors
+from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.mapping import hf_tensors
+from chord_megatron.weights.safetensors_writer import write_safetensors
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],

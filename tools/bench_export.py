@@ -29,7 +29,7 @@ from chord_megatron.backend.groups import initialize_distributed, shut_down_dist
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights
 from chord_megatron.backend.model import build_model_chunks
 from chord_megatron.config import ModelConfig, ParallelConfig
-from chord_megatron.convert.hf_config import read_architecture
+from chord_megatron.weights.hf_config import read_architecture
 
 BUCKET_MEGABYTES = (64, 256, 1024)
 REPETITIONS = 3

@@ -33,13 +33,13 @@ from bench_environment import hardware, versions
 
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import ParallelConfig
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.convert.mapping import hf_tensors
-from chord_megatron.rollout.serve import identity
-from chord_megatron.rollout.server_guard import TOKEN_VARIABLE
-from chord_megatron.rollout.server_pool import ServerPool
+from chord_megatron.rollout.servers.pool import ServerPool
+from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
+from chord_megatron.rollout.serving.guard import TOKEN_VARIABLE
+from chord_megatron.rollout.serving.serve import identity
 from chord_megatron.rollout.vllm_colocate import VllmColocateRollout
-from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
+from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.mapping import hf_tensors
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 900.0

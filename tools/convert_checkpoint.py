@@ -4,7 +4,7 @@ python tools/convert_checkpoint.py hf-to-megatron SRC DST
 python tools/convert_checkpoint.py megatron-to-hf SRC DST
 """
 
-from chord_megatron.cli_convert import app
+from chord_megatron.cli.convert import app
 
 if __name__ == "__main__":
     app()

@@ -1,0 +1,1 @@
+"""The mathematics of CHORD. Pure: tensors and numbers in, tensors and numbers out."""

@@ -23,11 +23,11 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from chord_megatron.backend.checkpoint_metadata import refuse_unsafe
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
-from chord_megatron.convert.model_files import copy_model_files
+from chord_megatron.checkpoints.metadata import refuse_unsafe
 from chord_megatron.types import UserError
+from chord_megatron.weights.model_files import copy_model_files
 
 _METADATA = {
     # The only formats whose optimizer state can change TP and PP when it is loaded.

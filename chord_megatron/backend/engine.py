@@ -21,17 +21,17 @@ from torch import Tensor
 
 from chord_megatron.backend import checkpoint
 from chord_megatron.backend.acceleration import choose_acceleration, describe, find_installed
-from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
+from chord_megatron.batching.packing import build_global_batch, unpack
+from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.data.packing import build_global_batch, unpack
 from chord_megatron.types import GlobalBatch, MicroBatch, SamplingParams, TrainingSample
+from chord_megatron.weights.hf_config import read_architecture
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
-from chord_megatron.rollout.sampling import sample_tokens, uniform_numbers
+from chord_megatron.ops.sampling import sample_tokens, uniform_numbers
 from chord_megatron.types import SamplingParams
 
 

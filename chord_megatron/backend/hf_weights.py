@@ -14,10 +14,10 @@ from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
-from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.mapping import find_mapping, mapped_parameters, padded_vocab_size
-from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
-from chord_megatron.convert.shards import export_parameter, import_parameter
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.mapping import find_mapping, mapped_parameters, padded_vocab_size
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
+from chord_megatron.weights.shards import export_parameter, import_parameter
 
 _EXPERT = re.compile(r"(?<=mlp\.experts\.local_experts\.)\d+|(?<=mlp\.experts\.linear_fc[12]\.weight)\d+$")
 

@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
-from chord_megatron.backend.megatron_checkpoint import MegatronReader
 from chord_megatron.backend.model import unwrap
-from chord_megatron.convert.architecture import ModelArchitecture
+from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: ModelArchitecture) -> None:

@@ -22,10 +22,10 @@ from chord_megatron.backend.layer_specs import block_spec
 from chord_megatron.backend.rope import scaled_inverse_frequencies
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
-from chord_megatron.convert.architecture import LinearRope, Llama3Rope, ModelArchitecture
-from chord_megatron.convert.mapping import padded_vocab_size
 from chord_megatron.ops.linear_log_probs import linear_log_probs
 from chord_megatron.types import MicroBatch
+from chord_megatron.weights.architecture import LinearRope, Llama3Rope, ModelArchitecture
+from chord_megatron.weights.mapping import padded_vocab_size
 
 
 @dataclass(frozen=True)

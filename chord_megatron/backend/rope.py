@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from chord_megatron.convert.architecture import LinearRope, Llama3Rope
+from chord_megatron.weights.architecture import LinearRope, Llama3Rope
 
 
 def scaled_inverse_frequencies(dim: int, theta: float, scaling: LinearRope | Llama3Rope) -> Tensor:

@@ -11,7 +11,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from chord_megatron.backend.acceleration import Acceleration
 from chord_megatron.config import ModelConfig, ParallelConfig
-from chord_megatron.convert.architecture import ModelArchitecture, YarnRope
+from chord_megatron.weights.architecture import ModelArchitecture, YarnRope
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

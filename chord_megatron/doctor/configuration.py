@@ -8,16 +8,16 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from chord_megatron.backend.checkpoint_metadata import METADATA_FILE
-from chord_megatron.backend.megatron_checkpoint import MegatronReader
+from chord_megatron.checkpoints.metadata import METADATA_FILE
+from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.config import Config, RolloutConfig
-from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.doctor.check import Check, size
 from chord_megatron.doctor.machine import Gpu, available_memory
-from chord_megatron.estimate import ModelState, bytes_beside_sampler, checkpoint_bytes, export_bytes
+from chord_megatron.planning.memory import ModelState, bytes_beside_sampler, checkpoint_bytes, export_bytes
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 
 _BFLOAT16_CAPABILITY = (8, 0)  # from Ampere on
 _LESS_MEMORY = (

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from chord_megatron.config import Config
-from chord_megatron.convert.architecture import ModelArchitecture
 from chord_megatron.doctor import configuration, machine, software
 from chord_megatron.doctor.check import Check
-from chord_megatron.estimate import model_state
-from chord_megatron.plan import Plan
+from chord_megatron.planning.memory import model_state
+from chord_megatron.planning.plan import Plan
+from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def examine() -> list[Check]:

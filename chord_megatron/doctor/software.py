@@ -11,7 +11,7 @@ from packaging.specifiers import SpecifierSet
 
 from chord_megatron import __version__
 from chord_megatron.doctor.check import Check, import_error
-from chord_megatron.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, declared_ranges, installed_version, is_within
+from chord_megatron.system.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, declared_ranges, installed_version, is_within
 
 DECLARED = {
     "torch": "tensors, autograd and collectives",

@@ -1,0 +1,1 @@
+"""Engines that draw completions. Only files named vllm_*.py import vllm."""

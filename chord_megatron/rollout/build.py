@@ -9,14 +9,14 @@ import torch
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.config import Config
-from chord_megatron.rollout.engine import RolloutEngine
-from chord_megatron.rollout.megatron import MegatronRollout
+from chord_megatron.rollout.embedded import MegatronRollout
+from chord_megatron.rollout.protocol import RolloutEngine
 from chord_megatron.rollout.replay import ReplayRollout
-from chord_megatron.rollout.serve import identity
-from chord_megatron.rollout.server_guard import read_token
-from chord_megatron.rollout.server_pool import ServerPool
-from chord_megatron.rollout.servers import ServerRollout
-from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
+from chord_megatron.rollout.servers.pool import ServerPool
+from chord_megatron.rollout.servers.rollout import ServerRollout
+from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
+from chord_megatron.rollout.serving.guard import read_token
+from chord_megatron.rollout.serving.serve import identity
 
 
 def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:

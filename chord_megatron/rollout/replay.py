@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from chord_megatron.rollout.engine import WeightSource
-from chord_megatron.tracking.files import JsonLines, filter_json_lines
+from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.system.files import JsonLines, filter_json_lines
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
 
 _FIELDS = tuple(RolloutSample.__dataclass_fields__)

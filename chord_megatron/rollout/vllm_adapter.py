@@ -11,11 +11,11 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from chord_megatron.rollout.sampling import seed_number
+from chord_megatron.ops.sampling import seed_number
+from chord_megatron.system.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, installed_version
 from chord_megatron.types import SamplingParams, UserError
-from chord_megatron.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, installed_version
 
-WORKER_EXTENSION = "chord_megatron.rollout.vllm_worker.WorkerExtension"
+WORKER_EXTENSION = "chord_megatron.rollout.serving.vllm_worker.WorkerExtension"
 
 
 def import_vllm() -> Any:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.mapping import hf_tensors
-from chord_megatron.rollout.engine import WeightSource
-from chord_megatron.rollout.manifest import Manifest
+from chord_megatron.rollout.protocol import WeightSource
 from chord_megatron.rollout.samples import make_sample
+from chord_megatron.rollout.updates.manifest import Manifest
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, engine_arguments, import_vllm, sampling_arguments
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.mapping import hf_tensors
 
 
 class VllmColocateRollout:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from chord_megatron.tracking.files import atomic_write
+from chord_megatron.system.files import atomic_write
 from chord_megatron.types import UserError
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from chord_megatron.tracking.files import read_json_lines
+from chord_megatron.system.files import read_json_lines
 from chord_megatron.tracking.progress import format_duration
 from chord_megatron.tracking.run_log import METRICS_FILE
 from chord_megatron.tracking.timers import PHASES

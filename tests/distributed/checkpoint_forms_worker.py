@@ -18,8 +18,8 @@ from chord_megatron.backend.hf_weights import load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, unwrap
 from chord_megatron.config import ModelConfig, ParallelConfig
-from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.hf_config import read_architecture
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.hf_config import read_architecture
 
 Chunks = list[torch.nn.Module]
 

@@ -17,8 +17,8 @@ from chord_megatron.backend.groups import initialize_distributed, shut_down_dist
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights
 from chord_megatron.backend.model import build_model_chunks
 from chord_megatron.config import ModelConfig, ParallelConfig
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.convert.mapping import hf_tensors
+from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.mapping import hf_tensors
 
 BUCKET_BYTES = 16 * 1024  # several parameters in one, and several in a model
 

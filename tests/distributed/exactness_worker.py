@@ -9,8 +9,8 @@ from megatron.core import parallel_state
 
 from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.config import Config
-from chord_megatron.run_outputs import RunOutputs
-from chord_megatron.train import Run
+from chord_megatron.training.outputs import RunOutputs
+from chord_megatron.training.run import Run
 
 
 def main(configs: list[Config]) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from chord_megatron.algorithm.losses import chord_loss
+from chord_megatron.algorithm.objective import chord_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
+from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.data.packing import build_global_batch
 from chord_megatron.types import TrainingSample
 
 NUM_TOKENS = 2048

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from chord_megatron.algorithm.losses import METRIC_SUMS, chord_loss
+from chord_megatron.algorithm.objective import METRIC_SUMS, chord_loss
 from chord_megatron.backend import generation
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.data.packing import build_global_batch
-from chord_megatron.rollout.sampling import sample_tokens
+from chord_megatron.ops.sampling import sample_tokens
 from chord_megatron.types import SamplingParams, TrainingSample
 
 MICRO_BATCH_SIZE = 2

@@ -11,7 +11,7 @@ from launching import launch
 from safetensors.torch import load_file
 from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS, write_model
 
-from chord_megatron import conversion
+from chord_megatron.checkpoints import conversion
 from chord_megatron.types import UserError
 
 pytestmark = pytest.mark.distributed

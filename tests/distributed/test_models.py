@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from chord_megatron.config import ParallelConfig
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.estimate import stage_parameters
+from chord_megatron.planning.memory import stage_parameters
+from chord_megatron.weights.hf_config import read_architecture
 
 pytestmark = pytest.mark.distributed
 

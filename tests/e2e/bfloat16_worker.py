@@ -11,8 +11,8 @@ import torch
 from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.backend.model import unwrap
 from chord_megatron.config import load_config
-from chord_megatron.run_outputs import RunOutputs
-from chord_megatron.train import Run
+from chord_megatron.training.outputs import RunOutputs
+from chord_megatron.training.run import Run
 
 
 class RecordedRun(Run):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from chord_megatron import trainer
-from chord_megatron.algorithm.losses import chord_loss
-from chord_megatron.train import main
+from chord_megatron.algorithm.objective import chord_loss
+from chord_megatron.training import trainer
+from chord_megatron.training.main import main
 
 RANK, STEPS = os.environ["NON_FINITE"].split(":")
 current_step = -1

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from chord_megatron import cli_convert
 from chord_megatron.cli import app
-from chord_megatron.convert.hf_config import read_architecture
+from chord_megatron.cli import convert as cli_convert
+from chord_megatron.weights.hf_config import read_architecture
 
 pytestmark = pytest.mark.e2e
 
@@ -118,8 +118,8 @@ def test_sizes(text: str, size: int):
 HOLD = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
-from chord_megatron import conversion
-from chord_megatron.cli_convert import app
+from chord_megatron.checkpoints import conversion
+from chord_megatron.cli.convert import app
 
 cast = conversion.cast
 def hold(tensor, dtype, name):

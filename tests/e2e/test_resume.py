@@ -26,7 +26,7 @@ from harness import (
 )
 from tiny_model import write_tiny_model
 
-from chord_megatron import conversion
+from chord_megatron.checkpoints import conversion
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 

@@ -24,13 +24,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from chord_megatron.config import RolloutConfig
-from chord_megatron.rollout.serve import identity
-from chord_megatron.rollout.server_pool import ServerPool
-from chord_megatron.rollout.servers import ServerRollout
+from chord_megatron.rollout.servers.pool import ServerPool
+from chord_megatron.rollout.servers.rollout import ServerRollout
+from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
+from chord_megatron.rollout.serving.serve import identity
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
-from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer, WeightTransfer
-from chord_megatron.sampler import Sampler
 from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.training.sampler import Sampler
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams, TrainingSample, UserError
 
 pytestmark = [

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.config import load_config
 from chord_megatron.rollout.vllm_adapter import import_vllm, sampling_arguments
-from chord_megatron.train import Run
+from chord_megatron.training.run import Run
 from chord_megatron.types import SamplingParams
 
 

@@ -11,11 +11,11 @@ import torch
 from tiny_families import VOCAB_SIZE, make_model
 from torch import Tensor
 
-from chord_megatron.algorithm.losses import chord_loss
+from chord_megatron.algorithm.objective import chord_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
+from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.data.packing import build_global_batch
 from chord_megatron.types import TrainingSample
 
 pytestmark = [

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from chord_megatron.rollout.manifest import checksum
-from chord_megatron.rollout.weight_broadcast import BroadcastGroup, pack, unpack
+from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack, unpack
+from chord_megatron.rollout.updates.manifest import checksum
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from chord_megatron.algorithm.advantages import group_advantages, zero_std_fraction
 from chord_megatron.algorithm.aggregation import aggregation_weights
-from chord_megatron.algorithm.losses import METRIC_SUMS, chord_loss, clipped_policy_loss, kl_penalty, phi
 from chord_megatron.algorithm.mu import mu_schedule
-from chord_megatron.data.packing import build_global_batch, pack
+from chord_megatron.algorithm.objective import METRIC_SUMS, chord_loss, clipped_policy_loss, kl_penalty, phi
+from chord_megatron.batching.packing import build_global_batch, pack
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 EPSILON, EPSILON_HIGH = 0.2, 0.28

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from chord_megatron.backend.checkpoint_metadata import refuse_unsafe
+from chord_megatron.checkpoints.metadata import refuse_unsafe
 from chord_megatron.types import UserError
 
 

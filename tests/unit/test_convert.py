@@ -10,13 +10,13 @@ import torch
 from tiny_families import MODELS, make_model, write_model
 from torch import Tensor
 
-from chord_megatron.convert.architecture import MixtureOfExperts, ModelArchitecture
-from chord_megatron.convert.families import FAMILIES
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.convert.mapping import find_mapping, hf_names, hf_tensors, is_ignorable, parameter_names
-from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
-from chord_megatron.convert.shards import export_parameter, import_parameter
 from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
+from chord_megatron.weights.families import FAMILIES
+from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.mapping import find_mapping, hf_names, hf_tensors, is_ignorable, parameter_names
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
+from chord_megatron.weights.shards import export_parameter, import_parameter
 
 PADDED_VOCAB = 256
 TINY = ModelArchitecture(

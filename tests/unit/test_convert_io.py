@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from chord_megatron.convert.architecture import ModelArchitecture
-from chord_megatron.convert.mapping import hf_names
-from chord_megatron.convert.names import list_names
-from chord_megatron.convert.safetensors_io import SafetensorsReader, check_complete
-from chord_megatron.convert.safetensors_writer import write_safetensors
-from chord_megatron.convert.schema import TensorSpec
 from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.mapping import hf_names
+from chord_megatron.weights.names import list_names
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
+from chord_megatron.weights.safetensors_writer import write_safetensors
+from chord_megatron.weights.schema import TensorSpec
 
 ARCH = ModelArchitecture(
     family="qwen3",

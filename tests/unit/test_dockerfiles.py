@@ -17,7 +17,7 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from chord_megatron.versions import VLLM_RANGE
+from chord_megatron.system.versions import VLLM_RANGE
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
@@ -209,10 +209,10 @@ class Refuse(importlib.abc.MetaPathFinder):
         if "/chord_megatron/" in importer.f_code.co_filename and name.split(".")[0] not in allowed:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-import chord_megatron.cli, chord_megatron.rollout.serve, chord_megatron.rollout.server_guard
-import chord_megatron.rollout.vllm_adapter, chord_megatron.rollout.vllm_server
-import chord_megatron.convert.mapping, chord_megatron.rollout.manifest
-import chord_megatron.rollout.weight_broadcast, chord_megatron.rollout.weight_files
+import chord_megatron.cli, chord_megatron.rollout.serving.serve, chord_megatron.rollout.serving.guard
+import chord_megatron.rollout.vllm_adapter, chord_megatron.rollout.serving.vllm_server
+import chord_megatron.weights.mapping, chord_megatron.rollout.updates.manifest
+import chord_megatron.rollout.updates.broadcast, chord_megatron.rollout.updates.files
 """
 MODULES = {"PyYAML": "yaml"}
 
@@ -226,9 +226,9 @@ def test_the_server_image_installs_what_the_server_imports():
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for module in re.findall(
-        r"from chord_megatron\.([\w.]+)", (ROOT / "chord_megatron/rollout/vllm_worker.py").read_text()
+        r"from chord_megatron\.([\w.]+)", (ROOT / "chord_megatron/rollout/serving/vllm_worker.py").read_text()
     ):
-        assert f"chord_megatron.{module}" in SERVER_IMPORTS or module == "convert.hf_config"  # of serve
+        assert f"chord_megatron.{module}" in SERVER_IMPORTS or module == "weights.hf_config"  # of serve
     # Without one of them the imports fail.
     run[-1] = SERVER_IMPORTS.format(allowed=[module for module in allowed if module != "safetensors"])
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)

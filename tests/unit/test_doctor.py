@@ -20,18 +20,18 @@ from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from chord_megatron.checkpoints.conversion import hf_to_megatron
 from chord_megatron.cli import app
 from chord_megatron.config import RolloutConfig, load_config
-from chord_megatron.conversion import hf_to_megatron
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.convert.mapping import hf_tensors
 from chord_megatron.doctor import configuration, examination, machine, software
 from chord_megatron.doctor.check import Check, import_error, size
 from chord_megatron.doctor.machine import Gpu
 from chord_megatron.doctor.report import as_json, as_table, problems
-from chord_megatron.estimate import ModelState
-from chord_megatron.plan import make_plan
-from chord_megatron.versions import VLLM_RANGE, declared_ranges, installed_version, is_within
+from chord_megatron.planning.memory import ModelState
+from chord_megatron.planning.plan import make_plan
+from chord_megatron.system.versions import VLLM_RANGE, declared_ranges, installed_version, is_within
+from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.mapping import hf_tensors
 
 GB = 10**9
 H100 = Gpu("NVIDIA H100", (9, 0), free_bytes=80 * GB, total_bytes=85 * GB)

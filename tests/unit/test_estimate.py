@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from chord_megatron.config import Config
-from chord_megatron.convert.architecture import MixtureOfExperts, ModelArchitecture
-from chord_megatron.estimate import (
+from chord_megatron.planning.memory import (
     ModelState,
     Parameters,
     bytes_beside_sampler,
@@ -17,7 +16,8 @@ from chord_megatron.estimate import (
     model_state,
     stage_parameters,
 )
-from chord_megatron.plan import make_plan
+from chord_megatron.planning.plan import make_plan
+from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
 
 QWEN2_5_7B = ModelArchitecture(
     family="qwen2",

@@ -10,7 +10,8 @@ import pytest
 from tiny_families import LLAMA3_ROPE, MODELS, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from chord_megatron.convert.architecture import (
+from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,
     Llama3Rope,
@@ -18,8 +19,7 @@ from chord_megatron.convert.architecture import (
     ModelArchitecture,
     YarnRope,
 )
-from chord_megatron.convert.hf_config import make_config, parse_config, read_architecture
-from chord_megatron.types import UserError
+from chord_megatron.weights.hf_config import make_config, parse_config, read_architecture
 
 
 def test_architecture_of_a_transformers_5_config(tmp_path: Path) -> None:

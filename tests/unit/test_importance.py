@@ -16,8 +16,8 @@ from chord_megatron.algorithm.importance import (
     importance_weights,
     log_importance_ratios,
 )
-from chord_megatron.algorithm.losses import METRIC_SUMS, chord_loss
-from chord_megatron.data.packing import build_global_batch, pack
+from chord_megatron.algorithm.objective import METRIC_SUMS, chord_loss
+from chord_megatron.batching.packing import build_global_batch, pack
 from chord_megatron.tracking.step_metrics import loss_metrics
 from chord_megatron.types import GlobalBatch, TrainingSample
 

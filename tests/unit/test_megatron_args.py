@@ -12,10 +12,10 @@ import pytest
 import torch
 from tiny_families import MODELS, make_model
 
-from chord_megatron.convert.architecture import Llama3Rope, ModelArchitecture, YarnRope
-from chord_megatron.convert.hf_config import parse_config
-from chord_megatron.convert.megatron_args import architecture_from_args, read_megatron_args
+from chord_megatron.checkpoints.megatron_args import architecture_from_args, read_megatron_args
 from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import Llama3Rope, ModelArchitecture, YarnRope
+from chord_megatron.weights.hf_config import parse_config
 
 
 class Backend(enum.Enum):

@@ -19,10 +19,11 @@ from tiny_families import write_model
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from chord_megatron import conversion
-from chord_megatron.backend import megatron_writer
-from chord_megatron.convert import new_directory, safetensors_writer
+from chord_megatron.checkpoints import conversion
+from chord_megatron.checkpoints import writer as megatron_writer
+from chord_megatron.system import new_directory
 from chord_megatron.types import UserError
+from chord_megatron.weights import safetensors_writer
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 EMBEDDING = "embedding.word_embeddings.weight"

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from chord_megatron.data.packing import build_global_batch, pack, unpack
+from chord_megatron.batching.packing import build_global_batch, pack, unpack
 from chord_megatron.types import GlobalBatch, TrainingSample
 
 

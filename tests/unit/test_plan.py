@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from chord_megatron.cli import app
 from chord_megatron.config import Config
-from chord_megatron.convert.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
-from chord_megatron.convert.hf_config import read_architecture
-from chord_megatron.plan import Plan, make_plan, mu_at
+from chord_megatron.planning.plan import Plan, make_plan
+from chord_megatron.planning.streams import mu_at
 from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
+from chord_megatron.weights.hf_config import read_architecture
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from chord_megatron.convert.schema import TensorSpec
-from chord_megatron.rollout import server_guard
 from chord_megatron.rollout.consistency import check_consistency, largest_mean_difference
-from chord_megatron.rollout.manifest import Manifest, ManifestError, checksum
-from chord_megatron.rollout.server_guard import GENERATE, ServerGuard
-from chord_megatron.rollout.weight_broadcast import BroadcastGroup, pack, unpack
-from chord_megatron.rollout.weight_files import read_weight_file
-from chord_megatron.rollout.weight_transfer import BroadcastTransfer, FileTransfer
+from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer
+from chord_megatron.rollout.serving import guard as server_guard
+from chord_megatron.rollout.serving.guard import GENERATE, ServerGuard
+from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack, unpack
+from chord_megatron.rollout.updates.files import read_weight_file
+from chord_megatron.rollout.updates.manifest import Manifest, ManifestError, checksum
 from chord_megatron.types import UserError
+from chord_megatron.weights.schema import TensorSpec
 
 TOKEN = "correct horse battery"
 EXPECTED = {"a": TensorSpec(torch.float32, (2, 3)), "b": TensorSpec(torch.bfloat16, (4,))}

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from chord_megatron.backend.rope import scaled_inverse_frequencies
-from chord_megatron.convert.architecture import LinearRope, Llama3Rope
+from chord_megatron.weights.architecture import LinearRope, Llama3Rope
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chord_megatron.config import RolloutConfig
-from chord_megatron.rollout.engine import WeightSource
-from chord_megatron.sampler import Sampler
+from chord_megatron.rollout.protocol import WeightSource
 from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.training.sampler import Sampler
 from chord_megatron.types import Prompt, SamplingParams, UserError
 
 PROBES = (Prompt(0, "", (5, 6, 7), ""), Prompt(1, "", (8, 9), ""))

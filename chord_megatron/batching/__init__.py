@@ -1,0 +1,1 @@
+"""Samples to micro-batches, and who gets which rows. Pure."""

@@ -1,0 +1,29 @@
+"""Arguments that several commands have, and reading the configuration that they name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from chord_megatron.config import Config
+    from chord_megatron.planning.plan import Plan
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="such as optimizer.lr=1e-6")]
+ProcessesPerNode = Annotated[
+    int, typer.Option("--nproc-per-node", min=1, help="processes on each node, as in torchrun")
+]
+Nodes = Annotated[int, typer.Option("--nnodes", min=1, help="nodes, as in torchrun")]
+
+
+def validated(config: Path, overrides: list[str] | None, world_size: int) -> tuple[Config, Plan]:
+    """The configuration with its plan. Raises UserError."""
+    from chord_megatron.config import load_config
+    from chord_megatron.planning.plan import make_plan
+    from chord_megatron.weights.hf_config import read_architecture
+
+    resolved = load_config(config, overrides)
+    return resolved, make_plan(resolved, read_architecture(Path(resolved.model.path)), world_size)

@@ -1,0 +1,62 @@
+"""`chord-megatron validate`: what a configuration asks for, in numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from chord_megatron.config import Config
+    from chord_megatron.planning.plan import Plan
+
+
+def validate(
+    config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
+) -> int:
+    """Check a configuration; print its batch arithmetic and parallel layout. Loads nothing."""
+    from rich.console import Console
+
+    resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
+    Console().print(_plan_table(resolved, plan))
+    return 0
+
+
+def _plan_table(config: Config, plan: Plan) -> Table:
+    from rich.table import Table
+
+    from chord_megatron.planning.streams import mu_at
+
+    parallel, train = config.parallel, config.train
+    last = train.train_iters - 1
+    table = Table(show_header=False, title="What one optimizer step does", title_justify="left")
+    for name, value in (
+        ("prompts", f"{plan.prompts_per_step}"),
+        (
+            "completions",
+            f"{plan.completions_per_step} = {plan.prompts_per_step} prompts x {config.rollout.num_generations}",
+        ),
+        ("expert rows", f"{plan.expert_rows_per_step}"),
+        (
+            "micro-batches",
+            f"{plan.micro_batches_per_step} a data-parallel rank, of up to {train.micro_batch_size} packed sequences",
+        ),
+        ("rollouts", f"{config.rollout.engine}, new ones every {plan.steps_per_rollout} step(s)"),
+        (
+            "layout",
+            f"{plan.world_size} processes = TP {parallel.tensor_model_parallel_size}"
+            f" x PP {parallel.pipeline_model_parallel_size} x DP {plan.data_parallel_size}"
+            + (
+                f", VPP {parallel.virtual_pipeline_model_parallel_size}"
+                * bool(parallel.virtual_pipeline_model_parallel_size)
+            )
+            + ", sequence parallel" * parallel.sequence_parallel
+            + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
+        ),
+        ("mu", f"{mu_at(config, 0):.3g} at step 0, {mu_at(config, last):.3g} at step {last}"),
+        ("steps", f"{train.train_iters}, into {train.output_dir}"),
+    ):
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,63 @@
+"""The batch arithmetic and the parallel layout of a run, and every rule that spans several fields.
+
+`make_plan` looks at numbers only and loads nothing, so that mistakes show before any process starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chord_megatron.config import Config
+from chord_megatron.planning.batches import check_batches, check_lengths, check_steps
+from chord_megatron.planning.layout import check_layout
+from chord_megatron.planning.streams import check_rollouts, check_streams
+from chord_megatron.weights.architecture import ModelArchitecture
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one optimizer step consists of."""
+
+    world_size: int
+    data_parallel_size: int
+    prompts_per_step: int
+    completions_per_step: int
+    expert_rows_per_step: int  # while mu > 0
+    micro_batches_per_step: int  # on each data-parallel rank, while both streams run
+    steps_per_rollout: int  # optimizer steps that share one generation batch; 1 = on-policy
+
+
+def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
+    """Check the configuration against the model and the number of processes. Raises UserError."""
+    data_parallel_size = check_layout(config, arch, world_size)
+    check_batches(config, data_parallel_size)
+    check_streams(config)
+    check_rollouts(config, arch, world_size)
+    check_lengths(config, arch)
+    steps_per_rollout = config.grpo.steps_per_generation * config.grpo.num_iterations
+    check_steps(config, steps_per_rollout)
+    train, num_generations = config.train, config.rollout.num_generations
+    expert_rows = _expert_rows(config, data_parallel_size)
+    rows_per_rank = -(-(train.global_batch_size + expert_rows) // data_parallel_size)
+    # The interleaved schedule runs micro-batches in groups of the pipeline size.
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    multiple = config.parallel.pipeline_model_parallel_size if interleaved else 1
+    micro_batches = -(-rows_per_rank // (train.micro_batch_size * multiple)) * multiple
+    return Plan(
+        world_size=world_size,
+        data_parallel_size=data_parallel_size,
+        prompts_per_step=train.global_batch_size // num_generations,
+        completions_per_step=train.global_batch_size,
+        expert_rows_per_step=expert_rows,
+        micro_batches_per_step=micro_batches,
+        steps_per_rollout=steps_per_rollout,
+    )
+
+
+def _expert_rows(config: Config, data_parallel_size: int) -> int:
+    """Expert rows of one optimizer step; per device as in ms-swift: rows x DP x gradient accumulation steps."""
+    chord, train = config.chord, config.train
+    if chord.chord_sft_per_device_train_batch_size is not None:
+        accumulation_steps = train.global_batch_size // (train.micro_batch_size * data_parallel_size)
+        return chord.chord_sft_per_device_train_batch_size * data_parallel_size * accumulation_steps
+    return chord.chord_sft_global_batch_size or 0

@@ -1,0 +1,121 @@
+"""Rollouts by vLLM servers in other processes: rank 0 talks to them, all ranks get the completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from tenacity import retry, retry_if_exception_type, stop_after_attempt
+from torch import Tensor
+
+from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.rollout.samples import make_sample
+from chord_megatron.rollout.servers.pool import ServerPool, UpdateError
+from chord_megatron.rollout.servers.transfer import WeightTransfer
+from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
+from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
+
+T = TypeVar("T")
+
+
+class ServerRollout:
+    """Every method is a collective call of all ranks; `pool` is there on rank 0 alone."""
+
+    def __init__(self, pool: ServerPool | None, transfer: WeightTransfer, *, seed: int) -> None:
+        self._pool, self._transfer, self._seed = pool, transfer, seed
+        self.weights_version: int | None = None
+        self.generation_seconds: float | None = None
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
+    ) -> list[RolloutSample]:
+        """See RolloutEngine."""
+        collect = self.submit(
+            prompts, params, num_generations=num_generations, step=step, policy_version=policy_version
+        )
+        return collect()
+
+    def submit(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
+    ) -> Callable[[], list[RolloutSample]]:
+        """See AsynchronousEngine."""
+        assert self.weights_version == policy_version, "sampling with other weights than the policy's"
+        repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+        requests = [
+            {
+                "token_ids": list(prompt.tokens),
+                "sampling_params": sampling_arguments(params, (self._seed, step, index)),
+            }
+            for index, prompt in enumerate(repeated)
+        ]
+        if self._pool is not None:
+            start = time.perf_counter()
+            future = self._pool.submit(requests, policy_version)
+            future.add_done_callback(lambda _: self._stop_clock(start))
+
+        def collect(_: ServerPool) -> list[RolloutSample]:
+            return [
+                make_sample(prompt, index, choice["token_ids"], _log_probs(choice), params, policy_version)
+                for index, (prompt, choice) in enumerate(zip(repeated, future.result(), strict=True))
+            ]
+
+        return lambda: self._on_rank_0(collect)
+
+    def _stop_clock(self, start: float) -> None:
+        self.generation_seconds = time.perf_counter() - start
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
+        """See ScoringEngine: those of every server."""
+        return self._on_rank_0(lambda pool: pool.score(sequences, SCORING_ARGUMENTS))
+
+    def update_weights(self, weights: WeightSource, policy_version: int) -> None:
+        """See RolloutEngine. Raises UserError where no server takes them, also not after a restart."""
+        self.weights_version = None
+        self._update(weights, policy_version)
+        self.weights_version = policy_version
+
+    @retry(retry=retry_if_exception_type(UpdateError), stop=stop_after_attempt(2), reraise=True)
+    def _update(self, source: WeightSource, policy_version: int) -> None:
+        weights = source()
+
+        def send(pool: ServerPool) -> None:
+            try:
+                pool.open_update(policy_version)
+                self._transfer.send(pool, weights)
+                pool.close_update()
+            finally:
+                _exhaust(weights)
+
+        if self._pool is None:
+            _exhaust(weights)
+        self._on_rank_0(send)
+
+    def close(self) -> None:
+        """Drop the connections; the servers run on."""
+        if self._pool is not None:
+            self._pool.close()
+
+    def _on_rank_0(self, compute: Callable[[ServerPool], T]) -> T:
+        """What rank 0 computes, on every rank; what it raises for the user, every rank raises."""
+        outcome: list[Any] = [None]
+        if self._pool is not None:
+            try:
+                outcome = [compute(self._pool)]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
+
+
+def _log_probs(choice: dict[str, Any]) -> list[float]:
+    return [entry["logprob"] for entry in choice["logprobs"]["content"]]
+
+
+def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Take part in what is left of a collective pass."""
+    for _ in weights:
+        pass

@@ -1,0 +1,1 @@
+"""The server's side of rollout servers: the command, the guard of its routes, vLLM and its workers."""

@@ -1,0 +1,30 @@
+"""`python -m chord_megatron.rollout.serving.vllm_server ARGUMENTS`: vLLM's API server, of a supported version.
+
+Started and restarted by serve.py, which says what the arguments are.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from chord_megatron.rollout.vllm_adapter import import_vllm
+from chord_megatron.system.processes import end_with_parent
+from chord_megatron.types import UserError
+
+
+def main() -> int:
+    """Serve until ended; returns the exit code, 2 for what the user can mend."""
+    end_with_parent()
+    try:
+        import_vllm()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # `vllm serve` finds its own distribution by name, which has another one on CPU.
+    import_module("vllm.entrypoints.launchers.api_server.entry").main()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What trainer and servers both must agree on about a weight update: manifest, files, broadcast."""

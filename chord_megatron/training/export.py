@@ -1,0 +1,46 @@
+"""Hugging Face directories out of a training engine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.mapping import hf_tensors
+from chord_megatron.weights.model_files import copy_model_files
+from chord_megatron.weights.safetensors_writer import write_safetensors
+
+
+class Exporter(Protocol):
+    """The part of MegatronEngine that yields (HF name, full tensor) on every rank."""
+
+    arch: ModelArchitecture
+
+    def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]: ...
+
+
+def export_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> None:
+    """Write the current weights beside the configuration and tokenizer of `source_dir`. Collective.
+
+    The directory appears complete or not at all; it loads with `AutoModelForCausalLM.from_pretrained`.
+    """
+    weights = engine.export_hf_weights()
+    if dist.get_rank() != 0:
+        for _ in weights:  # takes part in the gathers
+            pass
+        return
+    partial = target_dir.with_name(target_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    first = next(weights)  # the embedding, which has the dtype of the model
+    write_safetensors(partial, hf_tensors(engine.arch, first[1].dtype), chain([first], weights))
+    copy_model_files([source_dir], partial)
+    shutil.rmtree(target_dir, ignore_errors=True)
+    os.replace(partial, target_dir)

@@ -1,0 +1,84 @@
+"""Everything that rank 0 writes while a run goes on: logs, completions, recordings, and the report at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from chord_megatron.config import Config, to_yaml
+from chord_megatron.rollout.replay import RolloutRecorder
+from chord_megatron.system.files import atomic_write
+from chord_megatron.tracking.report import write_report
+from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.tracking.run_log import RunLog
+from chord_megatron.types import ScoredRollouts
+
+
+class RunOutputs:
+    """The files of a run directory. `next_step` > 0: a resumed run, whose later lines are written again."""
+
+    def __init__(self, config: Config, run_dir: RunDir, next_step: int, notes: Sequence[str]) -> None:
+        self._config, self._run_dir = config, run_dir
+        # A run killed before its first checkpoint starts over, over its own lines.
+        is_restart = run_dir.config.exists()
+        resume_step = next_step if next_step > 0 or is_restart else None
+        self.log = RunLog(
+            run_dir.path,
+            train_iters=config.train.train_iters,
+            report_to=config.tracking.report_to,
+            resume_step=resume_step,
+        )
+        atomic_write(run_dir.config, [to_yaml(config).encode()])
+        record_to = config.rollout.record_to
+        self._recorder = RolloutRecorder(Path(record_to), resume_step=resume_step) if record_to else None
+        for note in notes:
+            self.log.message(note)
+        if next_step > 0:
+            self.log.message(f"resuming {run_dir.path} at step {next_step}")
+
+    def step(
+        self, metrics: dict[str, float | int | None], scored: ScoredRollouts | None, generation: ScoredRollouts | None
+    ) -> None:
+        """One training step; `generation` is the batch of completions where the step drew one."""
+        step = metrics["step"]
+        assert isinstance(step, int)
+        self.log.log_step(metrics)
+        if scored is not None:
+            self.log.log_completions(step, self._completion_rows(scored))
+        if self._recorder is not None and generation is not None:
+            self._recorder.write(step, generation.rollouts)
+
+    def evaluation(self, step: int, metrics: dict[str, float | None], scored: ScoredRollouts) -> None:
+        """One evaluation of the weights after `step` steps."""
+        rows = [{"split": "eval", **row} for row in self._completion_rows(scored)]
+        self.log.log_completions(step, rows)
+        self.log.log_eval(step, metrics)
+
+    def finish(self, step: int) -> None:
+        """The report, and where everything is."""
+        png, html = write_report(self._run_dir.path)
+        self._run_dir.mark_finished(step)
+        print(f"model: {self._run_dir.hf(step)}\nreport: {html}, {png}", flush=True)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.log.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _completion_rows(self, scored: ScoredRollouts) -> list[dict[str, object]]:
+        """tracking.log_completions of them, spread evenly over the batch."""
+        count = min(self._config.tracking.log_completions, len(scored.rollouts))
+        chosen = [math.floor(i * len(scored.rollouts) / count) for i in range(count)]
+        return [
+            {
+                "prompt_id": scored.rollouts[i].prompt_id,
+                "prompt": scored.prompts[i].text,
+                "completion": scored.completions[i],
+                "reference": scored.prompts[i].reference,
+                "reward": scored.rewards[i],
+                "finish_reason": scored.rollouts[i].finish_reason,
+            }
+            for i in chosen
+        ]

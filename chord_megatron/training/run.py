@@ -1,0 +1,164 @@
+"""A run: everything it needs is set up, then it loops over its steps."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from chord_megatron.backend.engine import MegatronEngine
+from chord_megatron.backend.groups import initialize_distributed
+from chord_megatron.config import Config
+from chord_megatron.data.load import load_run_data, load_tokenizer, stop_token_ids
+from chord_megatron.planning.plan import make_plan
+from chord_megatron.rewards.functions import build_reward_function
+from chord_megatron.rollout.build import build_embedded, build_rollout
+from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.training.export import export_hf
+from chord_megatron.training.outputs import RunOutputs
+from chord_megatron.training.sampler import Sampler
+from chord_megatron.training.trainer import ChordTrainer, StepResult
+from chord_megatron.types import UserError
+from chord_megatron.weights.hf_config import read_architecture
+
+_NUM_PROBES = 8  # prompts that trainer and sampler both score after an update
+
+
+class Run:
+    """One run: everything it needs, and the loop over its steps. Every method is a collective call."""
+
+    def __init__(self, config: Config) -> None:
+        model_dir = Path(config.model.path)
+        self.config = config
+        self.run_dir = RunDir(Path(config.train.output_dir))
+        self.run_dir.refuse_other_run(
+            {
+                "model.path": config.model.path,
+                "data.dataset": config.data.dataset,
+                "chord.chord_sft_dataset": config.chord.chord_sft_dataset,
+                "train.seed": config.train.seed,
+            }
+        )
+        plan = make_plan(config, read_architecture(model_dir), int(os.environ.get("WORLD_SIZE", 1)))
+        tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
+        data = load_run_data(config.data, config.chord, tokenizer)
+        reward_function = build_reward_function(**config.rewards.model_dump())
+        self.groups = initialize_distributed(config.parallel, config.train.seed)
+        self.engine = MegatronEngine(
+            config.model,
+            config.parallel,
+            config.optimizer,
+            self.groups,
+            train_iters=config.train.train_iters,
+            keep_reference=config.grpo.beta > 0,
+        )
+        timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        rollout = build_rollout(config, self.engine, self.groups)
+        is_checked = config.rollout.vllm_mode is not None and config.rollout.consistency_threshold is not None
+        probes = data.prompts[:_NUM_PROBES] if is_checked else ()
+        # A recording has no answers to the held-out prompts.
+        eval_rollout = build_embedded(config, self.engine, self.groups) if config.rollout.replay_from else rollout
+        self.trainer = ChordTrainer(
+            config,
+            plan,
+            data,
+            tokenizer,
+            self.engine,
+            Sampler(self.engine, rollout, config.rollout, probes, timer),
+            Sampler(self.engine, eval_rollout, config.rollout, probes, timer),
+            reward_function,
+            stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids),
+            timer,
+        )
+        self.skipped_steps = self.skipped_in_row = 0
+        self.next_step = self._resume()
+        # Rank 0 writes; `None` elsewhere.
+        notes = [self.engine.acceleration_note, *data.notes]
+        self.outputs = RunOutputs(config, self.run_dir, self.next_step, notes) if self.groups.rank == 0 else None
+
+    def train(self) -> None:
+        """Evaluate, step, log and save until train_iters."""
+        try:
+            while self.next_step < self.config.train.train_iters:
+                self._evaluate()
+                result = self.trainer.step(self.next_step)
+                self._log(result)
+                self.next_step += 1
+                self._save()
+                self._stop_if_diverged()
+            self._evaluate()
+        finally:
+            self.trainer.close()
+            if self.outputs:
+                self.outputs.close()
+        if self.outputs:
+            self.outputs.finish(self.next_step)
+
+    def _resume(self) -> int:
+        """Load the latest checkpoint of the run directory; returns the step to go on with."""
+        step = self.run_dir.latest_step()
+        if step is None:
+            return 0
+        state = self.engine.load(self.run_dir.checkpoint(step))
+        self.trainer.load_state_dict(state["trainer"])
+        self.skipped_steps, self.skipped_in_row = state["skipped_steps"], state["skipped_in_row"]
+        return step
+
+    def _evaluate(self) -> None:
+        """Before the first step, every eval_steps, and at the end; not again where a resumed run has it."""
+        eval_steps, step = self.config.train.eval_steps, self.next_step
+        is_due = eval_steps is not None and (step % eval_steps == 0 or step == self.config.train.train_iters)
+        answer = [is_due and self.outputs is not None and self.outputs.log.last_eval_step != step]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[0]:
+            metrics, scored = self.trainer.evaluate()
+            if self.outputs:
+                self.outputs.evaluation(step, metrics, scored)
+
+    def _log(self, result: StepResult) -> None:
+        self.skipped_in_row = 0 if result.stepped else self.skipped_in_row + 1
+        self.skipped_steps += not result.stepped
+        peak = torch.tensor([_peak_memory_bytes()], dtype=torch.int64, device=self.groups.device)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        if self.outputs:
+            metrics = {
+                "step": self.next_step,
+                **result.metrics,
+                "skipped_steps": self.skipped_steps,
+                "peak_memory_bytes": int(peak.item()),
+            }
+            self.outputs.step(metrics, result.scored, result.new_generation)
+
+    def _save(self) -> None:
+        """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
+        train, step = self.config.train, self.next_step
+        if step != train.train_iters and (train.save_steps is None or step % train.save_steps):
+            return
+        state = {
+            "trainer": self.trainer.state_dict(),
+            "step": step,  # of mu and of everything else that follows a schedule
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_row": self.skipped_in_row,
+        }
+        export_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step))
+        self.engine.save(self.run_dir.checkpoint(step), state)
+        if self.outputs:
+            self.run_dir.publish(step, train.save_total_limit)
+
+    def _stop_if_diverged(self) -> None:
+        if self.skipped_in_row >= self.config.train.max_skipped_steps:
+            raise UserError(
+                f"stopped after {self.skipped_in_row} steps in a row with a non-finite loss or gradient norm; "
+                "lower optimizer.lr, or look at the last completions in completions.jsonl"
+            )
+
+
+def _peak_memory_bytes() -> int:
+    """Peak device memory of this process, or its peak resident memory without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

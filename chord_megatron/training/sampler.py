@@ -1,0 +1,102 @@
+"""Keeps a rollout engine in step with the policy: new weights before the first token, and a check that they arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.distributed as dist
+
+from chord_megatron.backend.engine import MegatronEngine
+from chord_megatron.batching.samples import probe_samples
+from chord_megatron.config import RolloutConfig
+from chord_megatron.rollout.consistency import Scores, check_consistency, largest_mean_difference
+from chord_megatron.rollout.protocol import RolloutEngine
+from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+
+
+class Drawing:
+    """Completions that have been asked for."""
+
+    def __init__(self, collect: Callable[[], list[RolloutSample]]) -> None:
+        self._collect = collect
+        self._samples: list[RolloutSample] | None = None
+
+    def result(self) -> list[RolloutSample]:
+        """Wait for them; the same list on every rank. A collective call."""
+        if self._samples is None:
+            self._samples = self._collect()
+        return self._samples
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Every method is a collective call of all ranks."""
+
+    engine: MegatronEngine
+    rollout: RolloutEngine
+    config: RolloutConfig
+    probes: Sequence[Prompt]  # what both sides score after an update; none where they share their weights
+    timer: PhaseTimer
+
+    def draw(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
+    ) -> Drawing:
+        """Completions by weights of `policy_version`; under max_staleness 1 they come while the caller goes on."""
+        arguments: dict[str, Any] = {
+            "num_generations": num_generations,
+            "step": step,
+            "policy_version": policy_version,
+        }
+        if self.config.max_staleness:
+            self._synchronize(policy_version)
+            return Drawing(partial(self._collect, self.rollout.submit(prompts, params, **arguments)))
+        return Drawing(partial(self._draw_now, prompts, params, **arguments))
+
+    def _collect(self, collect: Callable[[], list[RolloutSample]]) -> list[RolloutSample]:
+        with self.timer("rollout"):
+            return collect()
+
+    def _draw_now(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, policy_version: int, **arguments: Any
+    ) -> list[RolloutSample]:
+        with self.engine.offloaded(optimizer=self.config.offload_optimizer, model=False):
+            self._synchronize(policy_version)
+            with (
+                self.timer("rollout"),
+                self.engine.offloaded(optimizer=False, model=self.config.offload_model),
+            ):
+                return self.rollout.generate(prompts, params, policy_version=policy_version, **arguments)
+
+    def _synchronize(self, policy_version: int) -> None:
+        """Send the policy's weights, unless the sampler has them, and compare what both make of the probes."""
+        if self.rollout.weights_version == policy_version:
+            return
+        with self.timer("sync"):
+            expected = self._probe_log_probs()
+            self.rollout.update_weights(self.engine.export_hf_weights, policy_version)
+            if expected:
+                with self.engine.offloaded(optimizer=False, model=self.config.offload_model):
+                    self._check(expected, policy_version)
+
+    def _probe_log_probs(self) -> Scores:
+        if not self.probes:
+            return []
+        samples = probe_samples(self.probes)
+        return [row[1:].tolist() for row in self.engine.compute_log_probs(samples, micro_batch_size=len(samples))]
+
+    def _check(self, expected: Scores, policy_version: int) -> None:
+        scores = self.rollout.score([prompt.tokens for prompt in self.probes])
+        found: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
+        dist.all_gather_object(found, largest_mean_difference(expected, scores))
+        difference, name = max(found)
+        check_consistency(
+            difference,
+            name,
+            threshold=self.config.consistency_threshold,
+            version=policy_version,
+            action=self.config.consistency_action,
+        )

@@ -1,0 +1,277 @@
+"""Between the `config.json` that Hugging Face writes and a ModelArchitecture.
+
+Reading understands the spellings of transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
+A key that is neither modelled nor known to be harmless must be off (null, false, zero, empty): whatever else it
+says would change what the model computes, and is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import (
+    LatentAttention,
+    LinearRope,
+    Llama3Rope,
+    MixtureOfExperts,
+    ModelArchitecture,
+    YarnRope,
+)
+from chord_megatron.weights.families import FAMILIES
+from chord_megatron.weights.schema import Family
+
+Rope = LinearRope | Llama3Rope | YarnRope
+_ROPE_TYPES: dict[str, type[Rope]] = {"linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}
+_ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+
+# Field of ModelArchitecture -> key of config.json, in every family.
+_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+_ALSO_READ = {
+    "architectures",
+    "head_dim",
+    "hidden_act",
+    "layer_types",
+    "num_key_value_heads",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "tie_word_embeddings",
+}
+# Read by nobody who computes logits.
+_HARMLESS = {
+    "_attn_implementation_autoset",
+    "_name_or_path",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "decoder_start_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "initializer_range",
+    "label2id",
+    "max_length",
+    "model_type",
+    "pad_token_id",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+}
+_REMEDIES = {
+    "quantization_config": "use the unquantized checkpoint",
+    "sliding_window": "use a model with full attention",
+    "use_sliding_window": "use a model with full attention (use_sliding_window: false)",
+}
+
+
+def read_architecture(model_dir: Path) -> ModelArchitecture:
+    """The architecture in `model_dir/config.json`; UserError names whatever is missing or unsupported."""
+    try:
+        return parse_config(_read_json(model_dir))
+    except _RefusedError as refused:
+        raise UserError(f"{model_dir}/config.json: {refused}.") from None
+
+
+class _RefusedError(ValueError):
+    """What is wrong with a config, without the name of its file."""
+
+
+def parse_config(config: dict[str, Any]) -> ModelArchitecture:
+    """The architecture that the content of a config.json describes."""
+    family = _find_family(config)
+    config = {key: value for key, value in (family.defaults | config).items() if value is not None}
+    _refuse_unmodelled(config, family)
+    numbers = {field: _positive(config, key) for field, key in _KEYS.items()}
+    heads = numbers["num_attention_heads"]
+    mla = _latent_attention(config) if family.has_latent_attention else None
+    # Old Llama checkpoints leave these out; the fall-backs are those of transformers. Latent attention has no groups.
+    groups = heads if mla or "num_key_value_heads" not in config else _positive(config, "num_key_value_heads")
+    if heads % groups:
+        raise _RefusedError(
+            f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}; mend the config"
+        )
+    head_dim = _positive(config, "head_dim") if "head_dim" in config else numbers["hidden_size"] // heads
+    rope_theta, rope_scaling = _rope(config, family)
+    return ModelArchitecture(
+        family=family.name,
+        **numbers,
+        num_query_groups=groups,
+        head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else head_dim,
+        rope_theta=rope_theta,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_layernorm,
+        moe=_mixture_of_experts(config, family, numbers["num_layers"]) if family.moe_keys else None,
+        mla=mla,
+    )
+
+
+def make_config(arch: ModelArchitecture) -> dict[str, Any]:
+    """The config.json of an architecture, in the spelling of transformers 4, which transformers 5 reads, too."""
+    family = FAMILIES[arch.family]
+    config: dict[str, Any] = {
+        "architectures": [family.hf_class],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        **{key: getattr(arch, field) for field, key in _KEYS.items()},
+        "num_key_value_heads": arch.num_query_groups,
+        "tie_word_embeddings": arch.tie_word_embeddings,
+        "rope_theta": arch.rope_theta,
+        "rope_scaling": None,
+        **{key: None for key in family.defaults if key == "sliding_window"},
+    }
+    if arch.rope_scaling:
+        (rope_type,) = (name for name, kind in _ROPE_TYPES.items() if isinstance(arch.rope_scaling, kind))
+        config["rope_scaling"] = {"rope_type": rope_type, **asdict(arch.rope_scaling)}
+    if arch.mla:
+        config |= asdict(arch.mla)
+    else:
+        config["head_dim"] = arch.head_dim
+    if arch.moe:
+        config |= {names[0]: getattr(arch.moe, field) for field, names in family.moe_keys.items()}
+        if "num_groups" in family.moe_keys and arch.moe.num_groups is None:
+            config |= {"n_group": 1, "topk_group": 1}
+        config |= _dense_layer_keys(arch.moe, family)
+        if arch.moe.shared_ffn_hidden_size:
+            config["n_shared_experts"] = arch.moe.shared_ffn_hidden_size // arch.moe.ffn_hidden_size
+    return config
+
+
+def _read_json(model_dir: Path) -> dict[str, Any]:
+    if not model_dir.is_dir():
+        raise UserError(f"the model folder {model_dir} is not a directory; give the folder that holds config.json.")
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{model_dir} has no config.json; give a model folder saved by save_pretrained.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object; download it again.")
+    return config
+
+
+def _find_family(config: dict[str, Any]) -> Family:
+    by_class = {family.hf_class: family for family in FAMILIES.values()}
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in by_class:
+        raise _RefusedError(f"architecture {name} is not supported; use one of {', '.join(by_class)}")
+    return by_class[name]
+
+
+def _refuse_unmodelled(config: dict[str, Any], family: Family) -> None:
+    """Raise for every key whose value would change what the model computes."""
+    refused = [key for key, value in {"hidden_act": "silu", **family.only}.items() if config.get(key, value) != value]
+    if set(config.get("layer_types", ())) - {"full_attention"}:
+        refused.append("layer_types")
+    known = _HARMLESS | _ALSO_READ | set(_KEYS.values()) | family.only.keys() | family.harmless
+    known |= {name for names in family.moe_keys.values() for name in names}
+    if family.has_latent_attention:
+        known |= {field.name for field in fields(LatentAttention)}
+    known |= family.defaults.keys() - {"sliding_window"}
+    refused += [key for key, value in config.items() if value and key not in known]
+    if refused:
+        values = ", ".join(f"`{key}: {config[key]}`" for key in refused)
+        remedy = _REMEDIES.get(refused[0], "use a model without, or add what it means (docs/adding-a-model.md)")
+        raise _RefusedError(f"{values} is not supported for {family.hf_class}; {remedy}")
+
+
+def _positive(config: dict[str, Any], *names: str, inside: str = "") -> Any:
+    """The number under the first of these keys that is there; `inside` names the object they are in."""
+    key = next((name for name in names if name in config), names[0])
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise _RefusedError(f"`{inside}{key}` must be a positive number, found {value!r}")
+    return value
+
+
+def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
+    """(theta, scaling); transformers 5 keeps both in rope_parameters."""
+    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
+    if not all(isinstance(config.get(name, {}), dict) for name in ("rope_scaling", "rope_parameters")):
+        raise _RefusedError(f"`{key}` must be an object, found {config[key]!r}")
+    rope = config.get("rope_scaling", {}) | config.get("rope_parameters", {})
+    theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
+    # "type" is the spelling of old checkpoints; transformers reads a mapping with neither as the default.
+    old_name = rope.pop("type", "default")
+    rope_type = rope.pop("rope_type", old_name)
+    if rope_type not in family.rope_types:
+        raise _RefusedError(
+            f"`{key}` of type {rope_type} is not supported for {family.hf_class}; "
+            f"use a model with one of {', '.join(family.rope_types)}"
+        )
+    if rope_type == "default":
+        names, scaling = [], None
+    else:
+        kind = _ROPE_TYPES[rope_type]
+        names = [field.name for field in fields(kind)]
+        scaling = kind(**{name: _positive(_ROPE_DEFAULTS | rope, name, inside=f"{key}.") for name in names})
+    unknown = [name for name, value in rope.items() if value is not None and name not in names]
+    if unknown:
+        raise _RefusedError(f"`{key}` of type {rope_type} has {', '.join(unknown)}, which is not supported")
+    return theta, scaling
+
+
+def _latent_attention(config: dict[str, Any]) -> LatentAttention:
+    names = [field.name for field in fields(LatentAttention) if field.name != "q_lora_rank"]
+    return LatentAttention(
+        q_lora_rank=_positive(config, "q_lora_rank") if "q_lora_rank" in config else None,
+        **{name: _positive(config, name) for name in names},
+    )
+
+
+def _mixture_of_experts(config: dict[str, Any], family: Family, num_layers: int) -> MixtureOfExperts:
+    values: dict[str, Any] = {
+        field: bool(config.get(names[0])) if field == "normalize_top_k" else _positive(config, *names)
+        for field, names in family.moe_keys.items()
+    }
+    _check_groups(values)
+    first, step = config.get("first_k_dense_replace", 0), config.get("decoder_sparse_step", 1)
+    named = config.get("mlp_only_layers", ())
+    dense = (layer for layer in range(num_layers) if layer < first or layer in named or (layer + 1) % step)
+    return MixtureOfExperts(
+        **family.moe_settings,
+        **values,
+        dense_layers=tuple(dense),
+        shared_ffn_hidden_size=values["ffn_hidden_size"] * config.get("n_shared_experts", 0) or None,
+    )
+
+
+def _check_groups(values: dict[str, Any]) -> None:
+    """One group is none; of several, Megatron-Core cannot score every kind as transformers does."""
+    if values.get("num_groups") == 1:
+        values["num_groups"] = values["top_k_groups"] = None
+    groups, chosen = values.get("top_k_groups"), values["experts_per_token"]
+    # transformers adds up the two best scores of a group, moe_utils.py:554 the chosen // groups best ones.
+    if groups is not None and chosen // groups != 2:
+        raise _RefusedError(
+            f"`num_experts_per_tok: {chosen}` with `topk_group: {groups}` is not supported; "
+            "use a model that chooses two experts a group, as DeepSeek-V3 does"
+        )
+
+
+def _dense_layer_keys(moe: MixtureOfExperts, family: Family) -> dict[str, Any]:
+    """How this family's config.json says which layers have no experts."""
+    if "first_k_dense_replace" in family.defaults:
+        return {"first_k_dense_replace": len(moe.dense_layers), "n_shared_experts": 0}
+    if "mlp_only_layers" in family.defaults:
+        return {"mlp_only_layers": list(moe.dense_layers), "decoder_sparse_step": 1}
+    return {}

@@ -1,0 +1,153 @@
+"""Reading the safetensors files of a Hugging Face model folder."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from chord_megatron.types import UserError
+from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.mapping import hf_names, is_ignorable
+from chord_megatron.weights.names import list_names
+from chord_megatron.weights.schema import TensorSpec
+from chord_megatron.weights.shards import TensorSlice
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# As the headers of safetensors files spell them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LFS_POINTER = b"version https://git-lfs"
+
+
+class SafetensorsReader:
+    """The tensors of a model folder, one file or sharded, mapped into memory. A context manager.
+
+    UserError names a missing or damaged file, and a missing tensor.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        with ExitStack() as stack:
+            if (directory / SINGLE_FILE).is_file():
+                self._open(SINGLE_FILE, stack)
+            else:
+                weight_map = self._read_index()
+                for file in dict.fromkeys(weight_map.values()):
+                    self._open(file, stack)
+                self._check_index(weight_map)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def names(self) -> set[str]:
+        """Names of all tensors in the folder."""
+        return set(self._file_of)
+
+    def get_slice(self, name: str) -> TensorSlice:
+        """The tensor on disk; indexing it reads only what is asked for."""
+        return self._slice(name)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, which is not read."""
+        found = self._slice(name)
+        if found.get_dtype() not in DTYPES:
+            raise UserError(
+                f"{name} in {self._directory} is stored as {found.get_dtype()}, which is not supported; "
+                "use the unquantized checkpoint"
+            )
+        return TensorSpec(DTYPES[found.get_dtype()], tuple(found.get_shape()))
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise UserError(f"{self._directory} has no tensor {name}; download the model again.")
+        return self._files[self._file_of[name]].get_slice(name)
+
+    def _read_index(self) -> dict[str, str]:
+        index = self._directory / INDEX_FILE
+        if not index.is_file():
+            raise UserError(
+                f"{self._directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with save_pretrained."
+            )
+        try:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index} is not a safetensors index; download it again.") from error
+        for file in set(weight_map.values()):
+            if not isinstance(file, str) or file in (".", "..") or Path(file).name != file:
+                raise UserError(f"{index} names the file {file!r}, which is not beside it; download the model again.")
+        return weight_map
+
+    def _check_index(self, weight_map: dict[str, str]) -> None:
+        """The files hold what the index says; a tensor that it does not name is one that nobody would read."""
+        if absent := [name for name, file in weight_map.items() if self._file_of.get(name) != file]:
+            raise UserError(
+                f"the files in {self._directory} lack {list_names(absent)}, which the index promises; "
+                "download the model again."
+            )
+        if unlisted := set(self._file_of) - set(weight_map):
+            raise UserError(
+                f"{self._directory / INDEX_FILE} lacks {list_names(unlisted)}, which the files hold; "
+                "download the model again."
+            )
+
+    def _open(self, file: str, stack: ExitStack) -> None:
+        path = self._directory / file
+        try:
+            handle: Any = stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise UserError(f"{self._directory} lacks {file}; download the model again.") from None
+        except (SafetensorError, OSError) as error:
+            raise UserError(_damage(path, error)) from error
+        for name in handle.keys():  # noqa: SIM118, not a mapping
+            if name in self._file_of:
+                raise UserError(
+                    f"{path} holds {name}, and so does {self._file_of[name]}; save the model with save_pretrained."
+                )
+            self._file_of[name] = file
+        self._files[file] = handle
+
+
+def _damage(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            return f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there."
+    return f"{path} is not a complete safetensors file ({error}); download it again."
+
+
+def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
+    """Every tensor of the model is there and no other; UserError lists the names."""
+    expected, found = hf_names(arch), reader.names()
+    if missing := expected - found:
+        raise UserError(
+            f"the checkpoint lacks tensors of a {arch.family} model: {list_names(missing)}; download it again."
+        )
+    if unexpected := [name for name in found - expected if not is_ignorable(name, arch)]:
+        raise UserError(
+            f"the checkpoint has tensors that a {arch.family} model does not: {list_names(unexpected)}; "
+            "use the config.json that belongs to these weights."
+        )
