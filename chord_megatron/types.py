@@ -7,13 +7,15 @@ only `MicroBatch` is shifted, because there position `t` predicts the token at `
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
+Metrics = dict[str, float | int | None]  # a line of metrics.jsonl, or a part of one; None: there was nothing to measure
 
 
 class UserError(ValueError):
@@ -55,28 +57,46 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class RolloutRequest:
+    """The completions of one generation batch, asked for: `num_generations` of each prompt, side by side.
+
+    What is drawn depends on the weights, the prompts, `step` and the completion's place, not on the parallel layout.
+    """
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    num_generations: int
+    step: int
+    policy_version: int  # optimizer steps taken by the weights that are to sample
+
+    @property
+    def repeated(self) -> list[Prompt]:
+        """The prompt of each completion."""
+        return [prompt for prompt in self.prompts for _ in range(self.num_generations)]
+
+
+@dataclass(frozen=True, eq=False)
 class RolloutSample:
-    """One completion of one prompt."""
+    """One completion of one prompt. Tensors on the host, [length] each."""
 
     prompt_id: int
     sample_index: int  # position in the generation batch: prompt number * num_generations + k
-    tokens: tuple[int, ...]  # prompt + completion, with the sampled end token
-    response_mask: tuple[bool, ...]  # [tokens] True on the completion
-    rollout_log_probs: tuple[float, ...]  # [tokens] of the sampler, at its temperature; 0 outside the mask
+    tokens: Tensor  # int32: prompt + completion, with the sampled end token
+    response_mask: Tensor  # bool, True on the completion
+    rollout_log_probs: Tensor  # float32, of the sampler, at its temperature; 0 outside the mask
     policy_version: int  # optimizer steps taken by the weights that sampled it
     finish_reason: FinishReason
 
     @property
-    def response_tokens(self) -> tuple[int, ...]:
-        return tuple(token for token, keep in zip(self.tokens, self.response_mask) if keep)
+    def response_tokens(self) -> list[int]:
+        return self.tokens[self.response_mask].tolist()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoredRollouts:
     """The completions of one generation batch with their rewards, prompt groups side by side."""
 
     prompts: tuple[Prompt, ...]  # of each completion
-    completions: tuple[str, ...]  # text, without special tokens
     rollouts: tuple[RolloutSample, ...]
     rewards: tuple[float, ...]
     rewards_by_function: dict[str, tuple[float, ...]]
@@ -85,18 +105,17 @@ class ScoredRollouts:
         """The completions [start, stop)."""
         return ScoredRollouts(
             self.prompts[start:stop],
-            self.completions[start:stop],
             self.rollouts[start:stop],
             self.rewards[start:stop],
             {name: values[start:stop] for name, values in self.rewards_by_function.items()},
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainingSample:
     """A sequence with per-token loss weights: rollout and expert samples are the same kind of thing."""
 
-    tokens: Tensor  # [length] int64
+    tokens: Tensor  # [length] integers
     loss_mask: Tensor  # [length] bool, True on tokens whose log-prob enters the loss
     is_expert: bool
     temperature: float
@@ -106,7 +125,7 @@ class TrainingSample:
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MicroBatch:
     """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1."""
 
@@ -114,6 +133,8 @@ class MicroBatch:
     position_ids: Tensor  # int64, restarts at 0 in each sequence
     labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
     cu_seqlens: Tensor  # [num_sequences + 1] int32, padding is a sequence of its own
+    rollout_mask: Tensor  # bool, the tokens R of the objective; a weight or an advantage may be 0 inside it
+    expert_mask: Tensor  # bool, the tokens E of the objective
     rollout_weights: Tensor  # float32, a_t of the objective; 0 outside the rollout tokens
     expert_weights: Tensor  # float32, b_t of the objective; 0 outside the expert tokens
     advantages: Tensor  # float32
@@ -128,7 +149,7 @@ class MicroBatch:
     @property
     def counts(self) -> Tensor:
         """[tokens] bool: positions whose log-prob enters the objective; nobody needs the others'."""
-        return (self.rollout_weights > 0) | (self.expert_weights > 0)
+        return self.rollout_mask | self.expert_mask
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -136,7 +157,7 @@ class MicroBatch:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GlobalBatch:
     """What one data-parallel rank runs in one optimizer step, with the counts of all ranks."""
 
@@ -144,3 +165,19 @@ class GlobalBatch:
     num_rollout_tokens: int  # R of the objective, over all ranks
     num_expert_tokens: int  # E of the objective, over all ranks
     num_tokens: int  # every non-padding token of the step, over all ranks
+    lengths: tuple[int, ...]  # of every sample of the step, over all ranks
+
+
+class LossResult(NamedTuple):
+    """What a loss function makes of one micro-batch. Every micro-batch has the same names."""
+
+    loss: Tensor  # scalar with gradient
+    sums: dict[str, Tensor]  # float64 scalars, added over micro-batches and ranks
+    maxima: dict[str, Tensor]  # float64 scalars, of which the largest of all micro-batches and ranks is kept
+
+
+class LossTotals(NamedTuple):
+    """The sums and maxima of a step by name, the same on every rank."""
+
+    sums: dict[str, float]
+    maxima: dict[str, float]

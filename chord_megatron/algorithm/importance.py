@@ -13,15 +13,28 @@ ratio are those of ms-swift (`rollout_importance_sampling_mode` in its grpo_trai
   tokens below a lower bound.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from chord_megatron.algorithm.sequences import Sequences
+
 ImportanceSamplingMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 # e^20 = 5e8: beyond any threshold of use, while its square summed over a step stays far inside float64.
 MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class ImportanceCorrection:
+    """How the ratios become weights; what equals the threshold is within it."""
+
+    mode: ImportanceSamplingMode
+    threshold: float
 
 
 def log_importance_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor:
@@ -31,29 +44,17 @@ def log_importance_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, mask
 
 
 def importance_weights(
-    log_ratios: Tensor, mask: Tensor, cu_seqlens: Tensor, *, mode: ImportanceSamplingMode, threshold: float
+    log_ratios: Tensor, mask: Tensor, sequences: Sequences, correction: ImportanceCorrection
 ) -> tuple[Tensor, Tensor]:
-    """The weight of each token and whether the threshold changed it; what equals the threshold is within it.
+    """The weight of each token and whether the threshold changed it.
 
     log_ratios: [tokens] float64 of `log_importance_ratios`. mask: [tokens] bool, the tokens that count.
-    cu_seqlens: [num_sequences + 1] bounds of whole sequences that cover all tokens. Returns float64 and bool, [tokens].
+    Returns float64 and bool, [tokens].
     """
-    level, bound = mode.split("_")
+    level, bound = correction.mode.split("_")
     ratios = torch.exp(log_ratios)
-    compared = ratios if level == "token" else torch.exp(_sequence_means(log_ratios, mask, cu_seqlens))
-    is_clipped = mask & (compared > threshold)
+    compared = ratios if level == "token" else torch.exp(sequences.mean(log_ratios, mask))
+    is_clipped = mask & (compared > correction.threshold)
     if bound == "truncate":
-        return compared.clamp(max=threshold), is_clipped
+        return compared.clamp(max=correction.threshold), is_clipped
     return torch.where(is_clipped, 0.0, ratios), is_clipped
-
-
-def _sequence_means(values: Tensor, mask: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[tokens] float64: the mean of each token's sequence over its tokens in `mask`; values are 0 outside it.
-
-    Each sequence is summed by itself, so its neighbours and its place in the micro-batch leave no rounding.
-    """
-    lengths = cu_seqlens.diff().long()
-    sequence = torch.repeat_interleave(lengths, output_size=len(values))  # without the size a GPU would wait for it
-    sums = values.new_zeros(len(lengths)).index_add(0, sequence, values)
-    counts = values.new_zeros(len(lengths)).index_add(0, sequence, mask.to(values.dtype))
-    return (sums / counts.clamp(min=1.0))[sequence]

@@ -1,4 +1,4 @@
-"""The CHORD objective, token by token. Tensors and numbers in, a weighted sum and metric sums out.
+"""The CHORD objective of packed tokens: what is minimised, its loss, and the sums that describe it.
 
     L = (1 - mu) * sum_R a_t * l_t  +  mu * sum_E b_t * w_t * (-log pi(y*_t))
 
@@ -6,142 +6,104 @@ The weights a_t and b_t carry their global denominators, so the loss of an optim
 of these results over its micro-batches and ranks.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from chord_megatron.algorithm.importance import ImportanceSamplingMode, importance_weights, log_importance_ratios
-from chord_megatron.types import MicroBatch
-
-# What `chord_loss` sums over tokens, in this order; every rank and micro-batch returns the same names.
-METRIC_SUMS = (
-    "loss_rollout",
-    "loss_expert",
-    "entropy",
-    "kl",
-    "clipped",
-    "phi",
-    "log_prob_diff",
-    "importance_ratio",
-    "importance_ratio_squared",
-    "importance_clipped",
+from chord_megatron.algorithm.expert_weights import ExpertWeight, phi, uniform
+from chord_megatron.algorithm.importance import ImportanceCorrection, importance_weights, log_importance_ratios
+from chord_megatron.algorithm.policy_losses import (
+    PolicyLoss,
+    PolicyTokens,
+    RatioLevel,
+    TokenLoss,
+    kl_penalty,
+    token_log_ratios,
 )
+from chord_megatron.algorithm.sequences import Sequences
+from chord_megatron.types import LossResult, MicroBatch
 
 
-def clipped_policy_loss(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, *, epsilon: float, epsilon_high: float
-) -> tuple[Tensor, Tensor]:
-    """The clipped surrogate of each token and whether the clip holds it. All tensors [tokens].
+@dataclass(frozen=True)
+class Objective:
+    """What CHORD minimises, but for mu, which has a schedule."""
 
-    -min(rho A, clip(rho, 1 - epsilon, 1 + epsilon_high) A) with rho = exp(log_probs - old_log_probs).
-    """
-    ratio = torch.exp(log_probs - old_log_probs)
-    clipped_ratio = ratio.clamp(1 - epsilon, 1 + epsilon_high)
-    loss = -torch.min(ratio * advantages, clipped_ratio * advantages)
-    is_clipped = (clipped_ratio * advantages) < (ratio * advantages)
-    return loss, is_clipped
+    policy_loss: PolicyLoss
+    ratio_level: RatioLevel = token_log_ratios
+    expert_weight: ExpertWeight = uniform
+    beta: float = 0.0  # coefficient of the KL penalty against the reference
+    importance: ImportanceCorrection | None = None  # against the sampler's log-probs
 
 
-def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """The non-negative estimate e^d - d - 1 of KL(pi || ref), d = ref - log_prob, [tokens] (Schulman's k3)."""
-    difference = ref_log_probs - log_probs
-    return torch.expm1(difference) - difference
-
-
-def phi(log_probs: Tensor) -> Tensor:
-    """The CHORD-phi weight p (1 - p) of each expert token, detached, [tokens].
-
-    `-exp(lp) * expm1(lp)` keeps its digits where p is close to 1.
-    """
-    log_probs = log_probs.detach()
-    return -torch.exp(log_probs) * torch.expm1(log_probs)
-
-
-def chord_loss(
-    log_probs: Tensor,
-    entropy: Tensor,
-    batch: MicroBatch,
-    *,
-    mu: float,
-    epsilon: float,
-    epsilon_high: float,
-    beta: float,
-    use_phi: bool,
-    rollout_importance_sampling_mode: ImportanceSamplingMode | None = None,
-    rollout_importance_sampling_threshold: float = 2.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The CHORD loss of one packed micro-batch.
+def chord_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, *, objective: Objective, mu: float) -> LossResult:
+    """The CHORD loss of one micro-batch, attached to the graph even where both streams are empty.
 
     log_probs, entropy: [tokens], of each position's label, at the token's own temperature.
-    Returns the loss (a scalar attached to the graph even where both streams are empty), the sums named by
-    METRIC_SUMS ([10] float64) and the largest |trainer - sampler| log-prob difference (scalar float64).
     """
-    is_rollout, is_expert = batch.rollout_weights > 0, batch.expert_weights > 0
-    detached = log_probs.detach()
+    # float64 sums: their rounding must not depend on how the step was cut into micro-batches.
+    policy_losses, sums, maxima = _policy_losses(log_probs, batch, objective)
+    loss_rollout = (batch.rollout_weights * policy_losses).sum(dtype=torch.float64)
+    expert_losses = -log_probs * objective.expert_weight(log_probs.detach(), entropy.detach())
+    loss_expert = (batch.expert_weights * expert_losses).sum(dtype=torch.float64)
+    loss = (1 - mu) * loss_rollout + mu * loss_expert
+    return LossResult(
+        loss,
+        sums={
+            "loss_rollout": loss_rollout.detach(),
+            "loss_expert": loss_expert.detach(),
+            "entropy": _sum_within(batch.rollout_mask, entropy),
+            "phi": _sum_within(batch.expert_mask, phi(log_probs, entropy)),
+            **sums,
+        },
+        maxima=maxima,
+    )
+
+
+def _policy_losses(
+    log_probs: Tensor, batch: MicroBatch, objective: Objective
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The loss of each token as if it were a rollout's, and the sums and maxima that describe the rollout tokens."""
+    mask, sequences, detached = batch.rollout_mask, Sequences(batch.cu_seqlens), log_probs.detach()
     # Outside its mask a stream sees its own log-probs, so that exp() never overflows into 0 * inf.
-    old_log_probs = detached if batch.old_log_probs is None else _within(is_rollout, batch.old_log_probs, detached)
-    policy_loss, is_clipped = clipped_policy_loss(
-        log_probs, old_log_probs, batch.advantages, epsilon=epsilon, epsilon_high=epsilon_high
-    )
-    log_ratios = log_importance_ratios(old_log_probs, batch.rollout_log_probs, is_rollout)
-    policy_loss, is_weight_clipped = _weighted(
-        policy_loss,
-        log_ratios,
-        is_rollout,
-        batch.cu_seqlens,
-        rollout_importance_sampling_mode,
-        rollout_importance_sampling_threshold,
-    )
+    old_log_probs = detached if batch.old_log_probs is None else torch.where(mask, batch.old_log_probs, detached)
+    log_ratios = objective.ratio_level(log_probs, old_log_probs, mask, sequences)
+    loss, is_clipped = objective.policy_loss(PolicyTokens(log_probs, log_ratios, batch.advantages, mask))
+
+    log_weights = log_importance_ratios(old_log_probs, batch.rollout_log_probs, mask)
+    loss, is_weight_clipped = _weighted(loss, log_weights, mask, sequences, objective.importance)
+
     kl = torch.zeros_like(detached)
     if batch.ref_log_probs is not None:
-        kl = kl_penalty(log_probs, _within(is_rollout, batch.ref_log_probs, detached))
-        policy_loss = policy_loss + beta * kl
-    phi_weights = phi(log_probs)
-    expert_loss = -log_probs * (phi_weights if use_phi else 1.0)
+        kl = kl_penalty(log_probs, torch.where(mask, batch.ref_log_probs, detached))
+        loss = loss + objective.beta * kl
 
-    # float64 sums: their rounding must not depend on how the step was cut into micro-batches.
-    loss_rollout = (batch.rollout_weights * policy_loss).sum(dtype=torch.float64)
-    loss_expert = (batch.expert_weights * expert_loss).sum(dtype=torch.float64)
-    loss = (1 - mu) * loss_rollout + mu * loss_expert
-
-    sampler_difference = torch.where(is_rollout, (detached - batch.rollout_log_probs).abs(), 0.0).double()
-    sums = torch.stack(
-        [
-            loss_rollout.detach(),
-            loss_expert.detach(),
-            _masked_sum(entropy, is_rollout),
-            _masked_sum(kl, is_rollout),
-            _masked_sum(is_clipped, is_rollout),
-            _masked_sum(phi_weights, is_expert),
-            sampler_difference.sum(),
-            _masked_sum(log_ratios.exp(), is_rollout),
-            _masked_sum((2 * log_ratios).exp(), is_rollout),
-            _masked_sum(is_weight_clipped, is_rollout),
-        ]
-    )
-    return loss, sums, sampler_difference.max()
+    difference = torch.where(mask, (detached - batch.rollout_log_probs).abs(), 0.0).double()
+    sums = {
+        "kl": _sum_within(mask, kl),
+        "clipped": _sum_within(mask, is_clipped),
+        "log_prob_diff": difference.sum(),
+        "importance_ratio": _sum_within(mask, log_weights.exp()),
+        "importance_ratio_squared": _sum_within(mask, (2 * log_weights).exp()),
+        "importance_clipped": _sum_within(mask, is_weight_clipped),
+    }
+    return loss, sums, {"log_prob_diff": difference.max()}
 
 
 def _weighted(
-    policy_loss: Tensor,
-    log_ratios: Tensor,
-    mask: Tensor,
-    cu_seqlens: Tensor,
-    mode: ImportanceSamplingMode | None,
-    threshold: float,
-) -> tuple[Tensor, Tensor]:
-    """The policy loss times its importance weights, and where the threshold changed one; the same loss without a mode.
+    loss: Tensor, log_ratios: Tensor, mask: Tensor, sequences: Sequences, correction: ImportanceCorrection | None
+) -> TokenLoss:
+    """The policy loss times its importance weights, and where the threshold changed one.
 
-    Not for the KL penalty: a masked token must still be held near the reference (as in TRL, NeMo-RL, Megatron-SWIFT).
+    Not for the KL penalty: a masked token must still be held near the reference (as in TRL).
     """
-    if mode is None:
-        return policy_loss, torch.zeros_like(mask)
-    weights, is_clipped = importance_weights(log_ratios, mask, cu_seqlens, mode=mode, threshold=threshold)
-    return weights.to(policy_loss.dtype) * policy_loss, is_clipped
+    if correction is None:
+        return TokenLoss(loss, torch.zeros_like(mask))
+    weights, is_clipped = importance_weights(log_ratios, mask, sequences, correction)
+    return TokenLoss(weights.to(loss.dtype) * loss, is_clipped)
 
 
-def _within(mask: Tensor, inside: Tensor, outside: Tensor) -> Tensor:
-    return torch.where(mask, inside, outside)
-
-
-def _masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+def _sum_within(mask: Tensor, values: Tensor) -> Tensor:
     return torch.where(mask, values.detach().double(), 0.0).sum()

@@ -27,10 +27,10 @@ from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
-from chord_megatron.batching.packing import build_global_batch, unpack
+from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.types import GlobalBatch, MicroBatch, SamplingParams, TrainingSample
+from chord_megatron.types import GlobalBatch, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
 
@@ -43,8 +43,8 @@ class OptimizerStep:
     stepped: bool  # False: non-finite loss or gradient norm somewhere, weights and optimizer are as before
 
 
-# (log_probs [tokens], entropy [tokens], micro-batch) -> (loss, metric sums, largest value of a metric)
-LossFunction = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor, Tensor]]
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], LossResult]  # (log_probs [tokens], entropy [tokens], micro-batch)
+_NON_FINITE = "non-finite losses"  # a sum beside those of the loss function
 
 
 class MegatronEngine:
@@ -84,70 +84,64 @@ class MegatronEngine:
         self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
         self._clip_grad = optimizer.clip_grad
         self._bucket_bytes = model.export_bucket_megabytes * 10**6
+        self.policy_version = 0  # optimizer steps that the weights have taken
         self._loss_is_finite = True
         self._has_gradients = False
         self._host_memory: dict[str, HostMemory] = {}  # of what is away: "model", "optimizer"
         self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
-    def packing(self) -> dict[str, int]:
-        """What this layout asks of `build_global_batch`."""
+    def batch_layout(self) -> BatchLayout:
+        """What this layout asks of a batch."""
         model = unwrap(self._chunks[0])
-        return {
-            "dp_rank": self.groups.dp_rank,
-            "dp_size": self.groups.dp_size,
-            "pad_to_multiple": self.groups.tp_size if model.config.sequence_parallel else 1,
+        return BatchLayout(
+            dp_rank=self.groups.dp_rank,
+            dp_size=self.groups.dp_size,
+            pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
-            "micro_batch_multiple": self.groups.pp_size if self.groups.vpp_size else 1,
-        }
+            micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
+        )
 
     @torch.no_grad()
-    def compute_log_probs(
-        self, samples: Sequence[TrainingSample], *, micro_batch_size: int, reference: bool = False
-    ) -> list[Tensor]:
+    def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
         reference: of the frozen initial model instead of the current one.
         """
         self._assert_here("model")
-        batch = build_global_batch(samples, micro_batch_size=micro_batch_size, **self.packing)
 
-        def collect(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
-            return log_probs.sum(), 0, unpack(micro_batch, log_probs.float().cpu())
+        def collect(log_probs: Tensor, entropy: None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
+            return log_probs.sum(), 0, unpack(micro_batch, log_probs.float())
 
         if reference:
             self._swap_reference()
-        outputs = self._run_schedule(batch, collect, forward_only=True)
+        outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=False)
         if reference:
             self._swap_reference()
-        rows = {index: row for output in outputs for index, row in output.items()}
-        everywhere: list[dict[int, Tensor]] = [{}] * self.groups.dp_size
-        dist.all_gather_object(everywhere, rows, group=self.groups.dp_group)
-        merged = [{index: row for share in everywhere for index, row in share.items()}]
-        dist.broadcast_object_list(merged, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return [merged[0][index] for index in range(len(samples))]
+        rows = torch.zeros(sum(batch.lengths), device=self.groups.device).split(batch.lengths)
+        for index, row in (item for output in outputs for item in output.items()):
+            rows[index].copy_(row)
+        return self._gather(rows)
 
-    def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> tuple[list[float], float]:
-        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
-
-        Returns, on every rank, the metric sums over the whole step and the maximum of the third result.
-        """
+    def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
+        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""
         self._assert_here("model", "optimizer")
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
-        def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, tuple]:
-            loss, sums, maximum = loss_fn(log_probs, entropy, micro_batch)
+        def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, LossResult]:
+            result = loss_fn(log_probs, entropy, micro_batch)
+            non_finite = (~torch.isfinite(result.loss.detach())).double()
+            described = LossResult(result.loss.detach(), {**result.sums, _NON_FINITE: non_finite}, result.maxima)
             # Megatron divides the summed gradient by the summed counts, which is batch.num_tokens again.
-            finite = torch.isfinite(loss.detach()).to(sums.dtype)
-            return batch.num_tokens * loss, micro_batch.num_tokens, (sums, torch.stack([maximum, -finite]))
+            return batch.num_tokens * result.loss, micro_batch.num_tokens, described
 
-        outputs = self._run_schedule(batch, scaled, forward_only=False)
-        sums, maxima = self._reduce(outputs)
-        self._loss_is_finite = maxima[1] == -1.0
+        outputs = self._run_schedule(batch, scaled, forward_only=False, compute_entropy=True)
+        totals = self._reduce(outputs)
+        self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
-        return sums, maxima[0]
+        return totals
 
     def optimizer_step(self) -> OptimizerStep:
         """Clip, step, advance the learning rate; on a non-finite loss or norm on any rank, all skip together."""
@@ -167,13 +161,14 @@ class MegatronEngine:
                 if self._clip_grad > 0:
                     clip_grad_by_total_norm_fp32(inner.get_parameters(), self._clip_grad, grad_norm)
             self._optimizer.step_with_ready_grads()
+            self.policy_version += 1
         self._scheduler.step(increment=1)
         return OptimizerStep(grad_norm, lr, stepped)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
-    ) -> list[tuple[list[int], list[float]]]:
-        """(completion tokens, their log-probs) of each prompt by KV-cache decoding on the training weights.
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(completion tokens int32, their log-probs float32) of each prompt, on the host, by KV-cache decoding.
 
         seeds: what each completion's random numbers are drawn from; nothing else influences them.
         """
@@ -235,13 +230,15 @@ class MegatronEngine:
         away = " and ".join(sorted(self._host_memory.keys() & set(needed)))
         assert not away, f"the {away} is offloaded: leave the `offloaded` context first"
 
-    def _run_schedule(self, batch: GlobalBatch, loss_fn: Callable, *, forward_only: bool) -> list:
+    def _run_schedule(
+        self, batch: GlobalBatch, loss_fn: Callable, *, forward_only: bool, compute_entropy: bool
+    ) -> list[Any]:
         """One pass of Megatron-Core's pipeline schedule; the loss results of the last stage."""
         micro_batches = [micro_batch.to(self.groups.device) for micro_batch in batch.micro_batches]
         # Each model chunk of an interleaved pipeline walks through the same micro-batches.
         iterators = [iter(micro_batches) for _ in self._chunks]
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, loss_fn),
+            forward_step_func=partial(_forward_step, loss_fn, compute_entropy),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
             num_microbatches=len(micro_batches),
@@ -250,25 +247,29 @@ class MegatronEngine:
             forward_only=forward_only,
         )
 
-    def _reduce(self, outputs: list[tuple[Tensor, Tensor]]) -> tuple[list[float], list[float]]:
-        """Sum and maximise the last stages' metrics over micro-batches and ranks, then tell every stage."""
-        lengths = torch.zeros(2, dtype=torch.int64, device=self.groups.device)
+    def _gather(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Rows that the last stages of the data-parallel ranks have filled in, zeros elsewhere, on every host."""
+        flat = torch.cat(list(rows))
         if self.groups.is_last_stage:
-            sums = torch.stack([sums for sums, _ in outputs]).sum(0)
-            maxima = torch.stack([maxima for _, maxima in outputs]).amax(0)
-            lengths = torch.tensor([len(sums), len(maxima)], device=self.groups.device)
-            dist.all_reduce(sums, group=self.groups.dp_cp_group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.groups.dp_cp_group)
+            dist.all_reduce(flat, group=self.groups.dp_group)
         if self.groups.pp_size > 1:
-            source, group = self.groups.last_stage_rank, self.groups.pp_group
-            dist.broadcast(lengths, source, group=group)
-            if not self.groups.is_last_stage:
-                sums, maxima = (
-                    torch.empty(n, dtype=torch.float64, device=self.groups.device) for n in lengths.tolist()
-                )
-            dist.broadcast(sums, source, group=group)
-            dist.broadcast(maxima, source, group=group)
-        return sums.tolist(), maxima.tolist()
+            dist.broadcast(flat, self.groups.last_stage_rank, group=self.groups.pp_group)
+        return list(flat.cpu().split([len(row) for row in rows]))
+
+    def _reduce(self, outputs: Sequence[LossResult]) -> LossTotals:
+        """Add sums and compare maxima of the last stages over micro-batches and ranks, then tell every stage."""
+        totals = [LossTotals({}, {})]
+        if self.groups.is_last_stage:
+            group = self.groups.dp_cp_group
+            sums = torch.stack([torch.stack([*output.sums.values()]) for output in outputs]).sum(0)
+            maxima = torch.stack([torch.stack([*output.maxima.values()]) for output in outputs]).amax(0)
+            dist.all_reduce(sums, group=group)
+            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+            names = outputs[0]
+            totals = [LossTotals(dict(zip(names.sums, sums.tolist())), dict(zip(names.maxima, maxima.tolist())))]
+        if self.groups.pp_size > 1:
+            dist.broadcast_object_list(totals, self.groups.last_stage_rank, group=self.groups.pp_group)
+        return totals[0]
 
     def _swap_reference(self) -> None:
         """Exchange the current weights and the reference's."""
@@ -279,10 +280,11 @@ class MegatronEngine:
             self._reference[index] = current
 
 
-def _forward_step(loss_fn: Callable, data_iterator: Iterator[MicroBatch], model: torch.nn.Module) -> tuple:
-    """Megatron-Core's forward_step_func: the chunk's output and what turns it into a loss."""
+def _forward_step(
+    loss_fn: Callable, compute_entropy: bool, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[Any, Callable]:
     batch = next(data_iterator)
-    return run_micro_batch(model, batch), lambda result: loss_fn(*result, batch)
+    return run_micro_batch(model, batch, compute_entropy=compute_entropy), lambda result: loss_fn(*result, batch)
 
 
 def _optimizer_config(optimizer: OptimizerConfig, model: ModelConfig) -> MegatronOptimizerConfig:

@@ -30,8 +30,8 @@ def generate_batch(
     seeds: Sequence[Sequence[int]],
     params: SamplingParams,
     groups: ParallelGroups,
-) -> list[tuple[list[int], list[float]]]:
-    """(tokens, log-probs) of one completion for each prompt; the end token is part of it.
+) -> list[tuple[Tensor, Tensor]]:
+    """(tokens int32, log-probs float32) of one completion for each prompt, on the host; an end token is part of it.
 
     A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches. Under
     expert parallelism replicas serve each other in every layer: all of them have to call it, some perhaps without
@@ -52,7 +52,7 @@ def _decode(
     groups: ParallelGroups,
     *,
     is_done: bool,
-) -> list[tuple[list[int], list[float]]]:
+) -> list[tuple[Tensor, Tensor]]:
     """See generate_batch. A replica that is done, perhaps from the start, goes on with one row for the others."""
     device = groups.device
     tokens, hidden = _left_pad(prompts, device)
@@ -60,8 +60,9 @@ def _decode(
     stop = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
     decoder = _Decoder(chunks, len(prompts), tokens.shape[1] + params.max_completion_length, groups)
     alive = torch.arange(len(prompts), device=device)  # rows still decoding
-    completions: list[list[int]] = [[] for _ in prompts]
-    log_probs: list[list[float]] = [[] for _ in prompts]
+    completions = torch.zeros(len(prompts), params.max_completion_length, dtype=torch.int32, device=device)
+    log_probs = torch.zeros(completions.shape, device=device)
+    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
     # CUDA sums need not be the same twice; and an expert computes the tensor-parallel ranks' copies of a token as
     # other rows of one matrix. A token that then differs between the ranks would be a deadlock.
     may_differ = device.type == "cuda" or unwrap(chunks[0]).config.num_moe_experts is not None
@@ -72,9 +73,9 @@ def _decode(
                 logits, uniforms[alive, position], params, len(alive), groups, may_differ=may_differ
             )
             if not is_done:
-                for row, token, log_prob in zip(alive.tolist(), drawn.tolist(), drawn_log_probs.tolist()):
-                    completions[row].append(int(token))
-                    log_probs[row].append(log_prob)
+                completions[alive, position] = drawn.to(completions.dtype)
+                log_probs[alive, position] = drawn_log_probs
+                lengths[alive] += 1
             going_on = ~torch.isin(drawn, stop)
             is_done = is_done or not bool(going_on.any())
             if _may_stop(is_done, groups):
@@ -86,7 +87,8 @@ def _decode(
                 decoder.keep_rows(going_on)
             tokens = drawn[:, None]
             hidden = torch.cat([hidden, hidden.new_zeros(len(alive), 1)], dim=1)
-    return list(zip(completions, log_probs))
+    rows = zip(completions.cpu(), log_probs.cpu(), lengths.tolist())
+    return [(row[:length], row_log_probs[:length]) for row, row_log_probs, length in rows]
 
 
 def _may_stop(is_done: bool, groups: ParallelGroups) -> bool:

@@ -13,7 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch
-from chord_megatron.batching.packing import build_global_batch
+from chord_megatron.batching.packing import BatchLayout, build_global_batch
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.types import TrainingSample
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -51,8 +51,9 @@ def _megatron_log_probs(directory: Path, arch: ModelArchitecture, tokens: Tensor
         chunks = build_model_chunks(arch, ModelConfig(path=str(directory), dtype="float32"), parallel, groups)
         load_megatron_weights(chunks, directory, arch)
         sample = TrainingSample(tokens, torch.ones_like(tokens, dtype=torch.bool), is_expert=True, temperature=1.0)
-        batch = build_global_batch([sample], micro_batch_size=1, dp_rank=0, dp_size=1, pad_to_multiple=1)
-        log_probs, _ = run_micro_batch(chunks[0].eval(), batch.micro_batches[0].to(groups.device))
+        batch = build_global_batch([sample], BatchLayout(), micro_batch_size=1)
+        micro_batch = batch.micro_batches[0].to(groups.device)
+        log_probs, _ = run_micro_batch(chunks[0].eval(), micro_batch, compute_entropy=False)
         return log_probs[:-1].float().cpu()
     finally:
         if is_first:

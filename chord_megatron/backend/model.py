@@ -38,10 +38,11 @@ class Targets:
     tokens: Tensor
     temperatures: Tensor
     valid: Tensor  # bool; elsewhere log-probs and entropy are 0
+    compute_entropy: bool
 
 
 class CausalLM(GPTModel):
-    """GPTModel that returns (log_probs, entropy) of its Targets, [tokens] each; without Targets, logits."""
+    """GPTModel that returns (log_probs, entropy or None) of its Targets, [tokens] each; without Targets, logits."""
 
     real_vocab_size: int  # without the padding columns
 
@@ -58,6 +59,7 @@ class CausalLM(GPTModel):
             temperature=labels.temperatures,
             valid=labels.valid,
             sequence_parallel=self.config.sequence_parallel,
+            compute_entropy=labels.compute_entropy,
         )
 
 
@@ -146,13 +148,13 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
             module._maintain_float32_expert_bias()
 
 
-def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch) -> Any:
-    """What a chunk makes of packed sequences: (log_probs, entropy) on the last stage, else hidden states."""
+def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entropy: bool) -> Any:
+    """What a chunk makes of packed sequences: (log_probs, entropy or None) on the last stage, else hidden states."""
     return chunk(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         attention_mask=None,
-        labels=Targets(batch.labels, batch.temperatures, batch.counts),
+        labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy),
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,

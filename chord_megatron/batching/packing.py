@@ -7,6 +7,7 @@ sample lands in changes nothing but rounding: its loss weight already carries th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,25 +16,31 @@ from chord_megatron.algorithm.aggregation import LossType, aggregation_weights
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 
+@dataclass(frozen=True)
+class BatchLayout:
+    """What the parallel layout asks of a batch."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    pad_to_multiple: int = 1  # of each micro-batch's token count (TP under sequence parallelism)
+    # Of the number of micro-batches (interleaved pipelines). Every rank gets as many, filled up with empty ones.
+    micro_batch_multiple: int = 1
+
+
 def build_global_batch(
     samples: Sequence[TrainingSample],
+    layout: BatchLayout,
     *,
     micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    pad_to_multiple: int = 1,
-    micro_batch_multiple: int = 1,
     shuffle_seed: int | None = None,
     loss_type: LossType = "dapo",
     max_completion_length: int = 0,
 ) -> GlobalBatch:
-    """This data-parallel rank's micro-batches of a step.
+    """A data-parallel rank's micro-batches of a step.
 
-    samples: all samples of the step, the same on every rank. micro_batch_size: sequences a micro-batch.
-    pad_to_multiple: each micro-batch's token count is a multiple of it (TP under sequence parallelism).
-    micro_batch_multiple: the number of micro-batches is a multiple of it (interleaved pipelines); every
-    rank gets the same number, filled up with zero-weight ones. shuffle_seed: None keeps the order.
-    `loss_type` is the mean of the rollout stream; the expert stream's is the token mean.
+    samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch.
+    shuffle_seed: None keeps the order. `loss_type` is the mean of the rollout stream; the expert stream's is the
+    token mean.
     """
     order = list(range(len(samples)))
     if shuffle_seed is not None:
@@ -44,11 +51,11 @@ def build_global_batch(
     expert_weights = aggregation_weights(expert_lengths)
     token_weights = [e if s.is_expert else r for s, r, e in zip(samples, rollout_weights, expert_weights)]
 
-    mine = order[dp_rank::dp_size]
-    largest_share = -(-len(samples) // dp_size)
-    num_micro_batches = _round_up(max(1, -(-largest_share // micro_batch_size)), micro_batch_multiple)
+    mine = order[layout.dp_rank :: layout.dp_size]
+    largest_share = -(-len(samples) // layout.dp_size)
+    num_micro_batches = _round_up(max(1, -(-largest_share // micro_batch_size)), layout.micro_batch_multiple)
     micro_batches = tuple(
-        pack(samples, mine[start : start + micro_batch_size], token_weights, pad_to_multiple)
+        pack(samples, mine[start : start + micro_batch_size], token_weights, layout.pad_to_multiple)
         for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
     )
     return GlobalBatch(
@@ -56,6 +63,7 @@ def build_global_batch(
         num_rollout_tokens=sum(rollout_lengths),
         num_expert_tokens=sum(expert_lengths),
         num_tokens=sum(len(sample.tokens) for sample in samples),
+        lengths=tuple(len(sample.tokens) for sample in samples),
     )
 
 
@@ -87,7 +95,8 @@ def pack(
             [_shift(torch.zeros(n) if row is None else row) for row, n in zip(rows, lengths)],
         )
 
-    masks = [_shift(sample.loss_mask) for sample in chosen]
+    rollout_masks = [_shift(sample.loss_mask & (not sample.is_expert)) for sample in chosen]
+    expert_masks = [_shift(sample.loss_mask & sample.is_expert) for sample in chosen]
     rollout_log_probs = optional([sample.rollout_log_probs for sample in chosen])
     temperatures = [torch.full((n,), sample.temperature) for sample, n in zip(chosen, lengths)]
     return MicroBatch(
@@ -95,9 +104,11 @@ def pack(
         position_ids=packed(torch.int64, [torch.arange(n) for n in lengths]),
         labels=packed(torch.int64, [_shift(sample.tokens) for sample in chosen]),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        rollout_weights=packed(torch.float32, [m * w * (not s.is_expert) for m, w, s in zip(masks, weights, chosen)]),
-        expert_weights=packed(torch.float32, [m * w * s.is_expert for m, w, s in zip(masks, weights, chosen)]),
-        advantages=packed(torch.float32, [m * s.advantage for m, s in zip(masks, chosen)]),
+        rollout_mask=packed(torch.bool, rollout_masks),
+        expert_mask=packed(torch.bool, expert_masks),
+        rollout_weights=packed(torch.float32, [mask * weight for mask, weight in zip(rollout_masks, weights)]),
+        expert_weights=packed(torch.float32, [mask * weight for mask, weight in zip(expert_masks, weights)]),
+        advantages=packed(torch.float32, [m * s.advantage for m, s in zip(rollout_masks, chosen)]),
         # Padding divides by 1, not by 0.
         temperatures=torch.cat([*temperatures, torch.ones(padding)]),
         rollout_log_probs=torch.zeros(num_tokens + padding) if rollout_log_probs is None else rollout_log_probs,

@@ -16,12 +16,12 @@ def rollout_training_samples(
     """advantages: [rollouts]. `overlong_filter` takes completions without an end token out of the loss."""
     return [
         TrainingSample(
-            tokens=torch.tensor(rollout.tokens),
-            loss_mask=torch.tensor(rollout.response_mask) & (not overlong_filter or rollout.finish_reason == "stop"),
+            tokens=rollout.tokens,
+            loss_mask=rollout.response_mask & (not overlong_filter or rollout.finish_reason == "stop"),
             is_expert=False,
             temperature=temperature,
             advantage=advantage,
-            rollout_log_probs=torch.tensor(rollout.rollout_log_probs, dtype=torch.float32),
+            rollout_log_probs=rollout.rollout_log_probs,
         )
         for rollout, advantage in zip(rollouts, advantages.tolist())
     ]

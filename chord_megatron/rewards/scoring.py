@@ -14,20 +14,20 @@ from chord_megatron.types import Prompt, RolloutSample, ScoredRollouts, UserErro
 def score_rollouts(
     prompts: Sequence[Prompt], rollouts: Sequence[RolloutSample], tokenizer: Any, reward_function: RewardFunctions
 ) -> ScoredRollouts:
-    """Decode and reward every completion; `prompts` are the batch's prompts, `rollouts` their groups in order.
+    """Reward every completion; `prompts` are the batch's prompts, `rollouts` their groups in order.
 
-    Each rank rewards whole groups, so that a function sees a prompt's completions together, and every rank gets
-    all results. A failure on one rank is raised on all. Raises UserError.
+    Each rank decodes and rewards whole groups, so that a function sees a prompt's completions together, and every rank
+    gets all rewards. A failure on one rank is raised on all. Raises UserError.
     """
     num_generations = len(rollouts) // len(prompts)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    completions = [tokenizer.decode(rollout.response_tokens, skip_special_tokens=True) for rollout in rollouts]
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     mine = [i for i in range(len(rollouts)) if (i // num_generations) % world_size == rank]
-    result = _reward([repeated[i] for i in mine], [completions[i] for i in mine], reward_function)
+    completions = [tokenizer.decode(rollouts[i].response_tokens, skip_special_tokens=True) for i in mine]
+    result = _reward([repeated[i] for i in mine], completions, reward_function)
     results: list[tuple[list[int], Rewards | str]] = [(mine, result)] * world_size
     dist.all_gather_object(results, (mine, result))
-    return _merge(repeated, completions, rollouts, results)
+    return _merge(repeated, rollouts, results)
 
 
 def _reward(prompts: list[Prompt], completions: list[str], reward_function: RewardFunctions) -> Rewards | str:
@@ -47,7 +47,6 @@ def _reward(prompts: list[Prompt], completions: list[str], reward_function: Rewa
 
 def _merge(
     prompts: list[Prompt],
-    completions: list[str],
     rollouts: Sequence[RolloutSample],
     results: list[tuple[list[int], Rewards | str]],
 ) -> ScoredRollouts:
@@ -62,7 +61,6 @@ def _merge(
                 by_function.setdefault(name, [0.0] * len(rollouts))[index] = rewards[place]
     return ScoredRollouts(
         prompts=tuple(prompts),
-        completions=tuple(completions),
         rollouts=tuple(rollouts),
         rewards=tuple(total),
         rewards_by_function={name: tuple(rewards) for name, rewards in by_function.items()},

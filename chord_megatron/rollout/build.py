@@ -9,7 +9,7 @@ import torch
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.config import Config
-from chord_megatron.rollout.embedded import MegatronRollout
+from chord_megatron.rollout.embedded import EmbeddedRollout
 from chord_megatron.rollout.protocol import RolloutEngine
 from chord_megatron.rollout.replay import ReplayRollout
 from chord_megatron.rollout.servers.pool import ServerPool
@@ -31,10 +31,10 @@ def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups
     return build_embedded(config, engine, groups)
 
 
-def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> MegatronRollout:
+def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> EmbeddedRollout:
     """The engine that samples with the training weights."""
-    return MegatronRollout(
-        engine, groups.dp_group, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
+    return EmbeddedRollout(
+        engine, groups.dp_group, groups.device, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
     )
 
 
@@ -47,6 +47,7 @@ def _build_colocate(config: Config, engine: MegatronEngine) -> RolloutEngine:
         return VllmColocateRollout(
             Path(config.model.path),
             engine.arch,
+            device=engine.groups.device,
             dtype=config.model.dtype,
             seed=config.train.seed,
             tensor_parallel_size=rollout.vllm_tensor_parallel_size,
@@ -69,7 +70,7 @@ def _build_servers(config: Config, groups: ParallelGroups) -> ServerRollout:
             timeout=rollout.vllm_server_timeout,
             max_in_flight=rollout.max_batch_size,
         )
-    return ServerRollout(pool, _build_transfer(config, groups.device), seed=config.train.seed)
+    return ServerRollout(pool, _build_transfer(config, groups.device), groups.device, seed=config.train.seed)
 
 
 def _build_transfer(config: Config, device: torch.device) -> WeightTransfer:

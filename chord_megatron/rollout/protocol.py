@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+from chord_megatron.types import RolloutRequest, RolloutSample
 
 # A pass over the trainer's weights: (Hugging Face name, full tensor). Each of its steps is a collective call.
 WeightSource = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -20,14 +20,8 @@ class RolloutEngine(Protocol):
     # Of the last batch, from its first request to its last answer; None where the trainer waits all the while.
     generation_seconds: float | None
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> list[RolloutSample]:
-        """`num_generations` completions of each prompt, side by side, the same list on every rank.
-
-        What is drawn depends on the weights, the prompts, `step` and the completion's place in the list,
-        not on the parallel layout.
-        """
+    def generate(self, request: RolloutRequest) -> list[RolloutSample]:
+        """The completions of the request, the same list on every rank."""
         ...
 
     def update_weights(self, weights: WeightSource, policy_version: int) -> None:
@@ -39,6 +33,7 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
 class ScoringEngine(RolloutEngine, Protocol):
     """An engine with weights of its own, which can be compared with the trainer's."""
 
@@ -50,11 +45,10 @@ class ScoringEngine(RolloutEngine, Protocol):
         ...
 
 
-class AsynchronousEngine(ScoringEngine, Protocol):
+@runtime_checkable
+class AsynchronousEngine(RolloutEngine, Protocol):
     """An engine that draws while the trainer trains."""
 
-    def submit(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> Callable[[], list[RolloutSample]]:
+    def submit(self, request: RolloutRequest) -> Callable[[], list[RolloutSample]]:
         """Begin what `generate` does; the result waits for it. Weights must not be updated before."""
         ...

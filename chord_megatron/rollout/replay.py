@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from chord_megatron.rollout.protocol import WeightSource
 from chord_megatron.system.files import JsonLines, filter_json_lines
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
+from chord_megatron.types import RolloutRequest, RolloutSample, UserError
 
-_FIELDS = tuple(RolloutSample.__dataclass_fields__)
+_DTYPES = {"tokens": torch.int32, "response_mask": torch.bool, "rollout_log_probs": torch.float32}
 
 
 class RolloutRecorder:
@@ -31,7 +33,9 @@ class RolloutRecorder:
     def write(self, step: int, samples: Sequence[RolloutSample]) -> None:
         """Record the completions generated at `step`."""
         for sample in samples:
-            self._lines.write({"step": step, **asdict(sample)})
+            values = {name: getattr(sample, name) for name in sample.__dataclass_fields__}
+            rows = {name: values[name].tolist() for name in _DTYPES}
+            self._lines.write({"step": step, **values, **rows})
 
     def close(self) -> None:
         """Close the file."""
@@ -50,22 +54,21 @@ class ReplayRollout:
         for step, sample in _read_recording(path):
             self._samples.setdefault(step, []).append(sample)
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> list[RolloutSample]:
+    def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine. Raises UserError where the recording does not fit the run."""
-        samples = sorted(self._samples.get(step, []), key=lambda sample: sample.sample_index)
-        if len(samples) != len(prompts) * num_generations:
+        samples = sorted(self._samples.get(request.step, []), key=lambda sample: sample.sample_index)
+        repeated = request.repeated
+        if len(samples) != len(repeated):
             raise UserError(
-                f"{self._path} holds {len(samples)} completions for step {step}, but the run asks for "
-                f"{len(prompts) * num_generations}; use the batch sizes of the run that recorded it"
+                f"{self._path} holds {len(samples)} completions for step {request.step}, but the run asks for "
+                f"{len(repeated)}; use the batch sizes of the run that recorded it"
             )
-        for index, sample in enumerate(samples):
-            prompt = prompts[index // num_generations]
-            if sample.prompt_id != prompt.id or sample.tokens[: len(prompt.tokens)] != prompt.tokens:
+        for index, (sample, prompt) in enumerate(zip(samples, repeated)):
+            answered = tuple(sample.tokens[: len(prompt.tokens)].tolist())
+            if sample.prompt_id != prompt.id or answered != prompt.tokens:
                 raise UserError(
-                    f"{self._path}: completion {index} of step {step} answers prompt {sample.prompt_id}, but this run "
-                    f"asks prompt {prompt.id}; use the data, tokenizer and seed of the run that recorded it"
+                    f"{self._path}: completion {index} of step {request.step} answers prompt {sample.prompt_id}, but "
+                    f"this run asks prompt {prompt.id}; use the data, tokenizer and seed of the run that recorded it"
                 )
         return samples
 
@@ -84,11 +87,11 @@ def _read_recording(path: Path) -> Iterator[tuple[int, RolloutSample]]:
         for number, line in enumerate(file, start=1):
             try:
                 record = json.loads(line)
-                fields = {name: _as_tuple(record[name]) for name in _FIELDS}
-                yield record["step"], RolloutSample(**fields)
+                yield record["step"], _as_sample(record)
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}:{number} is not a recorded rollout ({error!r})") from None
 
 
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _as_sample(record: dict[str, Any]) -> RolloutSample:
+    rows = {name: torch.tensor(record[name], dtype=dtype) for name, dtype in _DTYPES.items()}
+    return RolloutSample(**{name: record[name] for name in RolloutSample.__dataclass_fields__} | rows)

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from chord_megatron.rollout.protocol import WeightSource
-from chord_megatron.rollout.samples import make_sample
+from chord_megatron.rollout.samples import Completion, completion, share_samples
 from chord_megatron.rollout.updates.manifest import Manifest
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, engine_arguments, import_vllm, sampling_arguments
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+from chord_megatron.types import RolloutRequest, RolloutSample
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import hf_tensors
 
@@ -35,6 +35,7 @@ class VllmColocateRollout:
         model_dir: Path,
         arch: ModelArchitecture,
         *,
+        device: torch.device,
         dtype: str,
         seed: int,
         tensor_parallel_size: int,
@@ -50,6 +51,7 @@ class VllmColocateRollout:
             os.environ.setdefault(name, "0")
         self._request = vllm.SamplingParams
         self._arch, self._dtype, self._seed = arch, getattr(torch, dtype), seed
+        self._device = device
         self._sleep_level = sleep_level if torch.cuda.is_available() else 0  # vLLM has no sleep on CPU
         self._asleep: set[str] = set()
         self._num_engines = dist.get_world_size() // tensor_parallel_size
@@ -69,24 +71,18 @@ class VllmColocateRollout:
             )
         self._sleep()
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> list[RolloutSample]:
+    def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine."""
-        assert self.weights_version == policy_version, "sampling with other weights than the policy's"
-        repeated = [prompt for prompt in prompts for _ in range(num_generations)]
+        assert self.weights_version == request.policy_version, "sampling with other weights than the policy's"
+        repeated = request.repeated
         mine = range(self._engine_rank, len(repeated), self._num_engines)
         outputs = self._complete(
-            [repeated[i].tokens for i in mine], [sampling_arguments(params, (self._seed, step, i)) for i in mine]
+            [repeated[i].tokens for i in mine],
+            [sampling_arguments(request.params, (self._seed, request.step, i)) for i in mine],
         )
         self._sleep()
-        samples = [
-            make_sample(repeated[i], i, completion.token_ids, _log_probs(completion), params, policy_version)
-            for i, completion in zip(mine, (output.outputs[0] for output in outputs))
-        ]
-        shares: list[list[RolloutSample]] = [[]] * dist.get_world_size()
-        dist.all_gather_object(shares, samples if self._is_first else [])
-        return sorted((sample for share in shares for sample in share), key=lambda sample: sample.sample_index)
+        completions = [_completion(i, output.outputs[0]) for i, output in zip(mine, outputs) if self._is_first]
+        return share_samples(request, completions, None, self._device)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
         """See ScoringEngine: those of this rank's engine."""
@@ -137,8 +133,9 @@ class VllmColocateRollout:
             self._asleep -= {*due}
 
 
-def _log_probs(completion: Any) -> list[float]:
-    return [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+def _completion(index: int, drawn: Any) -> Completion:
+    log_probs = [entry[token].logprob for token, entry in zip(drawn.token_ids, drawn.logprobs, strict=True)]
+    return completion(index, drawn.token_ids, log_probs)
 
 
 @contextmanager

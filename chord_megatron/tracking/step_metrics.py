@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from chord_megatron.types import GlobalBatch, RolloutSample
+from chord_megatron.algorithm.objective import Objective
+from chord_megatron.types import GlobalBatch, LossTotals, Metrics, ScoredRollouts
 
 
-def loss_metrics(
-    sums: Mapping[str, float],
-    largest_log_prob_diff: float,
-    batch: GlobalBatch,
-    *,
-    mu: float,
-    has_reference: bool,
-    has_importance_weights: bool,
-) -> dict[str, float | int | None]:
+def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, mu: float) -> Metrics:
     """Means from the metric sums of a step; None where a stream was empty."""
+    sums = totals.sums
     rollout_tokens, expert_tokens = batch.num_rollout_tokens, batch.num_expert_tokens
 
     def rollout_mean(name: str) -> float | None:
@@ -30,31 +24,30 @@ def loss_metrics(
         "mu": mu,
         "phi_mean": sums["phi"] / expert_tokens if expert_tokens else None,
         "entropy": rollout_mean("entropy"),
-        "kl": rollout_mean("kl") if has_reference else None,
+        "kl": rollout_mean("kl") if objective.beta > 0 else None,
         "clip_fraction": rollout_mean("clipped"),
         "log_prob_diff_mean": rollout_mean("log_prob_diff"),
-        "log_prob_diff_max": largest_log_prob_diff if rollout_tokens else None,
+        "log_prob_diff_max": totals.maxima["log_prob_diff"] if rollout_tokens else None,
         "importance_weight_mean": rollout_mean("importance_ratio"),
         "effective_sample_size": _effective_sample_size(sums, rollout_tokens),
-        "importance_clipped_fraction": rollout_mean("importance_clipped") if has_importance_weights else None,
+        "importance_clipped_fraction": rollout_mean("importance_clipped") if objective.importance is not None else None,
         "num_rollout_tokens": rollout_tokens,
         "num_expert_tokens": expert_tokens,
     }
 
 
-def rollout_metrics(
-    rollouts: Sequence[RolloutSample], rewards: Sequence[float], by_function: Mapping[str, Sequence[float]]
-) -> dict[str, float | None]:
+def rollout_metrics(scored: ScoredRollouts | None) -> Metrics:
     """Rewards and lengths of the completions of a step; None without completions."""
-    if not rollouts:
+    if scored is None:
         names = ("reward_mean", "reward_std", "response_length_mean", "truncated_fraction", "zero_std_fraction")
         return dict.fromkeys(names)
+    rollouts = scored.rollouts
     return {
-        "reward_mean": statistics.fmean(rewards),
-        "reward_std": statistics.pstdev(rewards),
-        "response_length_mean": statistics.fmean(sum(rollout.response_mask) for rollout in rollouts),
+        "reward_mean": statistics.fmean(scored.rewards),
+        "reward_std": statistics.pstdev(scored.rewards),
+        "response_length_mean": statistics.fmean(int(rollout.response_mask.sum()) for rollout in rollouts),
         "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
-        **{f"reward/{name}": statistics.fmean(values) for name, values in by_function.items()},
+        **{f"reward/{name}": statistics.fmean(values) for name, values in scored.rewards_by_function.items()},
     }
 
 

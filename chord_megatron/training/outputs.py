@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from chord_megatron.config import Config, to_yaml
 from chord_megatron.rollout.replay import RolloutRecorder
@@ -12,14 +13,15 @@ from chord_megatron.system.files import atomic_write
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
-from chord_megatron.types import ScoredRollouts
+from chord_megatron.training.rollout_stream import StepRollouts
+from chord_megatron.types import Metrics, ScoredRollouts
 
 
 class RunOutputs:
     """The files of a run directory. `next_step` > 0: a resumed run, whose later lines are written again."""
 
-    def __init__(self, config: Config, run_dir: RunDir, next_step: int, notes: Sequence[str]) -> None:
-        self._config, self._run_dir = config, run_dir
+    def __init__(self, config: Config, run_dir: RunDir, tokenizer: Any, next_step: int, notes: Sequence[str]) -> None:
+        self._config, self._run_dir, self._tokenizer = config, run_dir, tokenizer
         # A run killed before its first checkpoint starts over, over its own lines.
         is_restart = run_dir.config.exists()
         resume_step = next_step if next_step > 0 or is_restart else None
@@ -37,19 +39,15 @@ class RunOutputs:
         if next_step > 0:
             self.log.message(f"resuming {run_dir.path} at step {next_step}")
 
-    def step(
-        self, metrics: dict[str, float | int | None], scored: ScoredRollouts | None, generation: ScoredRollouts | None
-    ) -> None:
-        """One training step; `generation` is the batch of completions where the step drew one."""
-        step = metrics["step"]
-        assert isinstance(step, int)
+    def step(self, step: int, metrics: Metrics, rollouts: StepRollouts) -> None:
+        """One training step."""
         self.log.log_step(metrics)
-        if scored is not None:
-            self.log.log_completions(step, self._completion_rows(scored))
-        if self._recorder is not None and generation is not None:
-            self._recorder.write(step, generation.rollouts)
+        if rollouts.scored is not None:
+            self.log.log_completions(step, self._completion_rows(rollouts.scored))
+        if self._recorder is not None and rollouts.new_generation is not None:
+            self._recorder.write(step, rollouts.new_generation.rollouts)
 
-    def evaluation(self, step: int, metrics: dict[str, float | None], scored: ScoredRollouts) -> None:
+    def evaluation(self, step: int, metrics: Metrics, scored: ScoredRollouts) -> None:
         """One evaluation of the weights after `step` steps."""
         rows = [{"split": "eval", **row} for row in self._completion_rows(scored)]
         self.log.log_completions(step, rows)
@@ -75,7 +73,7 @@ class RunOutputs:
             {
                 "prompt_id": scored.rollouts[i].prompt_id,
                 "prompt": scored.prompts[i].text,
-                "completion": scored.completions[i],
+                "completion": self._tokenizer.decode(scored.rollouts[i].response_tokens, skip_special_tokens=True),
                 "reference": scored.prompts[i].reference,
                 "reward": scored.rewards[i],
                 "finish_reason": scored.rollouts[i].finish_reason,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 from pathlib import Path
@@ -12,17 +13,22 @@ import torch.distributed as dist
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
-from chord_megatron.data.load import load_run_data, load_tokenizer, stop_token_ids
+from chord_megatron.data.load import RunData, load_run_data, load_tokenizer, stop_token_ids
 from chord_megatron.planning.plan import make_plan
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.training.evaluation import Evaluator
+from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.export import export_hf
+from chord_megatron.training.objective import build_objective
 from chord_megatron.training.outputs import RunOutputs
+from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
+from chord_megatron.training.scorer import Scorer
 from chord_megatron.training.trainer import ChordTrainer, StepResult
-from chord_megatron.types import UserError
+from chord_megatron.types import SamplingParams, UserError
 from chord_megatron.weights.hf_config import read_architecture
 
 _NUM_PROBES = 8  # prompts that trainer and sampler both score after an update
@@ -56,29 +62,39 @@ class Run:
             train_iters=config.train.train_iters,
             keep_reference=config.grpo.beta > 0,
         )
-        timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
         rollout = build_rollout(config, self.engine, self.groups)
+        self._resources = (rollout, reward_function)  # what runs outside this process
+        timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+        scorer = Scorer(tokenizer, reward_function, timer)
+        params = _sampling_params(config, stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids))
         is_checked = config.rollout.vllm_mode is not None and config.rollout.consistency_threshold is not None
-        probes = data.prompts[:_NUM_PROBES] if is_checked else ()
-        # A recording has no answers to the held-out prompts.
-        eval_rollout = build_embedded(config, self.engine, self.groups) if config.rollout.replay_from else rollout
+        sampler = Sampler(self.engine, rollout, config.rollout, data.prompts[:_NUM_PROBES] if is_checked else (), timer)
+        self.evaluator = self._build_evaluator(data, params, sampler, scorer)
+        # Two streams of numbers, so that the two data sets are not shuffled alike.
+        seed = 2 * config.train.seed
         self.trainer = ChordTrainer(
-            config,
-            plan,
-            data,
-            tokenizer,
-            self.engine,
-            Sampler(self.engine, rollout, config.rollout, probes, timer),
-            Sampler(self.engine, eval_rollout, config.rollout, probes, timer),
-            reward_function,
-            stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids),
-            timer,
+            config=config,
+            objective=build_objective(config.grpo, config.chord),
+            engine=self.engine,
+            rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
+            expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
+            timer=timer,
         )
         self.skipped_steps = self.skipped_in_row = 0
         self.next_step = self._resume()
         # Rank 0 writes; `None` elsewhere.
         notes = [self.engine.acceleration_note, *data.notes]
-        self.outputs = RunOutputs(config, self.run_dir, self.next_step, notes) if self.groups.rank == 0 else None
+        self.outputs = (
+            RunOutputs(config, self.run_dir, tokenizer, self.next_step, notes) if self.groups.rank == 0 else None
+        )
+
+    def _build_evaluator(self, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer) -> Evaluator:
+        """Held-out prompts at train.eval_temperature, out of the whole distribution."""
+        if self.config.rollout.replay_from:  # a recording has no answers to them
+            embedded = build_embedded(self.config, self.engine, self.groups)
+            sampler = dataclasses.replace(sampler, rollout=embedded)
+        params = dataclasses.replace(params, temperature=self.config.train.eval_temperature, top_p=1.0, top_k=0)
+        return Evaluator(data.eval_prompts, params, sampler, scorer)
 
     def train(self) -> None:
         """Evaluate, step, log and save until train_iters."""
@@ -92,7 +108,8 @@ class Run:
                 self._stop_if_diverged()
             self._evaluate()
         finally:
-            self.trainer.close()
+            for resource in self._resources:
+                resource.close()
             if self.outputs:
                 self.outputs.close()
         if self.outputs:
@@ -103,10 +120,19 @@ class Run:
         step = self.run_dir.latest_step()
         if step is None:
             return 0
+        self._refuse_inside_generation(step)
         state = self.engine.load(self.run_dir.checkpoint(step))
         self.trainer.load_state_dict(state["trainer"])
         self.skipped_steps, self.skipped_in_row = state["skipped_steps"], state["skipped_in_row"]
         return step
+
+    def _refuse_inside_generation(self, step: int) -> None:
+        grpo = self.config.grpo
+        if step % (steps := grpo.steps_per_generation * grpo.num_iterations):
+            raise UserError(
+                f"the checkpoint of step {step} lies inside a generation batch of grpo.steps_per_generation x "
+                f"num_iterations = {steps} steps, which is not kept; restore the values that the run had"
+            )
 
     def _evaluate(self) -> None:
         """Before the first step, every eval_steps, and at the end; not again where a resumed run has it."""
@@ -115,7 +141,8 @@ class Run:
         answer = [is_due and self.outputs is not None and self.outputs.log.last_eval_step != step]
         dist.broadcast_object_list(answer, src=0)
         if answer[0]:
-            metrics, scored = self.trainer.evaluate()
+            self.trainer.rollout_stream.finish_drawing()
+            metrics, scored = self.evaluator.evaluate()
             if self.outputs:
                 self.outputs.evaluation(step, metrics, scored)
 
@@ -131,7 +158,7 @@ class Run:
                 "skipped_steps": self.skipped_steps,
                 "peak_memory_bytes": int(peak.item()),
             }
-            self.outputs.step(metrics, result.scored, result.new_generation)
+            self.outputs.step(self.next_step, metrics, result.rollouts)
 
     def _save(self) -> None:
         """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
@@ -155,6 +182,17 @@ class Run:
                 f"stopped after {self.skipped_in_row} steps in a row with a non-finite loss or gradient norm; "
                 "lower optimizer.lr, or look at the last completions in completions.jsonl"
             )
+
+
+def _sampling_params(config: Config, stop: tuple[int, ...]) -> SamplingParams:
+    rollout = config.rollout
+    return SamplingParams(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_completion_length=rollout.max_completion_length,
+        stop_token_ids=stop,
+    )
 
 
 def _peak_memory_bytes() -> int:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch.distributed as dist
 
 from chord_megatron.backend.engine import MegatronEngine
+from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.batching.samples import probe_samples
 from chord_megatron.config import RolloutConfig
 from chord_megatron.rollout.consistency import Scores, check_consistency, largest_mean_difference
-from chord_megatron.rollout.protocol import RolloutEngine
+from chord_megatron.rollout.protocol import AsynchronousEngine, RolloutEngine, ScoringEngine
 from chord_megatron.tracking.timers import PhaseTimer
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams
+from chord_megatron.types import Prompt, RolloutRequest, RolloutSample, SamplingParams
 
 
 class Drawing:
@@ -42,34 +42,27 @@ class Sampler:
     probes: Sequence[Prompt]  # what both sides score after an update; none where they share their weights
     timer: PhaseTimer
 
-    def draw(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> Drawing:
-        """Completions by weights of `policy_version`; under max_staleness 1 they come while the caller goes on."""
-        arguments: dict[str, Any] = {
-            "num_generations": num_generations,
-            "step": step,
-            "policy_version": policy_version,
-        }
+    def draw(self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int) -> Drawing:
+        """Completions by the policy as it is now; under max_staleness 1 they come while the caller goes on."""
+        request = RolloutRequest(prompts, params, num_generations, step, self.engine.policy_version)
         if self.config.max_staleness:
-            self._synchronize(policy_version)
-            return Drawing(partial(self._collect, self.rollout.submit(prompts, params, **arguments)))
-        return Drawing(partial(self._draw_now, prompts, params, **arguments))
+            assert isinstance(self.rollout, AsynchronousEngine)
+            self._synchronize(request.policy_version)
+            return Drawing(partial(self._collect, self.rollout.submit(request)))
+        return Drawing(partial(self._draw_now, request))
 
     def _collect(self, collect: Callable[[], list[RolloutSample]]) -> list[RolloutSample]:
         with self.timer("rollout"):
             return collect()
 
-    def _draw_now(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, policy_version: int, **arguments: Any
-    ) -> list[RolloutSample]:
+    def _draw_now(self, request: RolloutRequest) -> list[RolloutSample]:
         with self.engine.offloaded(optimizer=self.config.offload_optimizer, model=False):
-            self._synchronize(policy_version)
+            self._synchronize(request.policy_version)
             with (
                 self.timer("rollout"),
                 self.engine.offloaded(optimizer=False, model=self.config.offload_model),
             ):
-                return self.rollout.generate(prompts, params, policy_version=policy_version, **arguments)
+                return self.rollout.generate(request)
 
     def _synchronize(self, policy_version: int) -> None:
         """Send the policy's weights, unless the sampler has them, and compare what both make of the probes."""
@@ -86,9 +79,11 @@ class Sampler:
         if not self.probes:
             return []
         samples = probe_samples(self.probes)
-        return [row[1:].tolist() for row in self.engine.compute_log_probs(samples, micro_batch_size=len(samples))]
+        batch = build_global_batch(samples, self.engine.batch_layout, micro_batch_size=len(samples))
+        return [row[1:].tolist() for row in self.engine.compute_log_probs(batch)]
 
     def _check(self, expected: Scores, policy_version: int) -> None:
+        assert isinstance(self.rollout, ScoringEngine) and self.config.consistency_threshold is not None
         scores = self.rollout.score([prompt.tokens for prompt in self.probes])
         found: list[tuple[float, str]] = [(0.0, "")] * dist.get_world_size()
         dist.all_gather_object(found, largest_mean_difference(expected, scores))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from chord_megatron.algorithm.objective import chord_loss
+from chord_megatron.algorithm.expert_weights import phi
+from chord_megatron.algorithm.objective import Objective, chord_loss
+from chord_megatron.algorithm.policy_losses import clipped_policy_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
 from chord_megatron.batching.packing import build_global_batch
@@ -25,11 +27,12 @@ def main(model_dir: str) -> None:
     engine = MegatronEngine(model, parallel, OptimizerConfig(), groups, train_iters=1, keep_reference=False)
     tokens = torch.randint(0, engine.arch.vocab_size, (NUM_TOKENS,), generator=torch.Generator().manual_seed(0))
     sample = TrainingSample(tokens, torch.ones(NUM_TOKENS, dtype=torch.bool), is_expert=True, temperature=1.0)
-    batch = build_global_batch([sample], micro_batch_size=1, **engine.packing)
-    loss = partial(chord_loss, mu=1.0, epsilon=0.2, epsilon_high=0.2, beta=0.0, use_phi=True)
+    batch = build_global_batch([sample], engine.batch_layout, micro_batch_size=1)
+    objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2), expert_weight=phi)
+    loss = partial(chord_loss, objective=objective, mu=1.0)
     before = start_over()
     engine.forward_backward(batch, loss)
-    engine.compute_log_probs([sample], micro_batch_size=1)
+    engine.compute_log_probs(batch)
     print("extra bytes:", high_water_mark() - before)
     shut_down_distributed()
 

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from chord_megatron.algorithm.objective import METRIC_SUMS, chord_loss
+from chord_megatron.algorithm.objective import Objective, chord_loss
+from chord_megatron.algorithm.policy_losses import clipped_policy_loss
 from chord_megatron.backend import generation
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
@@ -46,19 +47,23 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     model = ModelConfig(path=path, dtype="float32")
     engine = MegatronEngine(model, parallel, OptimizerConfig(lr=0.01), groups, train_iters=2, keep_reference=True)
     samples = [as_sample(tokens, temperature=1.0) for tokens in questions["sequences"]]
-    log_probs = partial(engine.compute_log_probs, micro_batch_size=MICRO_BATCH_SIZE)
+
+    def log_probs(samples: list[TrainingSample], *, reference: bool = False) -> list[Tensor]:
+        batch = build_global_batch(samples, engine.batch_layout, micro_batch_size=MICRO_BATCH_SIZE)
+        return engine.compute_log_probs(batch, reference=reference)
+
     answers: dict[str, Any] = {"log_probs": log_probs(samples), "weights": copy_weights(engine)}
     answers["num_parameters"] = count_parameters(engine)
 
     prompts, params = questions["prompts"], SamplingParams(**questions["sampling"])
     seeds = [(0, index) for index in range(len(prompts))]
-    answers["sampled"] = engine.generate(prompts, seeds, params)
+    answers["sampled"] = generate(engine, prompts, seeds, params)
     if groups.tp_size > 1 and engine.arch.moe is not None:
         answers["sampled_astray"] = generate_astray(engine, prompts, seeds, params)
     completed = [as_sample([*p, *c], params.temperature) for p, (c, _) in zip(prompts, answers["sampled"])]
     answers["log_probs_of_sampled"] = log_probs(completed)
     greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
-    answers["greedy"] = [tokens for tokens, _ in engine.generate(prompts, seeds, greedy)]
+    answers["greedy"] = [tokens for tokens, _ in generate(engine, prompts, seeds, greedy)]
 
     answers["loss"], answers["grad_norm"] = train_step(engine, samples)
     answers["trained_weights"] = copy_weights(engine)
@@ -66,6 +71,14 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     answers["ref_log_probs"] = log_probs(samples, reference=True)
     answers["weights_after_reference"] = copy_weights(engine)
     return answers
+
+
+def generate(
+    engine: MegatronEngine, prompts: list, seeds: list, params: SamplingParams
+) -> list[tuple[list[int], list[float]]]:
+    """The engine's completions as lists."""
+    completions = engine.generate(prompts, seeds, params)
+    return [(tokens.tolist(), log_probs.tolist()) for tokens, log_probs in completions]
 
 
 def generate_astray(engine: MegatronEngine, prompts: list, seeds: list, params: SamplingParams) -> list:
@@ -77,7 +90,7 @@ def generate_astray(engine: MegatronEngine, prompts: list, seeds: list, params: 
         return (tokens + rank) % engine.arch.vocab_size, log_probs - rank
 
     with mock.patch.object(generation, "sample_tokens", draw):
-        mine = engine.generate(prompts, seeds, params)
+        mine = generate(engine, prompts, seeds, params)
     everyone: list = [None] * engine.groups.tp_size
     dist.all_gather_object(everyone, mine, group=engine.groups.tp_group)
     return everyone
@@ -99,12 +112,12 @@ def as_sample(tokens: list[int], temperature: float) -> TrainingSample:
 
 def train_step(engine: MegatronEngine, samples: list[TrainingSample]) -> tuple[float, float]:
     """(loss, gradient norm) of one step of SFT."""
-    batch = build_global_batch(samples, micro_batch_size=MICRO_BATCH_SIZE, **engine.packing)
-    loss = partial(chord_loss, mu=1.0, epsilon=0.2, epsilon_high=0.2, beta=0.0, use_phi=False)
-    sums, _ = engine.forward_backward(batch, loss)
+    batch = build_global_batch(samples, engine.batch_layout, micro_batch_size=MICRO_BATCH_SIZE)
+    objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2))
+    totals = engine.forward_backward(batch, partial(chord_loss, objective=objective, mu=1.0))
     step = engine.optimizer_step()
     assert step.stepped
-    return sums[METRIC_SUMS.index("loss_expert")], step.grad_norm
+    return totals.sums["loss_expert"], step.grad_norm
 
 
 def copy_weights(engine: MegatronEngine) -> dict[str, Tensor]:

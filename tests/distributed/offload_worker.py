@@ -15,8 +15,9 @@ from torch import Tensor
 
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.types import SamplingParams, TrainingSample
+from chord_megatron.types import GlobalBatch, SamplingParams, TrainingSample
 
 PROMPTS, SEEDS, SAMPLING = [[5, 6, 7]], [(0, 0)], SamplingParams(max_completion_length=4)
 Visit = Callable[[MegatronEngine, dict[str, bool]], None]
@@ -103,10 +104,14 @@ def visit(engine: MegatronEngine, parts: dict[str, bool], samples: list[Training
 
 def use_model(engine: MegatronEngine, samples: list[TrainingSample]) -> Tensor:
     """All that works without an optimizer, in one tensor: log-probs, completions, exported weights."""
-    log_probs = engine.compute_log_probs(samples, micro_batch_size=MICRO_BATCH_SIZE)
-    completions = [torch.tensor(values) for row in engine.generate(PROMPTS, SEEDS, SAMPLING) for values in row]
+    log_probs = engine.compute_log_probs(as_batch(engine, samples))
+    completions = [values for row in engine.generate(PROMPTS, SEEDS, SAMPLING) for values in row]
     weights = [tensor.double().flatten() for _, tensor in engine.export_hf_weights()]
     return torch.cat([*log_probs, *completions, *weights])
+
+
+def as_batch(engine: MegatronEngine, samples: list[TrainingSample]) -> GlobalBatch:
+    return build_global_batch(samples, engine.batch_layout, micro_batch_size=MICRO_BATCH_SIZE)
 
 
 def calls(engine: MegatronEngine, samples: list[TrainingSample], parts: dict[str, bool]) -> dict[str, Callable]:
@@ -119,7 +124,7 @@ def calls(engine: MegatronEngine, samples: list[TrainingSample], parts: dict[str
         "load": lambda: engine.load(nowhere),
     }
     evaluation = {
-        "compute_log_probs": lambda: engine.compute_log_probs(samples, micro_batch_size=MICRO_BATCH_SIZE),
+        "compute_log_probs": lambda: engine.compute_log_probs(as_batch(engine, samples)),
         "generate": lambda: engine.generate(PROMPTS, SEEDS, SAMPLING),
         "export_hf_weights": engine.export_hf_weights,
     }

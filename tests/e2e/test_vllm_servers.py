@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from chord_megatron.batching.packing import BatchLayout
 from chord_megatron.config import RolloutConfig
 from chord_megatron.rollout.servers.pool import ServerPool
 from chord_megatron.rollout.servers.rollout import ServerRollout
@@ -31,7 +32,7 @@ from chord_megatron.rollout.serving.serve import identity
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.sampler import Sampler
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams, TrainingSample, UserError
+from chord_megatron.types import GlobalBatch, Prompt, RolloutSample, SamplingParams, UserError
 
 pytestmark = [
     pytest.mark.e2e,
@@ -210,16 +211,20 @@ def test_all_servers_hold_what_was_sent_and_count_its_version(
 class Trainer:
     """The trainer's side of the sampler: transformers computes the log-probs, the tensors are what is given."""
 
-    def __init__(self, model_dir: Path, exported: Weights) -> None:
+    batch_layout = BatchLayout()
+
+    def __init__(self, model_dir: Path, exported: Weights, policy_version: int) -> None:
+        self.policy_version = policy_version
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
         self._exported = exported
 
-    def compute_log_probs(self, samples: Sequence[TrainingSample], *, micro_batch_size: int) -> list[Tensor]:
+    def compute_log_probs(self, batch: GlobalBatch) -> list[Tensor]:
         rows = []
-        for sample in samples:
+        (micro_batch,) = batch.micro_batches
+        for tokens in micro_batch.input_ids.split(batch.lengths):
             with torch.no_grad():
-                log_probs = self._model(sample.tokens[None]).logits[0].log_softmax(-1)
-            rows.append(torch.cat([torch.zeros(1), log_probs[:-1].gather(1, sample.tokens[1:, None])[:, 0]]))
+                log_probs = self._model(tokens[None]).logits[0].log_softmax(-1)
+            rows.append(torch.cat([torch.zeros(1), log_probs[:-1].gather(1, tokens[1:, None])[:, 0]]))
         return rows
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -234,13 +239,13 @@ def test_a_sampler_with_other_weights_than_the_trainers_stops_the_run(
 ):
     """A complete update with right checksums, of weights that are not the policy's: only the probes can tell."""
     prompts = [Prompt(n, "", (5, 6 + n, 7, 8), "") for n in range(4)]
-    rollout = ServerRollout(open_pool(), FileTransfer(tmp_path, bucket_bytes=20_000), seed=0)
+    rollout = ServerRollout(open_pool(), FileTransfer(tmp_path, bucket_bytes=20_000), torch.device("cpu"), seed=0)
 
     def draw(sent: Weights, version: int) -> list[RolloutSample]:
-        trainer = Trainer(vllm_assets / "model", sent)
+        trainer = Trainer(vllm_assets / "model", sent, version)
         sampler = Sampler(trainer, rollout, RolloutConfig(consistency_threshold=1e-4), prompts, PhaseTimer())
         params = SamplingParams(max_completion_length=4)
-        return sampler.draw(prompts, params, num_generations=1, step=0, policy_version=version).result()
+        return sampler.draw(prompts, params, num_generations=1, step=0).result()
 
     assert len(draw(exported, 1)) == 4
     swapped = exported | {

@@ -36,19 +36,19 @@ def describe(llm: Any) -> dict[str, Any]:
 def trained(arguments: list[str]) -> dict[str, Any]:
     threads, setter = torch.get_num_threads(), torch.set_num_threads
     run = Run(load_config(arguments[0], arguments[1:]))
-    trainer = run.trainer
     before = random.getstate(), torch.get_rng_state().tolist()
-    sampler, close = trainer.sampler, trainer.close
+    sampler = run.evaluator.sampler
+    close = sampler.rollout.close
     found: dict[str, Any] = {}
 
     def describe_and_close() -> None:
-        sampler._synchronize(trainer.policy_version)  # the weights after the last step
+        sampler._synchronize(run.engine.policy_version)  # the weights after the last step
         found.update(describe(sampler.rollout._llm))
         close()
 
-    sampler._synchronize(trainer.policy_version)
+    sampler._synchronize(run.engine.policy_version)
     after = random.getstate(), torch.get_rng_state().tolist()
-    trainer.close = describe_and_close
+    sampler.rollout.close = describe_and_close
     run.train()
     kept = before == after and torch.get_num_threads() == threads and torch.set_num_threads is setter
     return {**found, "settings_kept": kept}

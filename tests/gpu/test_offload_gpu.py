@@ -11,7 +11,8 @@ import torch
 from tiny_families import VOCAB_SIZE, make_model
 from torch import Tensor
 
-from chord_megatron.algorithm.objective import chord_loss
+from chord_megatron.algorithm.objective import Objective, chord_loss
+from chord_megatron.algorithm.policy_losses import clipped_policy_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
 from chord_megatron.batching.packing import build_global_batch
@@ -47,8 +48,9 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MegatronE
 def train_step(engine: MegatronEngine) -> None:
     tokens = torch.randint(0, VOCAB_SIZE, (32,), generator=torch.Generator().manual_seed(0))
     sample = TrainingSample(tokens, torch.ones(32, dtype=torch.bool), is_expert=True, temperature=1.0)
-    batch = build_global_batch([sample], micro_batch_size=1, **engine.packing)
-    engine.forward_backward(batch, partial(chord_loss, mu=1.0, epsilon=0.2, epsilon_high=0.2, beta=0.0, use_phi=False))
+    batch = build_global_batch([sample], engine.batch_layout, micro_batch_size=1)
+    objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2))
+    engine.forward_backward(batch, partial(chord_loss, objective=objective, mu=1.0))
     assert engine.optimizer_step().stepped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from decimal import Decimal, localcontext
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from chord_megatron.algorithm.advantages import group_advantages, zero_std_fraction
 from chord_megatron.algorithm.aggregation import aggregation_weights
+from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.mu import mu_schedule
-from chord_megatron.algorithm.objective import METRIC_SUMS, chord_loss, clipped_policy_loss, kl_penalty, phi
-from chord_megatron.batching.packing import build_global_batch, pack
+from chord_megatron.algorithm.objective import Objective, chord_loss
+from chord_megatron.algorithm.policy_losses import PolicyTokens, clipped_policy_loss, kl_penalty
+from chord_megatron.algorithm.sequences import Sequences
+from chord_megatron.batching.packing import BatchLayout, build_global_batch, pack
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 EPSILON, EPSILON_HIGH = 0.2, 0.28
+METRIC_SUMS = {
+    *("loss_rollout", "loss_expert", "entropy", "kl", "clipped", "phi", "log_prob_diff"),
+    *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
+}
 FP64_SUM = {"rtol": 0.0, "atol": 1e-13}  # a few dozen float64 terms of size one
 
 
@@ -168,13 +176,13 @@ def test_an_empty_stream_has_zero_weights(loss_type: str):
 )
 def test_clipped_policy_loss_by_hand(advantage, ratio, loss, gradient, is_clipped):
     log_probs = torch.tensor([math.log(ratio) - 1], dtype=torch.float64, requires_grad=True)
-    value, clipped = clipped_policy_loss(
+    tokens = PolicyTokens(
         log_probs,
-        torch.tensor([-1.0], dtype=torch.float64),
-        torch.tensor([advantage], dtype=torch.float64),
-        epsilon=EPSILON,
-        epsilon_high=EPSILON_HIGH,
+        log_ratios=log_probs + 1,  # pi_old has a log-prob of -1
+        advantages=torch.tensor([advantage], dtype=torch.float64),
+        mask=torch.tensor([True]),
     )
+    value, clipped = clipped_policy_loss(tokens, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, abs=1e-15)
     assert log_probs.grad.item() == pytest.approx(gradient, abs=1e-15)
@@ -202,14 +210,31 @@ def test_phi_keeps_its_digits_near_one():
         context.prec = 50
         exact = [Decimal(value).exp() * (1 - Decimal(value).exp()) for value in log_probs.tolist()]
     # Two function values and a product: below three units in the last place.
-    assert phi(log_probs).tolist() == pytest.approx([float(value) for value in exact], rel=3 * 2**-23)
+    assert phi(log_probs, torch.zeros(7)).tolist() == pytest.approx([float(value) for value in exact], rel=3 * 2**-23)
+
+
+def test_the_uniform_weight_is_one():
+    weights = uniform(torch.tensor([-0.5, -3.0], requires_grad=True), torch.zeros(2))
+    assert weights.tolist() == [1.0, 1.0] and not weights.requires_grad
 
 
 def test_phi_is_detached_and_peaks_at_one_half():
     log_probs = torch.tensor([math.log(0.5), math.log(0.25), 0.0], dtype=torch.float64, requires_grad=True)
-    weights = phi(log_probs)
+    weights = phi(log_probs, torch.zeros(3))
     assert not weights.requires_grad
     assert weights.tolist() == pytest.approx([0.25, 0.1875, 0.0], abs=1e-16)
+
+
+# --- sequences ------------------------------------------------------------------------------------------------------
+
+
+def test_sums_and_means_of_sequences_by_hand():
+    sequences = Sequences(torch.tensor([0, 2, 3, 6], dtype=torch.int32))
+    values = torch.tensor([1.0, 3.0, 5.0, 0.0, 4.0, 2.0])
+    assert sequences.sum(values).tolist() == [4.0, 4.0, 5.0, 6.0, 6.0, 6.0]
+    mask = torch.tensor([True, True, True, False, True, True])
+    assert sequences.mean(values, mask).tolist() == [2.0, 2.0, 5.0, 3.0, 3.0, 3.0]
+    assert sequences.mean(torch.zeros(6), torch.zeros(6, dtype=torch.bool)).tolist() == [0.0] * 6
 
 
 # --- the objective --------------------------------------------------------------------------------------------------
@@ -301,23 +326,32 @@ def place(batch: MicroBatch, rows: list[Tensor], outside: float = -0.3) -> Tenso
     return torch.cat([*parts, filler.expand(padding)])
 
 
-def sum_over_batches(batches: list[GlobalBatch], rows: list[Tensor], **settings) -> tuple[Tensor, Tensor]:
+def make_objective(*, beta: float, use_phi: bool, epsilon=EPSILON, epsilon_high=EPSILON_HIGH) -> Objective:
+    return Objective(
+        policy_loss=partial(clipped_policy_loss, epsilon=epsilon, epsilon_high=epsilon_high),
+        expert_weight=phi if use_phi else uniform,
+        beta=beta,
+    )
+
+
+def sum_over_batches(
+    batches: list[GlobalBatch], rows: list[Tensor], *, mu: float, **settings
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and metric sums of a step: plain sums over its micro-batches and ranks."""
     results = []
     for batch in (micro for one_rank in batches for micro in one_rank.micro_batches):
         values = place(batch, rows)
-        results.append(
-            chord_loss(values, values.detach().abs(), batch, epsilon=EPSILON, epsilon_high=EPSILON_HIGH, **settings)
-        )
-    return torch.stack([loss for loss, _, _ in results]).sum(), torch.stack([sums for _, sums, _ in results]).sum(0)
+        results.append(chord_loss(values, values.detach().abs(), batch, objective=make_objective(**settings), mu=mu))
+    sums = {name: torch.stack([result.sums[name] for result in results]).sum() for name in results[0].sums}
+    return torch.stack([result.loss for result in results]).sum(), sums
 
 
 def gradients(loss: Tensor, rows: list[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, rows, allow_unused=True, materialize_grads=True))
 
 
-def one_rank(samples, *, micro_batch_size=100, dp_rank=0, dp_size=1, **settings) -> GlobalBatch:
-    return build_global_batch(samples, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, **settings)
+def one_rank(samples, layout=BatchLayout(), *, micro_batch_size=100, **settings) -> GlobalBatch:  # noqa: B008 (frozen)
+    return build_global_batch(samples, layout, micro_batch_size=micro_batch_size, **settings)
 
 
 @pytest.mark.parametrize("mu", [0.0, 0.3, 1.0])
@@ -331,11 +365,12 @@ def test_chord_loss_equals_the_definition(mu, use_phi, off_policy, beta, loss_ty
     rollout, expert = naive_objective(samples, rows, mu=mu, use_phi=use_phi, beta=beta, loss_type=loss_type)
     expected = (1 - mu) * rollout + mu * expert
 
-    batch = one_rank(samples, loss_type=loss_type, max_completion_length=16, pad_to_multiple=8)
+    batch = one_rank(samples, BatchLayout(pad_to_multiple=8), loss_type=loss_type, max_completion_length=16)
     loss, sums = sum_over_batches([batch], rows, mu=mu, beta=beta, use_phi=use_phi)
 
     torch.testing.assert_close(loss, expected, **FP64_SUM)
-    torch.testing.assert_close(sums[:2], torch.stack([rollout, expert]).detach(), **FP64_SUM)
+    streams = torch.stack([sums["loss_rollout"], sums["loss_expert"]])
+    torch.testing.assert_close(streams, torch.stack([rollout, expert]).detach(), **FP64_SUM)
     for actual, wanted in zip(gradients(loss, rows), gradients(expected, rows)):
         torch.testing.assert_close(actual, wanted, **FP64_SUM)
 
@@ -364,19 +399,17 @@ def test_the_loss_does_not_depend_on_the_split(micro_batch_size, dp_size, shuffl
     parts = [
         one_rank(
             samples,
+            BatchLayout(dp_rank=rank, dp_size=dp_size, pad_to_multiple=4, micro_batch_multiple=2),
             loss_type=loss_type,
             micro_batch_size=micro_batch_size,
-            dp_rank=rank,
-            dp_size=dp_size,
             shuffle_seed=shuffle_seed,
-            pad_to_multiple=4,
-            micro_batch_multiple=2,
         )
         for rank in range(dp_size)
     ]
     loss, sums = sum_over_batches(parts, rows, **settings)
     torch.testing.assert_close(loss, whole, **FP64_SUM)
-    torch.testing.assert_close(sums, whole_sums, **FP64_SUM)
+    for name, value in whole_sums.items():
+        torch.testing.assert_close(sums[name], value, **FP64_SUM)
     for actual, wanted in zip(gradients(loss, rows), gradients(whole, rows)):
         torch.testing.assert_close(actual, wanted, **FP64_SUM)
 
@@ -400,20 +433,13 @@ def test_a_micro_batch_without_loss_tokens_contributes_zero_and_stays_attached(m
     )
     for batch in (padding_only, one_rank([prompt_only]).micro_batches[0]):
         log_probs = torch.full(batch.input_ids.shape, -0.5, requires_grad=True)
-        loss, sums, largest = chord_loss(
-            log_probs,
-            torch.ones_like(log_probs),
-            batch,
-            mu=mu,
-            epsilon=EPSILON,
-            epsilon_high=EPSILON_HIGH,
-            beta=0.1,
-            use_phi=True,
-        )
+        objective = make_objective(beta=0.1, use_phi=True)
+        loss, sums, maxima = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=mu)
         loss.backward()
         assert loss.item() == 0.0
         assert torch.equal(log_probs.grad, torch.zeros_like(log_probs))
-        assert torch.equal(sums, torch.zeros(len(METRIC_SUMS), dtype=torch.float64)) and largest.item() == 0.0
+        assert set(sums) == METRIC_SUMS
+        assert all(value.item() == 0.0 for value in (*sums.values(), *maxima.values()))
 
 
 @pytest.mark.parametrize("only_expert", [False, True])
@@ -422,7 +448,7 @@ def test_one_empty_stream_leaves_the_other(only_expert: bool):
     rows = make_log_probs(samples)
     loss, sums = sum_over_batches([one_rank(samples)], rows, mu=0.25, beta=0.0, use_phi=False)
     rollout, expert = naive_objective(samples, rows, mu=0.25, use_phi=False, beta=0.0, loss_type="dapo")
-    assert sums[0 if only_expert else 1].item() == 0.0
+    assert sums["loss_rollout" if only_expert else "loss_expert"].item() == 0.0
     torch.testing.assert_close(loss, 0.25 * expert if only_expert else 0.75 * rollout, rtol=1e-6, atol=0)
 
 
@@ -430,7 +456,7 @@ def test_zero_advantages_still_train_the_expert_term():
     samples = [dataclasses.replace(s, advantage=0.0) for s in make_samples(off_policy=True, with_ref=False)]
     rows = make_log_probs(samples)
     loss, sums = sum_over_batches([one_rank(samples)], rows, mu=0.5, beta=0.0, use_phi=False)
-    assert sums[0].item() == 0.0
+    assert sums["loss_rollout"].item() == 0.0
     for sample, gradient in zip(samples, gradients(loss, rows)):
         expected = -0.5 / 8 * sample.loss_mask.double() if sample.is_expert else torch.zeros_like(gradient)
         assert torch.equal(gradient, expected)  # mu * 1/8 on each expert token, exact in float64
@@ -440,8 +466,9 @@ def test_zero_advantages_still_train_the_expert_term():
 @pytest.mark.parametrize("outside", [-1e4, 0.0])
 def test_values_outside_the_mask_do_not_matter(outside: float, dtype: torch.dtype):
     samples = make_samples(off_policy=True, with_ref=True)
-    batch = one_rank(samples, pad_to_multiple=8).micro_batches[0]
-    counts = (batch.rollout_weights > 0) | (batch.expert_weights > 0)
+    batch = one_rank(samples, BatchLayout(pad_to_multiple=8)).micro_batches[0]
+    counts = batch.counts
+    assert torch.equal(counts, (batch.rollout_weights > 0) | (batch.expert_weights > 0))
     # Opposite extremes: e^(log_prob - old) and e^(ref - log_prob) both overflow.
     batch = dataclasses.replace(
         batch,
@@ -452,19 +479,16 @@ def test_values_outside_the_mask_do_not_matter(outside: float, dtype: torch.dtyp
     results = []
     for filler in (-1.0, outside):
         log_probs = torch.where(counts, inside, filler).to(dtype).requires_grad_()
-        loss, sums, largest = chord_loss(
+        loss, sums, maxima = chord_loss(
             log_probs,
             torch.where(counts, 1.0, torch.nan),
             batch,
+            objective=make_objective(beta=0.1, use_phi=True),
             mu=0.3,
-            epsilon=EPSILON,
-            epsilon_high=EPSILON_HIGH,
-            beta=0.1,
-            use_phi=True,
         )
         loss.backward()
         assert torch.equal(log_probs.grad[~counts], torch.zeros_like(log_probs)[~counts])
-        results.append((loss.detach(), sums, largest, log_probs.grad))
+        results.append((loss.detach(), *sums.values(), *maxima.values(), log_probs.grad))
     for plain, extreme in zip(*results):
         assert extreme.isfinite().all() and torch.equal(plain, extreme)
 
@@ -488,9 +512,8 @@ def test_metric_sums_by_hand():
     a, b, y = math.log(1.5) - 1, math.log(0.5) - 1, math.log(0.25)
     log_probs = torch.tensor([a, b, -9.0, y, -9.0], dtype=torch.float64, requires_grad=True)
     entropy = torch.tensor([0.5, 0.125, 64.0, 16.0, 64.0], dtype=torch.float64)
-    loss, sums, largest = chord_loss(
-        log_probs, entropy, batch, mu=0.25, epsilon=0.2, epsilon_high=0.28, beta=0.5, use_phi=True
-    )
+    objective = make_objective(beta=0.5, use_phi=True, epsilon=0.2, epsilon_high=0.28)
+    loss, sums, maxima = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
     kl = [math.exp(-0.5 - a) - (-0.5 - a) - 1, math.exp(-2 - b) - (-2 - b) - 1]
     loss_rollout = (-2 * 1.28 - 2 * 0.5 + 0.5 * sum(kl)) / 2
     loss_expert = 0.1875 * math.log(4)
@@ -506,10 +529,11 @@ def test_metric_sums_by_hand():
         "importance_ratio_squared": math.exp(1.0) + math.exp(-1.5),
         "importance_clipped": 0.0,
     }
-    assert dict(zip(METRIC_SUMS, sums.tolist())) == pytest.approx(expected, abs=1e-14)
+    assert set(expected) == METRIC_SUMS
+    assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected, abs=1e-14)
     assert loss.item() == pytest.approx(0.75 * loss_rollout + 0.25 * loss_expert, abs=1e-14)
-    assert largest.item() == pytest.approx(abs(b + 0.25), abs=1e-15)
-    assert not sums.requires_grad and not largest.requires_grad
+    assert maxima["log_prob_diff"].item() == pytest.approx(abs(b + 0.25), abs=1e-15) and len(maxima) == 1
+    assert not any(value.requires_grad for value in (*sums.values(), *maxima.values()))
 
 
 def test_phi_is_reported_where_it_does_not_weigh():
@@ -517,5 +541,42 @@ def test_phi_is_reported_where_it_does_not_weigh():
     rows = make_log_probs(samples)
     p = torch.cat([row.detach()[sample.loss_mask] for row, sample in zip(rows, samples)]).exp()
     _, plain = sum_over_batches([one_rank(samples)], rows, mu=1.0, beta=0.0, use_phi=False)
-    assert plain[METRIC_SUMS.index("phi")].item() == pytest.approx((p * (1 - p)).sum().item(), abs=1e-14)
-    assert plain[METRIC_SUMS.index("loss_expert")].item() == pytest.approx(-p.log().mean().item(), abs=1e-14)
+    assert plain["phi"].item() == pytest.approx((p * (1 - p)).sum().item(), abs=1e-14)
+    assert plain["loss_expert"].item() == pytest.approx(-p.log().mean().item(), abs=1e-14)
+
+
+def test_a_token_may_count_and_weigh_nothing():
+    """Masks say which tokens count, weights how much: the metrics see a token whose weight is 0."""
+    samples = make_samples(off_policy=True, with_ref=False)
+    batch = one_rank(samples).micro_batches[0]
+    silent = dataclasses.replace(batch, rollout_weights=torch.zeros_like(batch.rollout_weights))
+    values = place(batch, make_log_probs(samples))
+    objective = make_objective(beta=0.0, use_phi=False)
+    plain, muted = (
+        chord_loss(values, values.detach().abs(), each, objective=objective, mu=0.5) for each in (batch, silent)
+    )
+    assert muted.sums["loss_rollout"].item() == 0.0
+    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - {"loss_rollout"})
+    assert torch.equal(silent.counts, batch.counts)
+
+
+def test_the_ratio_level_reaches_the_policy_loss():
+    """A level of the user's: each token takes its sequence's geometric mean, and so do its gradient's bounds."""
+    samples = make_samples(off_policy=True, with_ref=False)
+    batch = one_rank(samples).micro_batches[0]
+    rows = make_log_probs(samples)
+    values = place(batch, rows)
+
+    def sequence_level(log_probs: Tensor, old_log_probs: Tensor, mask: Tensor, sequences: Sequences) -> Tensor:
+        return sequences.mean(torch.where(mask, log_probs - old_log_probs, 0.0), mask)
+
+    objective = dataclasses.replace(make_objective(beta=0.0, use_phi=False), ratio_level=sequence_level)
+    loss = chord_loss(values, values.detach(), batch, objective=objective, mu=0.0).loss
+    expected = torch.zeros((), dtype=torch.float64)
+    for sample, row in zip(samples, rows):
+        if not sample.is_expert and sample.loss_mask.any():
+            mean = (row - sample.old_log_probs.double())[sample.loss_mask].mean()
+            ratio, advantage = mean.exp(), sample.advantage
+            clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON_HIGH)
+            expected = expected - int(sample.loss_mask.sum()) / 16 * torch.min(ratio * advantage, clipped * advantage)
+    torch.testing.assert_close(loss, expected, **FP64_SUM)

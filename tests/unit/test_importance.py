@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.importance import (
     MAX_LOG_RATIO,
+    ImportanceCorrection,
     ImportanceSamplingMode,
     importance_weights,
     log_importance_ratios,
 )
-from chord_megatron.algorithm.objective import METRIC_SUMS, chord_loss
-from chord_megatron.batching.packing import build_global_batch, pack
+from chord_megatron.algorithm.objective import Objective, chord_loss
+from chord_megatron.algorithm.policy_losses import clipped_policy_loss
+from chord_megatron.algorithm.sequences import Sequences
+from chord_megatron.batching.packing import BatchLayout, build_global_batch, pack
 from chord_megatron.tracking.step_metrics import loss_metrics
-from chord_megatron.types import GlobalBatch, TrainingSample
+from chord_megatron.types import GlobalBatch, LossTotals, TrainingSample
 
 MODES = get_args(ImportanceSamplingMode)
 EPSILON, EPSILON_HIGH, THRESHOLD = 0.2, 0.28, 1.5
@@ -46,9 +51,8 @@ def test_weights_by_hand(mode: str, expected: list[float], clipped: list[bool]):
     mask = torch.tensor([ratio != nothing for ratio in ratios])
     old = torch.tensor(ratios, dtype=torch.float64).log() - 2
     log_ratios = log_importance_ratios(old, torch.full((10,), -2.0), mask)
-    weights, is_clipped = importance_weights(
-        log_ratios, mask, torch.tensor([0, 4, 6, 9, 10], dtype=torch.int32), mode=mode, threshold=3.0
-    )
+    sequences = Sequences(torch.tensor([0, 4, 6, 9, 10], dtype=torch.int32))
+    weights, is_clipped = importance_weights(log_ratios, mask, sequences, ImportanceCorrection(mode, 3.0))
     assert weights.dtype == torch.float64
     assert weights[mask].tolist() == pytest.approx(expected, abs=1e-15, rel=1e-15)
     assert is_clipped[mask].tolist() == clipped
@@ -58,15 +62,15 @@ def test_weights_by_hand(mode: str, expected: list[float], clipped: list[bool]):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_ratio_at_the_threshold_is_within_it(mode: str):
     mask = torch.ones(2, dtype=torch.bool)
-    cu_seqlens = torch.tensor([0, 2])
+    sequences, correction = Sequences(torch.tensor([0, 2])), ImportanceCorrection(mode, 1.0)
     level, bound = mode.split("_")
     # e^0 is exactly 1, and so is the geometric mean of e^a and e^-a.
     log_ratios = torch.tensor([0.0, 0.0] if level == "token" else [0.75, -0.75], dtype=torch.float64)
-    weights, is_clipped = importance_weights(log_ratios, mask, cu_seqlens, mode=mode, threshold=1.0)
+    weights, is_clipped = importance_weights(log_ratios, mask, sequences, correction)
     assert not is_clipped.any()
     assert torch.equal(weights, log_ratios.exp() if bound == "mask" else torch.ones(2, dtype=torch.float64))
 
-    weights, is_clipped = importance_weights(log_ratios + 1e-12, mask, cu_seqlens, mode=mode, threshold=1.0)
+    weights, is_clipped = importance_weights(log_ratios + 1e-12, mask, sequences, correction)
     assert is_clipped.all()
     assert weights.tolist() == ([0.0, 0.0] if bound == "mask" else [1.0, 1.0])
 
@@ -85,7 +89,8 @@ def test_a_log_prob_that_is_not_a_number_stays_one(mode: str):
     """It must reach the loss, whose step is then skipped, and not be taken for a small weight."""
     mask = torch.tensor([True, True])
     log_ratios = log_importance_ratios(torch.tensor([math.nan, -1.0]), torch.tensor([-1.0, -1.0]), mask)
-    weights, _ = importance_weights(log_ratios, mask, torch.tensor([0, 2]), mode=mode, threshold=2.0)
+    correction = ImportanceCorrection(mode, 2.0)
+    weights, _ = importance_weights(log_ratios, mask, Sequences(torch.tensor([0, 2])), correction)
     assert weights[0].isnan()
 
 
@@ -104,9 +109,8 @@ def test_weights_do_not_depend_on_the_packing(mode: str):
         weights, is_clipped = importance_weights(
             torch.cat([*[rows[i] for i in order], torch.zeros(padding, dtype=torch.float64)]),
             torch.cat([*[masks[i] for i in order], torch.zeros(padding, dtype=torch.bool)]),
-            bounds,
-            mode=mode,
-            threshold=1.1,
+            Sequences(bounds),
+            ImportanceCorrection(mode, 1.1),
         )
         parts = zip(weights.split([*sizes, padding]), is_clipped.split([*sizes, padding]))
         return dict(zip(order, map(list, parts)))
@@ -199,26 +203,51 @@ def naive_rollout_loss(samples: list[TrainingSample], rows: list[Tensor], mode: 
     return total / sum(int(sample.loss_mask.sum()) for sample in samples if not sample.is_expert)
 
 
-def sum_over_batches(batches: list[GlobalBatch], rows: list[Tensor], **settings: Any) -> tuple[Tensor, Tensor]:
-    """Loss and metric sums of a step; positions that predict nothing of a sequence get a log-prob of nothing."""
+def make_objective(
+    *, beta: float = 0.0, use_phi: bool = False, importance: ImportanceCorrection | None = None
+) -> Objective:
+    return Objective(
+        policy_loss=partial(clipped_policy_loss, epsilon=EPSILON, epsilon_high=EPSILON_HIGH),
+        expert_weight=phi if use_phi else uniform,
+        beta=beta,
+        importance=importance,
+    )
+
+
+def totals_over_batches(
+    batches: list[GlobalBatch], rows: list[Tensor], *, mu: float = 0.25, **settings: Any
+) -> tuple[Tensor, LossTotals]:
+    """Loss and metrics of a step; positions that predict nothing of a sequence get a log-prob of nothing."""
     filler = torch.full((1,), -0.3, dtype=torch.float64)
-    losses, all_sums = [], []
+    results = []
     for batch in (micro for of_rank in batches for micro in of_rank.micro_batches):
         parts = [part for index in batch.sample_indices for part in (rows[index][1:], filler)]
         values = torch.cat([*parts, filler.expand(len(batch.input_ids) - batch.num_tokens)])
-        options = {"mu": 0.25, "beta": 0.0, "use_phi": False, "epsilon": EPSILON, "epsilon_high": EPSILON_HIGH}
-        loss, sums, _ = chord_loss(values, values.detach().abs(), batch, **{**options, **settings})
-        losses.append(loss)
-        all_sums.append(sums)
-    return torch.stack(losses).sum(), torch.stack(all_sums).sum(0)
+        results.append(chord_loss(values, values.detach().abs(), batch, objective=make_objective(**settings), mu=mu))
+    sums = {name: sum(result.sums[name].item() for result in results) for name in results[0].sums}
+    maxima = {name: max(result.maxima[name].item() for result in results) for name in results[0].maxima}
+    return torch.stack([result.loss for result in results]).sum(), LossTotals(sums, maxima)
 
 
-def one_rank(samples: list[TrainingSample], *, dp_rank=0, dp_size=1, micro_batch_size=100, **settings) -> GlobalBatch:
-    return build_global_batch(samples, micro_batch_size=micro_batch_size, dp_rank=dp_rank, dp_size=dp_size, **settings)
+def sum_over_batches(
+    batches: list[GlobalBatch], rows: list[Tensor], **settings: Any
+) -> tuple[Tensor, dict[str, float]]:
+    loss, totals = totals_over_batches(batches, rows, **settings)
+    return loss, totals.sums
+
+
+def one_rank(
+    samples: list[TrainingSample],
+    layout: BatchLayout = BatchLayout(),  # noqa: B008 (frozen)
+    *,
+    micro_batch_size=100,
+    **settings,
+) -> GlobalBatch:
+    return build_global_batch(samples, layout, micro_batch_size=micro_batch_size, **settings)
 
 
 def weighted(mode: str | None) -> dict[str, Any]:
-    return {"rollout_importance_sampling_mode": mode, "rollout_importance_sampling_threshold": THRESHOLD}
+    return {"importance": None if mode is None else ImportanceCorrection(mode, THRESHOLD)}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -228,10 +257,10 @@ def test_the_weighted_loss_equals_the_definition(mode: str, off_policy: bool, be
     samples = make_samples(off_policy=off_policy, with_ref=beta > 0)
     rows = make_log_probs(samples)
     expected = naive_rollout_loss(samples, rows, mode, beta)
-    batch = one_rank(samples, pad_to_multiple=8)
+    batch = one_rank(samples, BatchLayout(pad_to_multiple=8))
     loss, sums = sum_over_batches([batch], rows, mu=0.0, beta=beta, **weighted(mode))
     torch.testing.assert_close(loss, expected, **FP64_SUM)
-    assert sums[METRIC_SUMS.index("loss_rollout")].item() == loss.item()
+    assert sums["loss_rollout"] == loss.item()
     wanted = torch.autograd.grad(expected, rows, allow_unused=True, materialize_grads=True)
     for actual, gradient in zip(torch.autograd.grad(loss, rows), wanted):
         torch.testing.assert_close(actual, gradient, **FP64_SUM)
@@ -251,7 +280,7 @@ def test_each_gradient_is_the_weight_times_the_plain_one(mode: str, off_policy: 
             assert torch.equal(actual, gradient)
         else:
             torch.testing.assert_close(actual, weight * gradient, rtol=1e-14, atol=0.0)
-    assert 0 < sums[METRIC_SUMS.index("importance_clipped")].item() < 16  # some weights were changed, not all
+    assert 0 < sums["importance_clipped"] < 16  # some weights were changed, not all
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
@@ -279,8 +308,8 @@ def test_a_sampler_that_agrees_changes_nothing(mode: str):
     loss, sums = sum_over_batches([one_rank(samples)], rows, beta=0.1, **weighted(mode))
     assert torch.equal(loss, plain)
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, rows), torch.autograd.grad(plain, rows)))
-    named = dict(zip(METRIC_SUMS, sums.tolist()))
-    assert (named["importance_ratio"], named["importance_ratio_squared"], named["importance_clipped"]) == (16, 16, 0)
+    names = ("importance_ratio", "importance_ratio_squared", "importance_clipped")
+    assert [sums[name] for name in names] == [16, 16, 0]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -293,18 +322,15 @@ def test_loss_and_metrics_do_not_depend_on_the_split(mode: str, dp_size: int, mi
     parts = [
         one_rank(
             samples,
-            dp_rank=rank,
-            dp_size=dp_size,
+            BatchLayout(dp_rank=rank, dp_size=dp_size, pad_to_multiple=4, micro_batch_multiple=2),
             micro_batch_size=micro_batch_size,
             shuffle_seed=5,
-            pad_to_multiple=4,
-            micro_batch_multiple=2,
         )
         for rank in range(dp_size)
     ]
     loss, sums = sum_over_batches(parts, rows, beta=0.1, **weighted(mode))
     torch.testing.assert_close(loss, whole, **FP64_SUM)
-    torch.testing.assert_close(sums, whole_sums, rtol=1e-14, atol=1e-13)
+    assert sums == pytest.approx(whole_sums, rel=1e-14, abs=1e-13)
     for actual, wanted in zip(torch.autograd.grad(loss, rows), torch.autograd.grad(whole, rows)):
         torch.testing.assert_close(actual, wanted, **FP64_SUM)
 
@@ -314,20 +340,12 @@ def test_an_empty_rollout_stream_contributes_zero_and_stays_attached(mode: str):
     expert_only = [sample for sample in make_samples(off_policy=False) if sample.is_expert]
     for batch in (pack([], [], [], pad_to_multiple=4), one_rank(expert_only).micro_batches[0]):
         log_probs = torch.full(batch.input_ids.shape, -0.5, requires_grad=True)
-        loss, sums, _ = chord_loss(
-            log_probs,
-            torch.ones_like(log_probs),
-            batch,
-            mu=0.0,
-            epsilon=EPSILON,
-            epsilon_high=EPSILON_HIGH,
-            beta=0.0,
-            use_phi=False,
-            **weighted(mode),
-        )
+        objective = make_objective(**weighted(mode))
+        loss, sums, _ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=0.0)
         loss.backward()
         assert loss.item() == 0.0 and torch.equal(log_probs.grad, torch.zeros_like(log_probs))
-        assert sums[METRIC_SUMS.index("importance_ratio") :].tolist() == [0.0, 0.0, 0.0]
+        names = ("importance_ratio", "importance_ratio_squared", "importance_clipped")
+        assert [sums[name].item() for name in names] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
@@ -342,7 +360,7 @@ def test_an_absurd_sampler_leaves_everything_finite(mode: str | None, sampled: f
     rows[0] -= 1e3
     rows = [row.requires_grad_() for row in rows]
     loss, sums = sum_over_batches([one_rank(samples)], rows, **weighted(mode))
-    assert loss.isfinite() and sums.isfinite().all()
+    assert loss.isfinite() and all(map(math.isfinite, sums.values()))
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, rows))
 
 
@@ -360,11 +378,10 @@ def metrics_of(ratios: list[float], mode: str | None, threshold: float = 1.5) ->
         advantage=1.0,
         rollout_log_probs=torch.full((len(log_ratios),), -2.0),
     )
-    batch = one_rank([sample], pad_to_multiple=4)
-    settings = {"rollout_importance_sampling_mode": mode, "rollout_importance_sampling_threshold": threshold}
-    _, sums = sum_over_batches([batch], [(log_ratios - 2).requires_grad_()], **settings)
-    named = dict(zip(METRIC_SUMS, sums.tolist(), strict=True))
-    return loss_metrics(named, 0.0, batch, mu=0.0, has_reference=False, has_importance_weights=mode is not None)
+    batch = one_rank([sample], BatchLayout(pad_to_multiple=4))
+    importance = None if mode is None else ImportanceCorrection(mode, threshold)
+    _, totals = totals_over_batches([batch], [(log_ratios - 2).requires_grad_()], importance=importance)
+    return loss_metrics(totals, batch, make_objective(importance=importance), mu=0.0)
 
 
 def test_metrics_by_hand():
@@ -404,7 +421,8 @@ def test_one_huge_ratio_leaves_one_effective_token():
 
 def test_metrics_of_an_empty_stream_are_null():
     batch = one_rank([sample for sample in make_samples(off_policy=False) if sample.is_expert])
-    named = dict.fromkeys(METRIC_SUMS, 0.0)
-    metrics = loss_metrics(named, 0.0, batch, mu=1.0, has_reference=False, has_importance_weights=True)
+    samples = [sample for sample in make_samples(off_policy=False) if sample.is_expert]
+    _, totals = totals_over_batches([batch], make_log_probs(samples))
+    metrics = loss_metrics(totals, batch, make_objective(**weighted("token_mask")), mu=1.0)
     names = ("importance_weight_mean", "effective_sample_size", "importance_clipped_fraction")
     assert [metrics[name] for name in names] == [None, None, None]

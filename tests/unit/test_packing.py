@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from chord_megatron.batching.packing import build_global_batch, pack, unpack
+from chord_megatron.batching.packing import BatchLayout, build_global_batch, pack, unpack
 from chord_megatron.types import GlobalBatch, TrainingSample
 
 
@@ -40,8 +40,9 @@ def step(num_samples: int = 7) -> list[TrainingSample]:
     return samples
 
 
-def all_ranks(samples: list[TrainingSample], dp_size: int, **settings) -> list[GlobalBatch]:
-    return [build_global_batch(samples, dp_rank=rank, dp_size=dp_size, **settings) for rank in range(dp_size)]
+def all_ranks(samples: list[TrainingSample], layout: BatchLayout, **settings) -> list[GlobalBatch]:
+    ranks = [dataclasses.replace(layout, dp_rank=rank) for rank in range(layout.dp_size)]
+    return [build_global_batch(samples, rank, **settings) for rank in ranks]
 
 
 # --- one micro-batch ------------------------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ def test_absent_log_probs_stay_absent():
 def test_the_token_count_is_the_next_multiple(pad_to_multiple: int):
     samples = step()
     for batch in build_global_batch(
-        samples, micro_batch_size=2, dp_rank=0, dp_size=1, pad_to_multiple=pad_to_multiple
+        samples, BatchLayout(pad_to_multiple=pad_to_multiple), micro_batch_size=2
     ).micro_batches:
         expected = sum(len(samples[i].tokens) for i in batch.sample_indices)
         assert batch.num_tokens == expected
@@ -131,11 +132,12 @@ def test_moving_to_a_device_keeps_every_field():
 
 def test_a_loss_mask_on_the_first_token_is_never_counted():
     samples = [sample([5, 6, 7], [1, 1, 1]), sample([8, 9], [1, 1], is_expert=True), sample([4], [1])]
-    step_batch = build_global_batch(samples, micro_batch_size=3, dp_rank=0, dp_size=1)
+    step_batch = build_global_batch(samples, BatchLayout(), micro_batch_size=3)
     assert (step_batch.num_rollout_tokens, step_batch.num_expert_tokens, step_batch.num_tokens) == (2, 1, 6)
     (batch,) = step_batch.micro_batches
     assert batch.rollout_weights.tolist() == [0.5, 0.5, 0, 0, 0, 0]
     assert batch.expert_weights.tolist() == [0, 0, 0, 1, 0, 0]
+    assert batch.rollout_mask.tolist() == [1, 1, 0, 0, 0, 0] and batch.expert_mask.tolist() == [0, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_the_rollout_mean_does_not_touch_the_expert_mean(loss_type: str, first: 
         sample([0] * 4, [0, 0, 0, 0]),  # filtered: no token, no sequence
     ]
     (batch,) = build_global_batch(
-        samples, micro_batch_size=4, dp_rank=0, dp_size=1, loss_type=loss_type, max_completion_length=16
+        samples, BatchLayout(), micro_batch_size=4, loss_type=loss_type, max_completion_length=16
     ).micro_batches
     weights = unpack(batch, batch.rollout_weights)
     as_float32 = torch.tensor([first, second])
@@ -168,11 +170,9 @@ def test_ranks_partition_the_step(dp_size, micro_batch_size, shuffle_seed, micro
     samples = step()
     ranks = all_ranks(
         samples,
-        dp_size,
+        BatchLayout(dp_size=dp_size, micro_batch_multiple=micro_batch_multiple, pad_to_multiple=4),
         micro_batch_size=micro_batch_size,
         shuffle_seed=shuffle_seed,
-        micro_batch_multiple=micro_batch_multiple,
-        pad_to_multiple=4,
     )
     batches = [batch for rank in ranks for batch in rank.micro_batches]
     assert Counter(i for batch in batches for i in batch.sample_indices) == Counter(range(len(samples)))
@@ -194,7 +194,7 @@ def test_counts_are_global_and_equal_on_every_rank(dp_size: int):
     rollout = sum(int(s.loss_mask[1:].sum()) for s in samples if not s.is_expert)
     expert = sum(int(s.loss_mask[1:].sum()) for s in samples if s.is_expert)
     tokens = sum(len(s.tokens) for s in samples)
-    for rank in all_ranks(samples, dp_size, micro_batch_size=2, pad_to_multiple=16):
+    for rank in all_ranks(samples, BatchLayout(dp_size=dp_size, pad_to_multiple=16), micro_batch_size=2):
         assert (rank.num_rollout_tokens, rank.num_expert_tokens, rank.num_tokens) == (rollout, expert, tokens)
 
 
@@ -202,7 +202,9 @@ def test_counts_are_global_and_equal_on_every_rank(dp_size: int):
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
 def test_each_stream_sums_to_a_mean(dp_size: int, loss_type: str):
     """The weights of all ranks and micro-batches sum to 1, within one part in 2^24: the rounding of a float32."""
-    ranks = all_ranks(step(), dp_size, micro_batch_size=2, loss_type=loss_type, micro_batch_multiple=2)
+    ranks = all_ranks(
+        step(), BatchLayout(dp_size=dp_size, micro_batch_multiple=2), micro_batch_size=2, loss_type=loss_type
+    )
     for name in ("rollout_weights", "expert_weights"):
         total = sum(getattr(b, name).double().sum().item() for rank in ranks for b in rank.micro_batches)
         assert abs(total - 1) <= 2**-24, name
@@ -210,13 +212,13 @@ def test_each_stream_sums_to_a_mean(dp_size: int, loss_type: str):
 
 def test_weights_that_float32_holds_sum_to_one_exactly():
     samples = [sample([0] * n, [0] + [1] * (n - 1)) for n in (2, 4, 5, 9)]  # 1 + 3 + 4 + 8 = 16 tokens
-    ranks = all_ranks(samples, 3, micro_batch_size=1)
+    ranks = all_ranks(samples, BatchLayout(dp_size=3), micro_batch_size=1)
     assert sum(b.rollout_weights.sum().item() for rank in ranks for b in rank.micro_batches) == 1.0
 
 
 def test_the_share_of_a_rank_by_hand():
     samples = step(5)
-    first, second = all_ranks(samples, 2, micro_batch_size=2)
+    first, second = all_ranks(samples, BatchLayout(dp_size=2), micro_batch_size=2)
     assert [batch.sample_indices for batch in first.micro_batches] == [(0, 2), (4,)]
     assert [batch.sample_indices for batch in second.micro_batches] == [(1, 3), ()]  # filled up, so that it runs
 
@@ -226,13 +228,13 @@ def test_the_shuffle_depends_on_its_seed_only():
     orders = []
     for seed in (1, 1, 2, None):
         torch.manual_seed(len(orders))
-        batch = build_global_batch(samples, micro_batch_size=7, dp_rank=0, dp_size=1, shuffle_seed=seed)
+        batch = build_global_batch(samples, BatchLayout(), micro_batch_size=7, shuffle_seed=seed)
         orders.append(batch.micro_batches[0].sample_indices)
     assert orders[0] == orders[1] != orders[2]
     assert orders[3] == tuple(range(7))
 
 
 def test_a_step_without_samples_still_runs_one_micro_batch():
-    batch = build_global_batch([], micro_batch_size=2, dp_rank=0, dp_size=1, pad_to_multiple=4)
+    batch = build_global_batch([], BatchLayout(pad_to_multiple=4), micro_batch_size=2)
     assert (batch.num_rollout_tokens, batch.num_expert_tokens, batch.num_tokens) == (0, 0, 0)
     assert [micro.input_ids.tolist() for micro in batch.micro_batches] == [[0, 0, 0, 0]]

@@ -46,6 +46,6 @@ def test_a_colocated_vllm_starts_where_the_trainer_has_made_room(
             },
         }
     )
-    trainer: Any = SimpleNamespace(arch=None, offloaded=offloaded)
+    trainer: Any = SimpleNamespace(arch=None, groups=SimpleNamespace(device="cpu"), offloaded=offloaded)
     assert build.build_rollout(config, trainer, groups=None) == "engine"  # type: ignore[arg-type]
     assert seen == [{"optimizer": optimizer, "model": model}] and away == {}

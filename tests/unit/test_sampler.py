@@ -11,11 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from chord_megatron.batching.packing import BatchLayout
 from chord_megatron.config import RolloutConfig
 from chord_megatron.rollout.protocol import WeightSource
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.sampler import Sampler
-from chord_megatron.types import Prompt, SamplingParams, UserError
+from chord_megatron.types import GlobalBatch, Prompt, RolloutRequest, SamplingParams, UserError
 
 PROBES = (Prompt(0, "", (5, 6, 7), ""), Prompt(1, "", (8, 9), ""))
 
@@ -34,6 +35,8 @@ class Recorder:
     def __init__(self, *, scores: Sequence[Sequence[float]] = ((-1.0, -2.0), (-3.0,))) -> None:
         self.done: list[str] = []
         self.weights_version: int | None = None
+        self.policy_version = 0
+        self.batch_layout = BatchLayout()
         self._scores = [list(row) for row in scores]
 
     # the trainer's
@@ -44,8 +47,10 @@ class Recorder:
         yield
         self.done += [f"+{name}" for name in reversed(away)]
 
-    def compute_log_probs(self, samples: Sequence[Any], *, micro_batch_size: int) -> list[Tensor]:
-        assert [sample.loss_mask.tolist() for sample in samples] == [[False, True, True], [False, True]]
+    def compute_log_probs(self, batch: GlobalBatch) -> list[Tensor]:
+        (micro_batch,) = batch.micro_batches
+        assert micro_batch.input_ids.tolist() == [5, 6, 7, 8, 9]
+        assert micro_batch.counts.tolist() == [True, True, False, True, False]
         self.done.append("probe")
         return [torch.tensor([0.0, -1.0, -2.0]), torch.tensor([0.0, -3.0])]
 
@@ -61,8 +66,12 @@ class Recorder:
         self.done.append("score")
         return {"the engine": self._scores}
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, **arguments: int) -> list:
-        assert arguments["policy_version"] == self.weights_version
+    generation_seconds: float | None = None
+
+    def close(self) -> None: ...
+
+    def generate(self, request: RolloutRequest) -> list:
+        assert request.policy_version == self.weights_version
         self.done.append("generate")
         return []
 
@@ -70,7 +79,8 @@ class Recorder:
 def draw(recorder: Recorder, *versions: int, **options: Any) -> list[str]:
     sampler = Sampler(recorder, recorder, RolloutConfig(**options), PROBES, PhaseTimer())
     for version in versions:
-        sampler.draw(PROBES, SamplingParams(), num_generations=1, step=0, policy_version=version).result()
+        recorder.policy_version = version
+        sampler.draw(PROBES, SamplingParams(), num_generations=1, step=0).result()
     return recorder.done
 
 

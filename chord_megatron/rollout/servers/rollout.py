@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from tenacity import retry, retry_if_exception_type, stop_after_attempt
 from torch import Tensor
 
 from chord_megatron.rollout.protocol import WeightSource
-from chord_megatron.rollout.samples import make_sample
+from chord_megatron.rollout.samples import Completion, completion, share_samples
 from chord_megatron.rollout.servers.pool import ServerPool, UpdateError
 from chord_megatron.rollout.servers.transfer import WeightTransfer
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams, UserError
+from chord_megatron.types import RolloutRequest, RolloutSample, UserError
 
 T = TypeVar("T")
 
@@ -23,45 +26,43 @@ T = TypeVar("T")
 class ServerRollout:
     """Every method is a collective call of all ranks; `pool` is there on rank 0 alone."""
 
-    def __init__(self, pool: ServerPool | None, transfer: WeightTransfer, *, seed: int) -> None:
-        self._pool, self._transfer, self._seed = pool, transfer, seed
+    def __init__(self, pool: ServerPool | None, transfer: WeightTransfer, device: torch.device, *, seed: int) -> None:
+        self._pool, self._transfer, self._device, self._seed = pool, transfer, device, seed
         self.weights_version: int | None = None
         self.generation_seconds: float | None = None
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> list[RolloutSample]:
+    def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine."""
-        collect = self.submit(
-            prompts, params, num_generations=num_generations, step=step, policy_version=policy_version
-        )
-        return collect()
+        return self.submit(request)()
 
-    def submit(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int, policy_version: int
-    ) -> Callable[[], list[RolloutSample]]:
+    def submit(self, request: RolloutRequest) -> Callable[[], list[RolloutSample]]:
         """See AsynchronousEngine."""
-        assert self.weights_version == policy_version, "sampling with other weights than the policy's"
-        repeated = [prompt for prompt in prompts for _ in range(num_generations)]
-        requests = [
-            {
-                "token_ids": list(prompt.tokens),
-                "sampling_params": sampling_arguments(params, (self._seed, step, index)),
-            }
-            for index, prompt in enumerate(repeated)
-        ]
+        assert self.weights_version == request.policy_version, "sampling with other weights than the policy's"
+        answers: Future[list[dict[str, Any]]] | None = None
         if self._pool is not None:
             start = time.perf_counter()
-            future = self._pool.submit(requests, policy_version)
-            future.add_done_callback(lambda _: self._stop_clock(start))
+            answers = self._pool.submit(self._as_json(request), request.policy_version)
+            answers.add_done_callback(lambda _: self._stop_clock(start))
+        return partial(self._collect, request, answers)
 
-        def collect(_: ServerPool) -> list[RolloutSample]:
-            return [
-                make_sample(prompt, index, choice["token_ids"], _log_probs(choice), params, policy_version)
-                for index, (prompt, choice) in enumerate(zip(repeated, future.result(), strict=True))
-            ]
+    def _as_json(self, request: RolloutRequest) -> list[dict[str, Any]]:
+        return [
+            {
+                "token_ids": list(prompt.tokens),
+                "sampling_params": sampling_arguments(request.params, (self._seed, request.step, index)),
+            }
+            for index, prompt in enumerate(request.repeated)
+        ]
 
-        return lambda: self._on_rank_0(collect)
+    def _collect(self, request: RolloutRequest, answers: Future[list[dict[str, Any]]] | None) -> list[RolloutSample]:
+        completions: list[Completion] = []
+
+        def wait(_: ServerPool) -> None:
+            assert answers is not None
+            completions.extend(_completion(index, choice) for index, choice in enumerate(answers.result()))
+
+        self._on_rank_0(wait)  # every rank hears of what went wrong before it waits for completions
+        return share_samples(request, completions, None, self._device)
 
     def _stop_clock(self, start: float) -> None:
         self.generation_seconds = time.perf_counter() - start
@@ -111,8 +112,8 @@ class ServerRollout:
         return outcome[0]
 
 
-def _log_probs(choice: dict[str, Any]) -> list[float]:
-    return [entry["logprob"] for entry in choice["logprobs"]["content"]]
+def _completion(index: int, choice: dict[str, Any]) -> Completion:
+    return completion(index, choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]])
 
 
 def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -1,0 +1,48 @@
+"""The command line: `chord-megatron train | validate | doctor | report | convert | serve`. A file a command.
+
+Commands import what they run when they run, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import typer
+
+from chord_megatron.cli import convert
+from chord_megatron.cli.doctor import doctor
+from chord_megatron.cli.report import report
+from chord_megatron.cli.serve import serve
+from chord_megatron.cli.train import train
+from chord_megatron.cli.validate import validate
+from chord_megatron.types import UserError
+
+app = typer.Typer(
+    help="CHORD training on Megatron-Core models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _add(command: Callable[..., int]) -> None:
+    """Register a command that returns its exit code; a UserError is one sentence and exit code 2."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            code = command(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = 2
+        raise typer.Exit(code)
+
+    app.command()(run)
+
+
+for _command in (train, validate, doctor, report, serve):
+    _add(_command)
+app.add_typer(convert.app, name="convert")
