@@ -93,5 +93,6 @@ def _read_recording(path: Path) -> Iterator[tuple[int, RolloutSample]]:
 
 
 def _as_sample(record: dict[str, Any]) -> RolloutSample:
-    rows = {name: torch.tensor(record[name], dtype=dtype) for name, dtype in _DTYPES.items()}
-    return RolloutSample(**{name: record[name] for name in RolloutSample.__dataclass_fields__} | rows)
+    values = {name: record[name] for name in RolloutSample.__dataclass_fields__}
+    rows = {name: torch.tensor(values[name], dtype=dtype) for name, dtype in _DTYPES.items()}
+    return RolloutSample(**{**values, **rows})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import (
@@ -17,6 +18,8 @@ from harness import (
     write_config,
     write_rows,
 )
+
+from chord_megatron.ops.linear_log_probs import linear_log_probs
 
 pytestmark = pytest.mark.e2e
 
@@ -194,3 +197,26 @@ def test_a_recording_is_not_overwritten(config: Path, recording: Path):
         f"error: rollout.record_to: {recording} holds the rollouts of another run; remove it or name another file"
     ]
     assert recording.read_bytes() == before
+
+
+def test_passes_without_a_loss_ask_the_head_for_no_entropy(config: Path, monkeypatch: pytest.MonkeyPatch):
+    """Old policy, reference, then the two steps of the generation batch, one micro-batch each."""
+    asked: list[bool] = []
+
+    def observed(*args: Any, compute_entropy: bool, **kwargs: Any) -> Any:
+        asked.append(compute_entropy)
+        return linear_log_probs(*args, compute_entropy=compute_entropy, **kwargs)
+
+    monkeypatch.setattr("chord_megatron.backend.model.linear_log_probs", observed)
+    overrides = ("grpo.num_iterations=2", "grpo.beta=0.1", "train.train_iters=2", "train.micro_batch_size=8")
+    succeeded(train_here(config, *overrides, *fixed_mu(0.0)))
+    assert asked == [False, False, True, True]
+
+
+def test_a_checkpoint_inside_a_generation_batch_is_refused(config: Path, tmp_path: Path):
+    """What is left of the batch is not in the checkpoint: training would go on without rollouts."""
+    succeeded(train_here(config, "train.train_iters=2", "train.save_steps=2"))
+    outcome = train_here(config, "train.train_iters=8", "train.save_steps=4", "grpo.num_iterations=4")
+    assert outcome.code == 2
+    (error,) = outcome.errors
+    assert "step 2 lies inside a generation batch of grpo.steps_per_generation x num_iterations = 4 steps" in error
