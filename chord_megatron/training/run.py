@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -63,7 +64,9 @@ class Run:
             keep_reference=config.grpo.beta > 0,
         )
         rollout = build_rollout(config, self.engine, self.groups)
-        self._resources = (rollout, reward_function)  # what runs outside this process
+        self._outside = ExitStack()  # what runs outside this process
+        self._outside.callback(reward_function.close)
+        self._outside.callback(rollout.close)
         timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
         scorer = Scorer(tokenizer, reward_function, timer)
         params = _sampling_params(config, stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids))
@@ -108,8 +111,7 @@ class Run:
                 self._stop_if_diverged()
             self._evaluate()
         finally:
-            for resource in self._resources:
-                resource.close()
+            self._outside.close()
             if self.outputs:
                 self.outputs.close()
         if self.outputs:

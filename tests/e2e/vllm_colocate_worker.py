@@ -38,17 +38,15 @@ def trained(arguments: list[str]) -> dict[str, Any]:
     run = Run(load_config(arguments[0], arguments[1:]))
     before = random.getstate(), torch.get_rng_state().tolist()
     sampler = run.evaluator.sampler
-    close = sampler.rollout.close
     found: dict[str, Any] = {}
 
-    def describe_and_close() -> None:
+    def describe_before_the_end() -> None:
         sampler._synchronize(run.engine.policy_version)  # the weights after the last step
         found.update(describe(sampler.rollout._llm))
-        close()
 
     sampler._synchronize(run.engine.policy_version)
     after = random.getstate(), torch.get_rng_state().tolist()
-    sampler.rollout.close = describe_and_close
+    run._outside.callback(describe_before_the_end)
     run.train()
     kept = before == after and torch.get_num_threads() == threads and torch.set_num_threads is setter
     return {**found, "settings_kept": kept}
