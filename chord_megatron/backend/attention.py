@@ -144,10 +144,15 @@ class ReplicatedLinear(torch.nn.Linear):
         super().__init__(
             input_size, output_size, bias=False, dtype=config.params_dtype, device=torch.cuda.current_device()
         )
-        self.weight.sequence_parallel = config.sequence_parallel  # its gradient is summed over TP
+        mark_sequence_parallel(self.weight, config)
 
-    def forward(self, hidden_states: Tensor) -> tuple[Tensor, None]:
+    def forward(self, hidden_states: Tensor) -> Any:
         return super().forward(hidden_states), None
+
+
+def mark_sequence_parallel(weight: Any, config: Any) -> None:
+    """Have Megatron-Core sum the gradient of a whole weight over TP, where each rank sees a share of the sequence."""
+    weight.sequence_parallel = config.sequence_parallel
 
 
 def _append_to_cache(context: Any, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

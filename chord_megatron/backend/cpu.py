@@ -61,9 +61,9 @@ def _replace_cuda_functions() -> None:
 
     current_device.is_cpu_support = True  # type: ignore[attr-defined]
     torch.cuda.current_device = current_device  # type: ignore[assignment]  # every allocation names it
-    torch.cuda.synchronize = _nothing  # type: ignore[assignment]  # p2p_communication.py:242, filesystem_async.py:230
+    torch.cuda.synchronize = _nothing  # p2p_communication.py:242, filesystem_async.py:230
     torch.cuda.empty_cache = _nothing
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -116,7 +116,7 @@ def _use_cpu_random_state() -> None:
 
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = set_state
-    torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda device="cpu": torch.get_rng_state()
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)  # type: ignore[assignment]
     random.CudaRNGStatesTracker.fork = _fork
 

@@ -82,13 +82,13 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
     enable_cpu_support()
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        options = {} if "MASTER_PORT" in os.environ else {"store": dist.HashStore()}
+        store = None if "MASTER_PORT" in os.environ else dist.HashStore()
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
             timeout=timedelta(minutes=30),
-            **options,
+            store=store,
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

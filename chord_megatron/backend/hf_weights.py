@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
-from chord_megatron.backend.model import unwrap
+from chord_megatron.backend.model import CausalLM, unwrap
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import find_mapping, mapped_parameters, padded_vocab_size
 from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
@@ -175,7 +175,7 @@ def _gather(
     return [[row.view(shard.shape) for row in column] for shard, column in zip(bucket, columns, strict=True)]
 
 
-def _first_expert(model: torch.nn.Module) -> int:
+def _first_expert(model: CausalLM) -> int:
     """Global number of this rank's first expert."""
     config = model.config
     if config.num_moe_experts is None:

@@ -22,6 +22,7 @@ from chord_megatron.backend.attention import (
     LocalLatentAttention,
     SDPACoreAttention,
     cached_attention,
+    mark_sequence_parallel,
 )
 
 
@@ -30,7 +31,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_sequence_parallel(self.weight, config)
 
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

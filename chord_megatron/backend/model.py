@@ -168,5 +168,6 @@ def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entrop
 def unwrap(chunk: torch.nn.Module) -> CausalLM:
     """The CausalLM inside DDP and Float16Module."""
     while not isinstance(chunk, CausalLM):
+        assert isinstance(chunk.module, torch.nn.Module)
         chunk = chunk.module
     return chunk

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -176,14 +177,15 @@ class MegatronReader:
 def _map_tensor(path: Path, info: _StorageInfo) -> Tensor:
     """A tensor that `torch.save` wrote into a part of a file: mapped, or read where that cannot be done."""
     with path.open("rb") as file:
-        view = _create_file_view(file, info.offset, info.length)
+        view = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
         tensor = torch.load(view, map_location="meta", weights_only=True)
         place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # absent in torch before 2.8
         if place is None or (info.offset + place) % tensor.itemsize:
             view.seek(0)
             return torch.load(view, map_location="cpu", weights_only=True)
     start = info.offset + place
-    storage = torch.UntypedStorage.from_file(str(path), False, start + tensor.untyped_storage().nbytes())
+    nbytes = start + tensor.untyped_storage().nbytes()
+    storage = cast(torch.UntypedStorage, torch.UntypedStorage.from_file(str(path), False, nbytes))
     offset = start // tensor.itemsize + tensor.storage_offset()
     return torch.empty(0, dtype=tensor.dtype).set_(storage, offset, tensor.shape, tensor.stride())
 

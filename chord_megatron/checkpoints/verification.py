@@ -98,8 +98,8 @@ def _compare(pairs: _Pairs, advance: Callable[[int], None]) -> Check:
         source_bytes, target_bytes = _bytes(source), _bytes(target)
         if source.shape != target.shape or not torch.equal(source_bytes, target_bytes):
             different.append(name)
-        source_crc32 = zlib.crc32(source_bytes.numpy(), source_crc32)
-        target_crc32 = zlib.crc32(target_bytes.numpy(), target_crc32)
+        source_crc32 = zlib.crc32(source_bytes.numpy().data, source_crc32)
+        target_crc32 = zlib.crc32(target_bytes.numpy().data, target_crc32)
         count, nbytes = count + 1, nbytes + target.nbytes
         advance(target.nbytes)
     if different:

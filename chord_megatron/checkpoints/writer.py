@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import torch
 from torch import Tensor
@@ -128,12 +128,12 @@ def write_checkpoint(
 def _append(file: IO[bytes], tensor: Tensor, file_name: str) -> _StorageInfo:
     file.write(bytes(-file.tell() % _ALIGNMENT))
     start = file.tell()
-    torch.save(_alone(tensor), _SmallWrites(file))
+    torch.save(_alone(tensor), cast(IO[bytes], _SmallWrites(file)))
     return _StorageInfo(file_name, start, file.tell() - start)
 
 
 class _SmallWrites:
-    """A file to which torch.save writes whole tensors, in parts."""
+    """A file to which torch.save writes whole tensors, in parts; it calls nothing else of a file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -151,7 +151,7 @@ def _alone(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     start = tensor.storage_offset() * tensor.itemsize
     storage = tensor.untyped_storage()[start : start + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape)
+    return torch.empty(0, dtype=tensor.dtype).set_(storage).view(tensor.shape)
 
 
 @contextmanager

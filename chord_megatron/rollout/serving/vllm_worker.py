@@ -6,9 +6,10 @@ the transfer engine is registered on import.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -24,6 +25,12 @@ from chord_megatron.rollout.updates.files import read_weight_file
 from chord_megatron.rollout.updates.manifest import Manifest
 from chord_megatron.weights.hf_config import read_architecture
 from chord_megatron.weights.mapping import hf_tensors
+
+
+class _LoadsWeights(Protocol):
+    """What all of vLLM's models have."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object: ...
 
 
 class WorkerExtension:
@@ -72,7 +79,9 @@ class CheckedWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         # What an update consists of, by the configuration that this engine was started with.
         arch = read_architecture(Path(self.model_config.model))
-        self._manifest = Manifest(hf_tensors(arch, self.model_config.dtype))
+        dtype = self.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # vLLM has read the name by now
+        self._manifest = Manifest(hf_tensors(arch, dtype))
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -89,7 +98,7 @@ class CheckedWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):
             arrived = unpack(update_info.tensors, self._group)
             checksums = {header["name"]: header["checksum"] for header in update_info.tensors}
         # All are checked before the first is loaded.
-        self.model.load_weights(list(self._manifest.checked(arrived, checksums)))
+        cast(_LoadsWeights, self.model).load_weights(list(self._manifest.checked(arrived, checksums)))
 
     def finish_weight_update(self) -> None:
         self._manifest.check_complete()

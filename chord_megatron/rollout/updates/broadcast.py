@@ -55,15 +55,16 @@ class BroadcastGroup:
                 timeout=timedelta(seconds=min(timeout, _MEETING_SECONDS)),
             ),
         )
+        options: Any  # torch's stubs leave out what is set, and the collectives of a backend
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = limit
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
+            options._timeout = limit  # noqa: SLF001 - no argument sets it
+            self._group: Any = dist.ProcessGroupNCCL(store, rank, world_size, options)
         else:
-            options = dist.ProcessGroupGloo._Options()
-            options._timeout = limit
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # noqa: SLF001 - has no other name
+            options._timeout = limit  # noqa: SLF001 - no argument sets it
             own_address = address if rank == 0 else _address_towards(address, port)
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_address)]  # noqa: SLF001 - nor this
             self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
 
     def broadcast(self, message: Tensor) -> None:
