@@ -37,7 +37,7 @@ def find_installed() -> Installed:
     return Installed(
         cuda=torch.cuda.is_available(),
         transformer_engine=find_spec("transformer_engine") is not None,
-        fused_weight_gradient=layers._grad_accum_fusion_available,
+        fused_weight_gradient=layers._grad_accum_fusion_available,  # noqa: SLF001 - what its own linear layers ask
         adam=_ADAMS[optimizer.Adam.__module__.split(".")[0]],
     )
 

@@ -82,7 +82,7 @@ class CachedSelfAttention(SelfAttention):
     """SelfAttention whose cache holds rotated keys as [batch, groups, length, head].
 
     Megatron-Core 0.16.1 caches keys before rotation and rotates the whole cache again at every token
-    (attention.py:596); rotating once makes decoding five times as fast at 512 tokens.
+    (Attention._adjust_key_value_for_inference); rotating once makes decoding five times as fast at 512 tokens.
     """
 
     def _adjust_key_value_for_inference(
@@ -126,7 +126,7 @@ class LocalLatentAttention(CachedLatentAttention):
     """Latent attention with the down projections whole on every tensor-parallel rank, as TransformerEngine has them.
 
     The local spec splits them and gathers the result, and the gradient of the gathered rotary key then comes from
-    the heads of one rank only (multi_latent_attention.py:607: the backward of the gather splits without summing).
+    the heads of one rank only (gather_from_tensor_model_parallel_region: its backward splits without summing).
     """
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

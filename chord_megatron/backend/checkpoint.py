@@ -6,9 +6,12 @@ scheduler: plain values) and one `rng_RANK.safetensors` a rank. It can be loaded
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,6 @@ def load(
     refuse_unsafe(directory)
     configured = [dict(group) for group in optimizer.param_groups]
     _allocate_adam_state(optimizer)
-    _keep_absent_states(optimizer)
     sharded_state = _sharded_state(chunks, optimizer, is_loading=True)
     try:
         document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
@@ -99,7 +101,8 @@ def load(
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])
     _restore_step_zero(optimizer, loaded["optimizer"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    with absent_states_kept(optimizer):
+        optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(optimizer)
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update({key: settings[key] for key in _CONFIGURED if key in settings})
@@ -141,32 +144,39 @@ def _allocate_adam_state(optimizer: Any) -> None:
                     }
 
 
-def _keep_absent_states(optimizer: Any) -> None:
-    """Load what a checkpoint holds of a parameter's states and leave the others."""
-    for inner in optimizer.chained_optimizers:
-        if isinstance(inner, DistributedOptimizer):
-            _set_present_states_only(inner)
+@contextlib.contextmanager
+def absent_states_kept(optimizer: Any) -> Iterator[None]:
+    """Within, loading leaves the states of a parameter as they are that a checkpoint does not hold.
+
+    DistributedOptimizer._set_main_param_and_optimizer_states expects all of them, and torch Adam's `step` is absent.
+    """
+    distributed = [inner for inner in optimizer.chained_optimizers if isinstance(inner, DistributedOptimizer)]
+    for inner in distributed:
+        inner._set_main_param_and_optimizer_states = partial(_set_present_states, inner)  # noqa: SLF001 - no public name
+    try:
+        yield
+    finally:
+        for inner in distributed:
+            del inner._set_main_param_and_optimizer_states  # noqa: SLF001 - what was set above
 
 
-def _set_present_states_only(inner: DistributedOptimizer) -> None:
-    """distrib_optimizer.py:940 expects every state in the checkpoint; torch Adam's `step` is not among them."""
-    set_states = inner._set_main_param_and_optimizer_states
-
-    def set_present(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        set_states(model_param, {**inner._get_main_param_and_optimizer_states(model_param), **tensors})
-
-    inner._set_main_param_and_optimizer_states = set_present
+def _set_present_states(
+    inner: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+) -> None:
+    present = inner._get_main_param_and_optimizer_states(model_param)  # noqa: SLF001 - no public name
+    set_all = DistributedOptimizer._set_main_param_and_optimizer_states  # noqa: SLF001 - no public name
+    set_all(inner, model_param, {**present, **tensors})
 
 
 def _restore_step_zero(optimizer: Any, state: dict[str, Any]) -> None:
-    """optimizer.py:1034 leaves a step of zero out of the checkpoint, where torch's Adam then misses it."""
+    """FP32Optimizer.sharded_state_dict leaves out a step of zero, which torch's Adam then misses."""
     state = state.get("optimizer", state)  # the mixed-precision optimizer has the inner one's below this key
     if "state" in state and isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
         state["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
 
 
 def _unshare_steps(optimizer: Any) -> None:
-    """distrib_optimizer.py:835 gives all parameters one `step` tensor, which torch's Adam then increments for each."""
+    """DistributedOptimizer.load_state_dict gives all parameters one `step`, which Adam then increments for each."""
     for inner in optimizer.chained_optimizers:
         for state in inner.optimizer.state.values():
             if "step" in state:

@@ -6,9 +6,9 @@ Megatron-Core names CUDA in three ways, and each gets the smallest replacement t
    function's code object, in the listed modules only, so nothing is intercepted at run time;
 2. calls such as `torch.cuda.current_device()` and `Tensor.cuda()`, which can only fail where there is no CUDA;
 3. behaviour that differs: the random state of "the device", and checkpoint helper processes.
-
-The line numbers are those of megatron-core 0.16.1.
 """
+
+# ruff: noqa: SLF001 - what is replaced here has no public name
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 _MODULES_NAMING_CUDA = (
-    "megatron.core.pipeline_parallel.schedules",  # 596, 983, 2138: total_num_tokens
-    "megatron.core.optimizer.optimizer",  # 473-485: overflow buffers; 671-699: dtypes of parameters
-    "megatron.core.optimizer.distrib_optimizer",  # 361-435: dtypes of parameters
-    "megatron.core.optimizer.clip_grads",  # 90-174: norms; 167: dtype of the gradient
-    "megatron.core.distributed.param_and_grad_buffer",  # 768
-    "megatron.core.utils",  # 1207: the local norm kernel
-    "megatron.core.transformer.utils",  # 35, 40: causal masks
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",  # 204: agreement across ranks
-    "megatron.core.dist_checkpointing.exchange_utils",  # 104-326: tensors received from other ranks
+    "megatron.core.pipeline_parallel.schedules",  # total_num_tokens of each schedule
+    "megatron.core.optimizer.optimizer",  # overflow buffers, dtypes of parameters
+    "megatron.core.optimizer.distrib_optimizer",  # _build_model_and_main_param_groups: dtypes
+    "megatron.core.optimizer.clip_grads",  # get_grad_norm_fp32; clip_grad_by_total_norm_fp32: dtype of the gradient
+    "megatron.core.distributed.param_and_grad_buffer",  # _ParamAndGradBuffer: a tensor to warm up
+    "megatron.core.utils",  # local_multi_tensor_l2_norm
+    "megatron.core.transformer.utils",  # causal masks
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",  # verify_global_md_reuse: agreement across ranks
+    "megatron.core.dist_checkpointing.exchange_utils",  # tensors received from other ranks
 )
 _CONSTANTS = {
     "cuda": "cpu",
@@ -61,7 +61,7 @@ def _replace_cuda_functions() -> None:
 
     current_device.is_cpu_support = True  # type: ignore[attr-defined]
     torch.cuda.current_device = current_device  # type: ignore[assignment]  # every allocation names it
-    torch.cuda.synchronize = _nothing  # p2p_communication.py:242, filesystem_async.py:230
+    torch.cuda.synchronize = _nothing  # P2PCommunicator._communicate_shapes, FileSystemWriterAsync
     torch.cuda.empty_cache = _nothing
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
@@ -108,7 +108,7 @@ def _rewrite_constant(constant: Any) -> Any:
 
 
 def _use_cpu_random_state() -> None:
-    """tensor_parallel/random.py:45-112: the tracker of parallel random states works on the CPU generator."""
+    """The tracker of parallel random states works on the CPU generator."""
     from megatron.core.tensor_parallel import random
 
     def set_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
@@ -123,7 +123,7 @@ def _use_cpu_random_state() -> None:
 
 @contextlib.contextmanager
 def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """tensor_parallel/random.py:245: without its warning that the CPU state changed, which here is the point."""
+    """CudaRNGStatesTracker.fork without its warning that the CPU state changed, which here is the point."""
     if name not in tracker.states_:
         raise KeyError(f"random state {name!r} was never added to the tracker")
     outside = torch.get_rng_state()
@@ -136,7 +136,7 @@ def _fork(tracker: Any, name: str = "model-parallel-rng") -> Iterator[None]:
 
 
 def _use_local_results_queue() -> None:
-    """filesystem_async.py:51 starts a manager process for its queue (5 s); a synchronous save needs none."""
+    """_get_write_results_queue starts a manager process for its queue (5 s); a synchronous save needs none."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     make_queue: Callable[[], queue.Queue] = queue.Queue
@@ -150,13 +150,13 @@ def _tell_that_transformer_engine_is_missing() -> None:
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # moe_utils.py:1192 asks whether it is None, and it is not defined
-    # multi_latent_attention.py:54 believes it is there when its wrappers can be imported, which are mocks without it.
+        moe_utils.te_general_gemm = None  # RouterGatingLinearFunction asks whether it is None
+    # It believes so when the wrappers can be imported, which are mocks without it.
     multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 
 
 def _use_host_splits() -> None:
-    """token_dispatcher.py:862 copies split sizes to the host on a stream of its own; gloo wants them as integers."""
+    """The dispatcher copies split sizes to the host on a stream of its own; gloo wants them as integers."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     def take_splits(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
@@ -167,4 +167,4 @@ def _use_host_splits() -> None:
         return tokens_per_expert
 
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = take_splits
-    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # token_dispatcher.py:444 makes one where there is none
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # its constructor makes one where there is none

@@ -27,7 +27,7 @@ from chord_megatron.backend.attention import (
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMSNorm whose weight is marked for sequence parallelism, which WrappedTorchNorm refuses (torch_norm.py:32)."""
+    """RMSNorm whose weight is marked for sequence parallelism, which WrappedTorchNorm refuses."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
@@ -76,7 +76,7 @@ def _te_checkpoint_keys(*, is_latent: bool, is_moe: bool) -> dict[str, str]:
     """Prefixes of the norms that TransformerEngine fuses into the projection after them, and their names there.
 
     With them a checkpoint of either kind of layer loads into the other. Megatron-Core's local spec maps no norm of
-    latent attention, and maps the one before experts, which TransformerEngine does not fuse (gpt_layer_specs.py:417).
+    latent attention, and maps the one before experts, which TransformerEngine does not fuse.
     """
     keys = {}
     if is_latent:

@@ -124,8 +124,8 @@ def _scale_rotary_embeddings(
 ) -> None:
     """Give every rotary embedding the scaled frequencies.
 
-    To be called before the first forward pass: RotaryEmbedding remembers the angles of each length
-    (rotary_pos_embedding.py:177). The frequencies are no buffer, so nothing moves or casts them later.
+    To be called before the first forward pass: RotaryEmbedding.get_emb remembers the angles of each length. The
+    frequencies are no buffer, so nothing moves or casts them later.
     """
     dim = arch.head_dim if arch.mla is None else arch.mla.qk_rope_head_dim
     frequencies = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
@@ -138,14 +138,14 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
     """What Megatron-Core leaves undone for experts that are whole on each rank, and for their frozen bias."""
     for module in chunk.modules():
         if isinstance(module, MoELayer):
-            # layers.py:886 marks experts for an optimizer and a gradient sum of their own only where EP > 1, but
+            # The linear layers mark experts for an optimizer and a gradient sum of their own only where EP > 1, but
             # under TP with EP 1 each rank's copies see other tokens. With the mark always there, the optimizer's
             # checkpoint has one form under every layout, too.
             for parameter in module.experts.parameters():
                 parameter.allreduce = False
         if isinstance(module, TopKRouter):
             # Float16Module rounds all buffers; the router undoes it, but only after the weights are loaded.
-            module._maintain_float32_expert_bias()
+            module._maintain_float32_expert_bias()  # noqa: SLF001 - has no public name
 
 
 def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entropy: bool) -> Any:

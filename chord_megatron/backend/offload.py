@@ -1,8 +1,9 @@
 """Moves the trainer's memory to the host and back in place, so that another engine can have it meanwhile.
 
 What moves is the storage below a tensor, so every view of it stays valid: Megatron-Core's parameter and gradient
-buffers and their buckets, parameters that lie in such a buffer, the distributed optimizer's shards. Its own helpers
-exchange the tensors instead (optimizer.py:344), or know some of the buffers only (param_and_grad_buffer.py:964).
+buffers and their buckets, parameters that lie in such a buffer, the distributed optimizer's shards. Its own helpers,
+all named offload_to_cpu, exchange the tensors instead (MegatronOptimizer), or know some of the buffers only
+(_ParamAndGradBuffer).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def transformer_config(
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         # Every value is read from the checkpoint, but only initialisation marks a parameter as tensor-parallel
-        # (layers.py:170); unmarked ones count once in the gradient norm instead of once a rank.
+        # (_initialize_affine_weight_cpu, _gpu); unmarked ones count once in the gradient norm instead of once per rank.
         perform_initialization=True,
         init_method=torch.nn.init.zeros_,
         output_layer_init_method=torch.nn.init.zeros_,
@@ -98,7 +98,7 @@ def _latent_attention(arch: ModelArchitecture) -> dict[str, Any]:
         "rotary_base": arch.rope_theta,
     }
     if not isinstance(rope, YarnRope):
-        # The factor, 40 by default, enters the softmax scale under either type (multi_latent_attention.py:125).
+        # The factor, 40 by default, enters the softmax scale under either type (MultiLatentAttention).
         return {**settings, "rope_type": "rope", "rotary_scaling_factor": 1.0}
     return {
         **settings,

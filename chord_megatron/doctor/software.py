@@ -131,7 +131,7 @@ def check_apex() -> Check:
             "wrong",
             "built without its CUDA extensions (no amp_C), without which its Adam refuses to start",
             "pip uninstall apex, or build it with --cpp_ext --cuda_ext",
-            # Megatron-Core prefers TransformerEngine's, then Apex's, then torch's (optimizer/__init__.py:12).
+            # Megatron-Core prefers TransformerEngine's, then Apex's, then torch's (imports of megatron.core.optimizer).
             is_blocking=find_spec("transformer_engine") is None,
         )
     if error := import_error("amp_C", "apex.optimizers"):
@@ -146,7 +146,7 @@ def check_apex() -> Check:
 
 
 def check_adam_on_cpu() -> Check:
-    """Megatron-Core takes the first Adam that can be imported (optimizer/__init__.py:12); two of them need a GPU."""
+    """Megatron-Core takes the first Adam that can be imported (megatron.core.optimizer); two of them need a GPU."""
     for package, module in (
         ("transformer_engine", "transformer_engine.pytorch.optimizers"),
         ("apex", "apex.optimizers"),

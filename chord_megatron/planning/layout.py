@@ -82,6 +82,6 @@ def _check_expert_parallel(parallel: ParallelConfig, arch: ModelArchitecture, *,
 
 
 def _check_router(moe: MixtureOfExperts) -> None:
-    """Refuse what Megatron-Core's router computes otherwise than transformers (moe_utils.py:715)."""
+    """Refuse what Megatron-Core's topk_routing_with_score_function computes otherwise than transformers."""
     if moe.experts_per_token == 1 and moe.normalize_top_k:
         raise UserError("a model that normalizes the weight of a single expert a token cannot be trained; use another")

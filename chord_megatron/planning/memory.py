@@ -104,7 +104,8 @@ def checkpoint_bytes(config: Config, arch: ModelArchitecture) -> int:
     """A checkpoint of a run: weights and optimizer state, every parameter once."""
     (held,) = stage_parameters(arch, ParallelConfig())
     weight = getattr(torch, config.model.dtype).itemsize
-    # The distributed optimizer writes its float32 weights also where they are the model's (distrib_optimizer.py:883).
+    # The distributed optimizer writes its float32 weights also where they are the model's
+    # (DistributedOptimizer._get_main_param_and_optimizer_states).
     is_copied = config.optimizer.use_distributed_optimizer and config.model.dtype == "float32"
     return (held.dense + held.expert) * (weight + _optimizer_bytes(config) + _FLOAT32 * is_copied)
 

@@ -260,7 +260,7 @@ def _check_groups(values: dict[str, Any]) -> None:
     if values.get("num_groups") == 1:
         values["num_groups"] = values["top_k_groups"] = None
     groups, chosen = values.get("top_k_groups"), values["experts_per_token"]
-    # transformers adds up the two best scores of a group, moe_utils.py:554 the chosen // groups best ones.
+    # transformers adds up the two best scores of a group, group_limited_topk the chosen // groups best ones.
     if groups is not None and chosen // groups != 2:
         raise _RefusedError(
             f"`num_experts_per_tok: {chosen}` with `topk_group: {groups}` is not supported; "
