@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from chord_megatron.backend.groups import shut_down_distributed
+from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import load_config
 from chord_megatron.system.processes import end_with_parent
 from chord_megatron.tracking.run_dir import RunDir
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m chord_megatron.train CONFIG.yaml [key=value ...]", file=sys.stderr)
         return 2
     _end_with_launcher()
+    silence_cuda_advice()
     try:
         config = load_config(arguments[0], arguments[1:])
         if RunDir(Path(config.train.output_dir)).is_finished(config.train.train_iters):
@@ -69,5 +71,5 @@ def _is_first_to_fail() -> bool:
             # mistake is this machine's alone. Leaving earlier would have torchrun end rank 0 unheard.
             time.sleep(_SECONDS_FOR_RANK_0)
         return True
-    store = dist.distributed_c10d._get_default_store()
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 - has no public name
     return store.add("chord_megatron/errors", 1) == 1
