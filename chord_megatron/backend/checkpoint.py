@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.checkpoints.metadata import refuse_unsafe
+from chord_megatron.system.atomic import partial_path, replaced_directory
 from chord_megatron.types import UserError
 from chord_megatron.weights.model_files import copy_model_files
 
@@ -61,23 +60,14 @@ def save(
 
     The configuration and tokenizer of `model_dir` come along, so that it can be converted by itself.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    _allocate_adam_state(optimizer)
-    dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(partial))
-    save_file(_rng_state(), partial / f"rng_{groups.rank:05d}.safetensors")
-    if groups.rank == 0:
-        document = {"state": state, "scheduler": scheduler.state_dict()}
-        (partial / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
-        copy_model_files([model_dir], partial)
-    dist.barrier()
-    if groups.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(partial, directory)
-    dist.barrier()
+    with _folder_of_all_ranks(directory, groups) as folder:
+        _allocate_adam_state(optimizer)
+        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(folder))
+        save_file(_rng_state(), folder / f"rng_{groups.rank:05d}.safetensors")
+        if groups.rank == 0:
+            document = {"state": state, "scheduler": scheduler.state_dict()}
+            (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
+            copy_model_files([model_dir], folder)
 
 
 def load(
@@ -109,6 +99,17 @@ def load(
     scheduler.load_state_dict(document["scheduler"])
     _restore_rng(directory / f"rng_{groups.rank:05d}.safetensors")
     return document["state"]
+
+
+@contextlib.contextmanager
+def _folder_of_all_ranks(directory: Path, groups: ParallelGroups) -> Iterator[Path]:
+    """Where all ranks write; rank 0 makes it and moves it to `directory`. Collective."""
+    is_first = groups.rank == 0
+    with replaced_directory(directory) if is_first else contextlib.nullcontext(partial_path(directory)) as folder:
+        dist.barrier()
+        yield folder
+        dist.barrier()
+    dist.barrier()
 
 
 def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:

@@ -16,7 +16,7 @@ from chord_megatron.checkpoints.metadata import find_checkpoint
 from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.checkpoints.verification import Check, check_hf, check_log_probs, check_megatron
 from chord_megatron.checkpoints.writer import Piece, plan_pieces, write_checkpoint
-from chord_megatron.system.new_directory import new_directory
+from chord_megatron.system.atomic import new_directory
 from chord_megatron.types import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.hf_config import make_config, read_architecture

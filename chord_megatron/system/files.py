@@ -1,14 +1,14 @@
-"""Files that survive a kill: JSON lines flushed one by one, and whole files replaced in one move."""
+"""JSON lines that survive a kill: flushed one by one."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from chord_megatron.system.atomic import atomic_write
 from chord_megatron.types import UserError
 
 
@@ -50,16 +50,6 @@ def filter_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> Non
     """Rewrite a JSON-lines file with the objects that `keep` accepts. A missing file stays missing."""
     if path.exists():
         atomic_write(path, (_encode(record) for record in read_json_lines(path) if keep(record)))
-
-
-def atomic_write(path: Path, chunks: Iterable[bytes]) -> None:
-    """Replace `path` in one move: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.writelines(chunks)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def finite(value: Any) -> Any:

@@ -9,7 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from chord_megatron.system.files import atomic_write, read_json_lines
+from chord_megatron.system.atomic import atomic_write
+from chord_megatron.system.files import read_json_lines
 from chord_megatron.tracking.plots import draw_history
 from chord_megatron.tracking.run_log import COMPLETIONS_FILE
 from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows

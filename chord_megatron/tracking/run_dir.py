@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from chord_megatron.system.files import atomic_write
+from chord_megatron.system.atomic import atomic_write
 from chord_megatron.types import UserError
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from chord_megatron.system.atomic import replaced_directory
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import hf_tensors
 from chord_megatron.weights.model_files import copy_model_files
@@ -36,11 +35,7 @@ def export_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> None:
         for _ in weights:  # takes part in the gathers
             pass
         return
-    partial = target_dir.with_name(target_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    first = next(weights)  # the embedding, which has the dtype of the model
-    write_safetensors(partial, hf_tensors(engine.arch, first[1].dtype), chain([first], weights))
-    copy_model_files([source_dir], partial)
-    shutil.rmtree(target_dir, ignore_errors=True)
-    os.replace(partial, target_dir)
+    with replaced_directory(target_dir) as partial:
+        first = next(weights)  # the embedding, which has the dtype of the model
+        write_safetensors(partial, hf_tensors(engine.arch, first[1].dtype), chain([first], weights))
+        copy_model_files([source_dir], partial)

@@ -9,7 +9,7 @@ from typing import Any
 
 from chord_megatron.config import Config, to_yaml
 from chord_megatron.rollout.replay import RolloutRecorder
-from chord_megatron.system.files import atomic_write
+from chord_megatron.system.atomic import atomic_write
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -98,7 +98,6 @@ def write_safetensors(
     specs: Mapping[str, TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    on_progress: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Stream tensors into `directory` as Hugging Face does, holding one tensor in memory.
 
@@ -113,7 +112,6 @@ def write_safetensors(
     ):
         for name, tensor in tensors:
             writer.write(name, tensor)
-            on_progress(tensor.nbytes)
         writer.publish(directory)
 
 

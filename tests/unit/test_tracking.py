@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from chord_megatron.system.files import JsonLines, atomic_write, read_json_lines
+from chord_megatron.system.atomic import atomic_write
+from chord_megatron.system.files import JsonLines, read_json_lines
 from chord_megatron.tracking.plots import running_mean
 from chord_megatron.tracking.progress import RECENT_STEPS, Progress, format_step
 from chord_megatron.tracking.report import write_report

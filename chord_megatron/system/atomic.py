@@ -1,11 +1,11 @@
-"""A folder that appears complete or not at all."""
+"""Files and folders that appear complete or not at all: written beside their place, then moved to it."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +14,41 @@ from chord_megatron.types import UserError
 _SPARE_BYTES = 100 * 10**6  # headers and tokenizer
 
 
+def atomic_write(path: Path, chunks: Iterable[bytes]) -> None:
+    """Replace `path` in one move: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def partial_path(target: Path) -> Path:
+    """Where `replaced_directory` writes first: the same path in all processes of a job, which may write there too."""
+    return target.with_name(f"{target.name}.partial")
+
+
+@contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that takes its place at the end, or is removed on any error or interrupt.
+
+    What a killed process left of one before is removed.
+    """
+    partial = partial_path(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    with _removed_unless_moved(partial):
+        yield partial
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+
+
 @contextmanager
 def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
-    """A temporary folder beside `target` that is renamed to it at the end, or removed on any error or interrupt.
+    """The same for a `target` that must not exist; several processes may try at once.
 
     UserError: `target` exists, its parent cannot be written, or the disk has not room for `nbytes`.
     """
@@ -24,14 +56,21 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
         raise UserError(f"{target} exists; remove it or name another folder")
     partial = target.absolute().with_name(f".{target.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
-        _check_space(partial, nbytes)
-        yield partial
-        partial.rename(target)
+        with _removed_unless_moved(partial):
+            _check_space(partial, nbytes)
+            yield partial
+            partial.rename(target)
     except Exception as error:
         if (cause := _os_error(error)) is None:
             raise
         raise UserError(_explain(cause, target)) from error
+
+
+@contextmanager
+def _removed_unless_moved(partial: Path) -> Iterator[None]:
+    try:
+        partial.mkdir(parents=True)
+        yield
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
