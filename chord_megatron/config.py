@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]

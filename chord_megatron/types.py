@@ -14,15 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from chord_megatron.system.errors import UserError as UserError
+
 FinishReason = Literal["stop", "length"]
 Metrics = dict[str, float | int | None]  # a line of metrics.jsonl, or a part of one; None: there was nothing to measure
-
-
-class UserError(ValueError):
-    """Something the user can mend: one sentence that names the thing and the remedy. Exit code 2."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))  # quoted messages of others may have several lines
 
 
 @dataclass(frozen=True)

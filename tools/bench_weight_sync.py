@@ -35,8 +35,8 @@ from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import ParallelConfig
 from chord_megatron.rollout.servers.pool import ServerPool
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
-from chord_megatron.rollout.serving.guard import TOKEN_VARIABLE
 from chord_megatron.rollout.serving.serve import identity
+from chord_megatron.rollout.updates.agreement import TOKEN_VARIABLE
 from chord_megatron.rollout.vllm_colocate import VllmColocateRollout
 from chord_megatron.weights.hf_config import read_architecture
 from chord_megatron.weights.mapping import hf_tensors

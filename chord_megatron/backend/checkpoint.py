@@ -28,7 +28,7 @@ from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.checkpoints.metadata import refuse_unsafe
 from chord_megatron.system.atomic import partial_path, replaced_directory
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.model_files import copy_model_files
 
 _METADATA = {

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend.model import unwrap
 from chord_megatron.checkpoints.reader import MegatronReader
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
 

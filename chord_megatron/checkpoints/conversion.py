@@ -14,10 +14,10 @@ from torch import Tensor
 from chord_megatron.checkpoints.megatron_args import architecture_from_args, read_megatron_args, refuse_other_args
 from chord_megatron.checkpoints.metadata import find_checkpoint
 from chord_megatron.checkpoints.reader import MegatronReader
-from chord_megatron.checkpoints.verification import Check, check_hf, check_log_probs, check_megatron
+from chord_megatron.checkpoints.verification import Check, LogProbComparison, check_hf, check_log_probs, check_megatron
 from chord_megatron.checkpoints.writer import Piece, plan_pieces, write_checkpoint
 from chord_megatron.system.atomic import new_directory
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.hf_config import make_config, read_architecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes, padded_vocab_size, parameter_names
@@ -58,12 +58,13 @@ def hf_to_megatron(
     *,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    compare_log_probs: LogProbComparison | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Conversion:
     """Write a Megatron checkpoint that loads under any layout, with the configuration and tokenizer of `source`.
 
-    dtype: what floating-point weights become (routers' biases stay); None: as they are. UserError: anything wrong
-    with `source` or not enough space; `target` then does not exist.
+    dtype: what floating-point weights become (routers' biases stay); None: as they are. compare_log_probs: to verify
+    with, beside the bits. UserError: anything wrong with `source` or not enough space; `target` then does not exist.
     """
     arch = read_architecture(source)
     with SafetensorsReader(source) as reader:
@@ -79,8 +80,8 @@ def hf_to_megatron(
             if verify:
                 progress.start("verifying", nbytes)
                 check = check_megatron(MegatronReader(partial, arch), reader, arch, progress.advance)
-                checks = (_describe(check, source, target), check_log_probs(partial, source, arch))
-                conversion = replace(conversion, checks=checks)
+                of_models = check_log_probs(partial, source, arch, compare_log_probs)
+                conversion = replace(conversion, checks=(_describe(check, source, target), *of_models))
     return conversion
 
 
@@ -92,12 +93,13 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: bool = False,
+    compare_log_probs: LogProbComparison | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Conversion:
     """Write a folder that loads with `AutoModelForCausalLM.from_pretrained`.
 
     hf_config: the folder with config.json and tokenizer; None: `source` has them, or is of Megatron-LM, whose
-    arguments a config.json is made from. dtype and errors as for hf_to_megatron.
+    arguments a config.json is made from. The others and errors as for hf_to_megatron.
     """
     folders = _config_folders(source, hf_config)
     arch = _read_architecture(folders, source)
@@ -114,8 +116,8 @@ def megatron_to_hf(
             progress.start("verifying", nbytes)
             with SafetensorsReader(partial) as written:
                 check = check_hf(written, reader, arch, progress.advance)
-            checks = (_describe(check, source, target), check_log_probs(reader.directory, partial, arch))
-            conversion = replace(conversion, checks=checks)
+            of_models = check_log_probs(reader.directory, partial, arch, compare_log_probs)
+            conversion = replace(conversion, checks=(_describe(check, source, target), *of_models))
     return conversion
 
 

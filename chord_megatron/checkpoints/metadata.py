@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 METADATA_FILE = ".metadata"
 _TRACKER = "latest_checkpointed_iteration.txt"

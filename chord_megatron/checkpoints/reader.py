@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from chord_megatron.checkpoints.metadata import find_checkpoint, read_metadata
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import MappedParameter, hf_shapes, mapped_parameters
 from chord_megatron.weights.names import list_names

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chord_megatron.checkpoints.reader import MegatronReader
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import hf_tensors, parameter_names
 from chord_megatron.weights.names import list_names
@@ -24,6 +24,9 @@ _MARGIN_BYTES = 2 * 10**9  # activations, libraries, and the file pages being re
 
 # (name, tensor of the source in the dtype that was written, tensor that was written)
 _Pairs = Iterator[tuple[str, Tensor, Tensor]]
+
+# (Megatron folder, Hugging Face folder, architecture) -> largest difference; None where transformers' are not finite
+LogProbComparison = Callable[[Path, Path, ModelArchitecture], float | None]
 
 
 @dataclass(frozen=True)
@@ -67,28 +70,30 @@ def check_hf(
     return _compare(pairs(), advance)
 
 
-def check_log_probs(megatron_dir: Path, hf_dir: Path, arch: ModelArchitecture) -> str:
+def check_log_probs(
+    megatron_dir: Path, hf_dir: Path, arch: ModelArchitecture, compare: LogProbComparison | None
+) -> list[str]:
     """Compare the log-probs of both models on a few random tokens in float32, where one of them fits into memory.
 
-    The sentence to report; UserError where they differ by more than MAX_LOG_PROB_DIFFERENCE.
+    The sentences to report, none without `compare`. UserError where they differ by more than MAX_LOG_PROB_DIFFERENCE.
     """
+    if compare is None:
+        return []
     parameters = hf_tensors(arch, torch.float32).values()
     # One model after the other; loading takes the largest tensor twice.
     needed = sum(spec.nbytes for spec in parameters) + 2 * max(spec.nbytes for spec in parameters) + _MARGIN_BYTES
     available = psutil.virtual_memory().available
     if available < needed:
-        return f"log-probs against transformers: skipped: needs {needed / 1e9:.1f} GB of memory"
-    from chord_megatron.backend.log_prob_check import max_log_prob_difference  # imports Megatron-Core: seconds
-
-    difference = max_log_prob_difference(megatron_dir, hf_dir, arch)
+        return [f"log-probs against transformers: skipped: needs {needed / 1e9:.1f} GB of memory"]
+    difference = compare(megatron_dir, hf_dir, arch)
     if difference is None:
-        return "log-probs against transformers: skipped: those of transformers are not finite"
+        return ["log-probs against transformers: skipped: those of transformers are not finite"]
     if not difference <= MAX_LOG_PROB_DIFFERENCE:
         raise UserError(
             f"verification failed: log-probs of the Megatron model and of transformers differ by {difference:.1e}; "
             "the conversion of this model is wrong: report it with its config.json"
         )
-    return f"log-probs against transformers: largest difference {difference:.1e}"
+    return [f"log-probs against transformers: largest difference {difference:.1e}"]
 
 
 def _compare(pairs: _Pairs, advance: Callable[[int], None]) -> Check:

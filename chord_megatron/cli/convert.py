@@ -11,23 +11,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
-if TYPE_CHECKING:  # importing it takes a second, which other commands need not wait
+if TYPE_CHECKING:
+    import torch
+
     from chord_megatron.checkpoints import conversion
+    from chord_megatron.weights.architecture import ModelArchitecture
 
 app = typer.Typer(
     help="Convert checkpoints between Hugging Face and Megatron: one process, no GPU, a few tensors in memory.",
@@ -67,7 +59,12 @@ def hf_to_megatron(source: Source, target: Target, dtype: DtypeOption = None, ve
     with _exit_codes():
         with _progress_bar() as progress:
             done = conversion.hf_to_megatron(
-                source, target, dtype=_torch_dtype(dtype), verify=verify, progress=progress
+                source,
+                target,
+                dtype=_torch_dtype(dtype),
+                verify=verify,
+                compare_log_probs=_max_log_prob_difference,
+                progress=progress,
             )
         _report(target, done)
 
@@ -95,9 +92,18 @@ def megatron_to_hf(
                 dtype=_torch_dtype(dtype),
                 max_shard_bytes=_parse_size(max_shard_size),
                 verify=verify,
+                compare_log_probs=_max_log_prob_difference,
                 progress=progress,
             )
         _report(target, done)
+
+
+def _max_log_prob_difference(megatron_dir: Path, hf_dir: Path, arch: ModelArchitecture) -> float | None:
+    from chord_megatron.backend.importing import silence_cuda_advice
+    from chord_megatron.backend.log_prob_check import max_log_prob_difference
+
+    silence_cuda_advice()
+    return max_log_prob_difference(megatron_dir, hf_dir, arch)
 
 
 @contextmanager
@@ -117,18 +123,21 @@ def _exit_codes() -> Iterator[None]:
 @contextmanager
 def _progress_bar() -> Iterator[conversion.Progress]:
     """A bar on standard error where that is a terminal."""
+    from rich import progress
+    from rich.console import Console
+
     from chord_megatron.checkpoints import conversion
 
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: list[TaskID] = []
+    with progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: list[progress.TaskID] = []
 
         def start(description: str, nbytes: int) -> None:
             for earlier in tasks:
@@ -146,6 +155,8 @@ def _report(target: Path, done: conversion.Conversion) -> None:
 
 
 def _torch_dtype(dtype: Dtype | None) -> torch.dtype | None:
+    import torch
+
     return None if dtype is None else getattr(torch, dtype.value)
 
 

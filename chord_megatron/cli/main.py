@@ -18,7 +18,7 @@ from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
 from chord_megatron.cli.train import train
 from chord_megatron.cli.validate import validate
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 app = typer.Typer(
     help="CHORD training on Megatron-Core models.",

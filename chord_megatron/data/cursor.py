@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 class ShuffledCursor:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from chord_megatron.data.prompts import MESSAGES_COLUMN, PromptFormat, encode_prompt, read_prompt, read_text
 from chord_megatron.data.sources import Rows
-from chord_megatron.types import ExpertSample, UserError
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import ExpertSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

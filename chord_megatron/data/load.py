@@ -13,7 +13,8 @@ from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.experts import load_experts
 from chord_megatron.data.prompts import load_prompts
 from chord_megatron.data.sources import load_rows
-from chord_megatron.types import ExpertSample, Prompt, UserError
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import ExpertSample, Prompt
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from jinja2 import TemplateError
 
 from chord_megatron.data.sources import Row, Rows
-from chord_megatron.types import Prompt, UserError
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,8 +14,8 @@ from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.doctor.check import Check, size
 from chord_megatron.doctor.machine import Gpu, available_memory
 from chord_megatron.planning.memory import ModelState, bytes_beside_sampler, checkpoint_bytes, export_bytes
+from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
-from chord_megatron.types import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 def uniform_numbers(seed: Sequence[int], count: int) -> Tensor:

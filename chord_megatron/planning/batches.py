@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chord_megatron.config import Config
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
 

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.config import Config, RolloutConfig
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
 

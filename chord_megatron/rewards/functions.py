@@ -11,7 +11,7 @@ from typing import Any
 
 from chord_megatron.rewards.builtin import BUILTIN_REWARDS, RewardFunction
 from chord_megatron.rewards.plugin import PluginReward
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 @dataclass(frozen=True)

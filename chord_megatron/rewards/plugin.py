@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 _WORKER = Path(__file__).with_name("worker.py")
 

@@ -15,8 +15,7 @@ from chord_megatron.rollout.replay import ReplayRollout
 from chord_megatron.rollout.servers.pool import ServerPool
 from chord_megatron.rollout.servers.rollout import ServerRollout
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
-from chord_megatron.rollout.serving.guard import read_token
-from chord_megatron.rollout.serving.serve import identity
+from chord_megatron.rollout.updates.agreement import identity, read_token
 
 
 def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:

@@ -12,8 +12,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from chord_megatron.ops.sampling import seed_number
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, installed_version
-from chord_megatron.types import SamplingParams, UserError
+from chord_megatron.types import SamplingParams
 
 WORKER_EXTENSION = "chord_megatron.rollout.serving.vllm_worker.WorkerExtension"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 _SPARE_BYTES = 100 * 10**6  # headers and tokenizer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chord_megatron.system.atomic import atomic_write
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 class JsonLines:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from chord_megatron.system.atomic import atomic_write
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 class RunDir:

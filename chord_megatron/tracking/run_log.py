@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
 from chord_megatron.tracking.progress import Metrics, Progress
-from chord_megatron.types import UserError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_lines
 from chord_megatron.tracking.progress import format_duration
 from chord_megatron.tracking.run_log import METRICS_FILE
 from chord_megatron.tracking.timers import PHASES
-from chord_megatron.types import UserError
 
 
 @dataclass(frozen=True)

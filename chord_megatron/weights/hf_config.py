@@ -12,7 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families import FAMILIES
 from chord_megatron.weights.families.common import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import hf_names, is_ignorable
 from chord_megatron.weights.names import list_names

@@ -19,7 +19,8 @@ from torch import Tensor
 from chord_megatron.rollout.consistency import check_consistency, largest_mean_difference
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer
 from chord_megatron.rollout.serving import guard as server_guard
-from chord_megatron.rollout.serving.guard import GENERATE, ServerGuard
+from chord_megatron.rollout.serving.guard import ServerGuard
+from chord_megatron.rollout.updates.agreement import GENERATE
 from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack, unpack
 from chord_megatron.rollout.updates.files import read_weight_file
 from chord_megatron.rollout.updates.manifest import Manifest, ManifestError, checksum

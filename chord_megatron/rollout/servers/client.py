@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 
-from chord_megatron.rollout.serving.guard import TOKEN_VARIABLE
-from chord_megatron.types import UserError
+from chord_megatron.rollout.updates.agreement import TOKEN_VARIABLE
+from chord_megatron.system.errors import UserError
 
 Json = dict[str, Any]
 

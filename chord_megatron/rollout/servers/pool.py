@@ -18,8 +18,20 @@ from typing import Any, TypeVar
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from chord_megatron.rollout.servers.client import Json, Server, ServerClient, ServerError, check_identity
-from chord_megatron.rollout.serving.guard import GENERATE
-from chord_megatron.types import UserError
+from chord_megatron.rollout.updates.agreement import (
+    FINISH_UPDATE,
+    GENERATE,
+    JOIN_GROUP,
+    PAUSE,
+    RESET_PREFIX_CACHE,
+    RESTART,
+    RESUME,
+    START_UPDATE,
+    STATUS,
+    UPDATE,
+    WORLD_SIZE,
+)
+from chord_megatron.system.errors import UserError
 
 T = TypeVar("T")
 
@@ -146,8 +158,8 @@ class ServerPool:
         self._version = version
         self._run(self._wait_until_fit())
         self._is_first_update = False
-        self._on_updating("/pause")
-        self._on_updating("/start_weight_update")
+        self._on_updating(PAUSE)
+        self._on_updating(START_UPDATE)
 
     def updating(self) -> list[str]:
         """Which starts of which servers take part in the update."""
@@ -157,14 +169,14 @@ class ServerPool:
         """How many processes each of them loads weights in. Raises UpdateError."""
 
         async def ask() -> list[Json]:
-            return await self._all(self._client.get(server, "/get_world_size") for server in self._updating)
+            return await self._all(self._client.get(server, WORLD_SIZE) for server in self._updating)
 
         return [answer["world_size"] for answer in self._run(ask())]
 
     def join_group(self, infos: Sequence[Json], join: Callable[[], None]) -> None:
         """Have each server join a group as its `infos` say, while this process does. Raises UpdateError."""
         bodies = [{"init_info": info} for info in infos]
-        self._run(self._together("/init_weight_transfer_engine", bodies, join))
+        self._run(self._together(JOIN_GROUP, bodies, join))
 
     def send(self, update: Json, meanwhile: Callable[[], None] | None = None) -> None:
         """Have the servers load one bucket. With `meanwhile`, a collective call, it takes all of them or none.
@@ -173,15 +185,15 @@ class ServerPool:
         """
         body = {"update_info": update}
         if meanwhile is None:
-            self._on_updating("/update_weights", body)
+            self._on_updating(UPDATE, body)
         else:
-            self._run(self._together("/update_weights", [body] * len(self._updating), meanwhile))
+            self._run(self._together(UPDATE, [body] * len(self._updating), meanwhile))
 
     def close_update(self) -> None:
         """The servers check that nothing is missing, and are in service again. Raises UpdateError."""
-        self._on_updating("/finish_weight_update", {"weight_version": str(self._version)})
-        self._on_updating("/reset_prefix_cache")
-        self._on_updating("/resume")
+        self._on_updating(FINISH_UPDATE, {"weight_version": str(self._version)})
+        self._on_updating(RESET_PREFIX_CACHE)
+        self._on_updating(RESUME)
         for server in self._updating:
             server.version = self._version
 
@@ -204,13 +216,13 @@ class ServerPool:
     async def _is_fit(self, server: Server) -> bool:
         """Whether an update can begin. A server that failed is asked to restart, and fit once it is back."""
         try:
-            status = await self._client.get(server, "/chord/status", timeout=_STATUS_SECONDS)
+            status = await self._client.get(server, STATUS, timeout=_STATUS_SECONDS)
             check_identity(server.url, self._identity, status["identity"])
             server.instance = status["instance"]
             if status["state"] in ("unsynced", "ready") and server.instance != server.failed_instance:
                 return True
             server.failed_instance = server.instance
-            await self._client.post(server, "/chord/restart", timeout=_STATUS_SECONDS)
+            await self._client.post(server, RESTART, timeout=_STATUS_SECONDS)
             server.failure = "restarting"
         except ServerError as error:
             server.failure = str(error)

@@ -17,7 +17,7 @@ from chord_megatron.rollout.servers.pool import ServerPool, UpdateError
 from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack
 from chord_megatron.rollout.updates.files import save_weight_file
 from chord_megatron.rollout.updates.manifest import buckets, checksum
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 class WeightTransfer(Protocol):

@@ -14,37 +14,30 @@ import os
 from typing import Any, Literal
 from uuid import uuid4
 
-from chord_megatron.types import UserError
+from chord_megatron.rollout.updates.agreement import (
+    FINISH_UPDATE,
+    GENERATE,
+    JOIN_GROUP,
+    PAUSE,
+    RESET_PREFIX_CACHE,
+    RESTART,
+    RESUME,
+    START_UPDATE,
+    STATUS,
+    TOKEN_VARIABLE,
+    UPDATE,
+    WORLD_SIZE,
+    read_token,
+)
 
-TOKEN_VARIABLE = "CHORD_SERVER_TOKEN"
 IDENTITY_VARIABLE = "CHORD_SERVER_IDENTITY"  # JSON, set by `serve`
-GENERATE = "/inference/v1/generate"
 RESTART_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
 
-_WEIGHTS = ("/start_weight_update", "/update_weights", "/finish_weight_update")
-GUARDED = (
-    GENERATE,
-    "/pause",
-    "/resume",
-    "/reset_prefix_cache",
-    "/get_world_size",
-    "/init_weight_transfer_engine",
-    *_WEIGHTS,
-)
+_WEIGHTS = (START_UPDATE, UPDATE, FINISH_UPDATE)
+GUARDED = (GENERATE, PAUSE, RESUME, RESET_PREFIX_CACHE, WORLD_SIZE, JOIN_GROUP, *_WEIGHTS)
 
 # unsynced: no trainer has sent weights yet. failed: an update broke off; only a restart mends it.
 State = Literal["unsynced", "updating", "ready", "failed"]
-
-
-def read_token() -> str:
-    """The secret that trainer and servers share. Raises UserError."""
-    token = os.environ.get(TOKEN_VARIABLE, "")
-    if len(token) < 16 or not token.isascii() or not token.isprintable():
-        raise UserError(
-            f"set the environment variable {TOKEN_VARIABLE} to a secret of at least 16 printable ASCII characters, "
-            "the same for the trainer and its servers; `openssl rand -hex 32` makes one"
-        )
-    return token
 
 
 class ServerGuard:
@@ -66,9 +59,9 @@ class ServerGuard:
         path = scope["path"]
         if not self._has_token(scope["headers"]):
             return await _answer(send, 401, {"error": f"send the bearer token of {TOKEN_VARIABLE}"})
-        if path == "/chord/status":
+        if path == STATUS:
             return await _answer(send, 200, self._status())
-        if path == "/chord/restart" and scope["method"] == "POST":
+        if path == RESTART and scope["method"] == "POST":
             await _answer(send, 202, {"state": "restarting"})
             asyncio.get_running_loop().call_later(0.1, os._exit, RESTART_EXIT_CODE)
             return None
@@ -84,7 +77,7 @@ class ServerGuard:
 
     async def _update(self, path: str, scope: dict[str, Any], receive: Any, send: Any) -> None:
         """Follow an update through vLLM's own routes: from its start to its finish no token is sampled."""
-        begins = path == "/start_weight_update"
+        begins = path == START_UPDATE
         if self._state not in (("unsynced", "ready") if begins else ("updating",)):
             return await _answer(send, 409, {"error": f"{path}: the weights are {self._state}"})
         self._state = "updating"
@@ -96,7 +89,7 @@ class ServerGuard:
                 status = message["status"]
                 if status != 200:
                     self._state = "failed"
-                elif path == "/finish_weight_update":
+                elif path == FINISH_UPDATE:
                     self._state = "ready"
             await send(message)
 

@@ -6,7 +6,6 @@ update breaks off, the trainer asks it to restart: the child exits, and this pro
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -16,13 +15,12 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from chord_megatron.rollout.serving.guard import IDENTITY_VARIABLE, RESTART_EXIT_CODE, read_token
+from chord_megatron.rollout.serving.guard import IDENTITY_VARIABLE, RESTART_EXIT_CODE
+from chord_megatron.rollout.updates.agreement import identity, read_token
 from chord_megatron.rollout.vllm_adapter import engine_arguments, prepare_environment
-from chord_megatron.weights.hf_config import read_architecture
 
 _MAX_QUICK_FAILURES = 3
 _QUICK_SECONDS = 300  # a child that ran for longer had started well
@@ -42,16 +40,6 @@ class ServerOptions:
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.9
     vllm_arguments: Sequence[str] = ()
-
-
-def identity(model_dir: Path, dtype: str) -> dict[str, Any]:
-    """What trainer and server must have in common, as JSON values: architecture, dtype and vocabulary."""
-    tokenizer = model_dir / "tokenizer.json"
-    return {
-        "architecture": json.loads(json.dumps(asdict(read_architecture(model_dir)), default=str)),
-        "dtype": dtype,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.read_bytes()).hexdigest() if tokenizer.is_file() else None,
-    }
 
 
 def serve(options: ServerOptions) -> int:

@@ -9,8 +9,8 @@ import sys
 from importlib import import_module
 
 from chord_megatron.rollout.vllm_adapter import import_vllm
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.processes import end_with_parent
-from chord_megatron.types import UserError
 
 
 def main() -> int:

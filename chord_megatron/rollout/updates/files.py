@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 def save_weight_file(bucket: Mapping[str, Tensor], path: Path) -> None:
