@@ -70,7 +70,7 @@ class RolloutConfig(_Group):
     top_k: NonNegative = 0  # 0 = all
     max_completion_length: Positive = 256
     stop_token_ids: list[int] | None = None  # None = the tokenizer's and the model's end tokens
-    max_batch_size: Positive = 256  # completions decoded at once on a data-parallel rank
+    max_batch_size: Positive = 256  # completions decoded at once per data-parallel rank
     record_to: str | None = None  # jsonl of all rollouts, readable by the replay engine
     replay_from: str | None = None
     vllm_mode: Literal["colocate", "server"] | None = None  # in the trainer's processes, or in servers of its own
@@ -150,7 +150,7 @@ class TrainConfig(_Group):
 
 class TrackingConfig(_Group):
     report_to: list[Literal["tensorboard"]] = ["tensorboard"]
-    log_completions: NonNegative = 8  # completions a step in completions.jsonl
+    log_completions: NonNegative = 8  # completions per step in completions.jsonl
 
 
 class Config(_Group):

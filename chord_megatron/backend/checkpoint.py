@@ -1,7 +1,7 @@
 """Megatron distributed checkpoints of model, optimizer, scheduler and random state, whole or not there at all.
 
 A checkpoint directory holds Megatron-Core's `.distcp` files, `common.pt`, `state.json` (cursors, step,
-scheduler: plain values) and one `rng_RANK.safetensors` a rank. It can be loaded under another layout.
+scheduler: plain values) and one `rng_RANK.safetensors` per rank. It can be loaded under another layout.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from chord_megatron.weights.architecture import LinearRope, Llama3Rope
 
 
 def scaled_inverse_frequencies(dim: int, theta: float, scaling: LinearRope | Llama3Rope) -> Tensor:
-    """Radians a position of each rotary pair, [dim / 2] float32.
+    """Radians per position of each rotary pair, [dim / 2] float32.
 
     Source: transformers, modeling_rope_utils.py, `_compute_linear_scaling_rope_parameters` and
     `_compute_llama3_parameters`.

@@ -25,7 +25,7 @@ from chord_megatron.weights.model_files import copy_model_files, set_config_dtyp
 from chord_megatron.weights.names import list_names
 from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.weights.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
-from chord_megatron.weights.schema import Layout, TensorSpec
+from chord_megatron.weights.schema import TensorLayout, TensorSpec
 from chord_megatron.weights.shards import export_parameter, import_parameter
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -150,7 +150,7 @@ def _megatron_specs(
                 f"{list_names(parts)} have different dtypes, and are one tensor in Megatron; choose one with --dtype"
             )
         rows, *rest = (sum(shape[0] for shape in shapes.values()), *next(iter(shapes.values()))[1:])
-        if parameter.mapping.layout is Layout.VOCAB:
+        if parameter.mapping.layout is TensorLayout.VOCAB:
             rows = padded_vocab_size(rows, tp_size=1)  # other layouts cut or pad it on loading
         specs[name] = TensorSpec(dtypes.pop(), (rows, *rest))
     if wrong:
@@ -166,7 +166,7 @@ def _target_dtype(name: str, found: torch.dtype, arch: ModelArchitecture, asked:
 
 def _import_piece(piece: Piece, arch: ModelArchitecture, reader: SafetensorsReader, progress: Progress) -> Tensor:
     parameter = find_mapping(piece.name, arch)
-    if parameter.mapping.layout is Layout.QKV:
+    if parameter.mapping.layout is TensorLayout.QKV:
         tensor = import_parameter(
             piece.name, arch, reader.get_slice, tp_rank=0, tp_size=1, padded_vocab_size=arch.vocab_size
         )
@@ -216,7 +216,7 @@ def _write_hf(
 def _export(name: str, arch: ModelArchitecture, reader: MegatronReader) -> Iterator[tuple[str, int, Tensor]]:
     """Rows of a parameter's Hugging Face tensors and the number of the first; without vocabulary padding."""
     parameter = find_mapping(name, arch)
-    if parameter.mapping.layout is Layout.QKV:
+    if parameter.mapping.layout is TensorLayout.QKV:
         yield from ((hf_name, 0, tensor) for hf_name, tensor in export_parameter(name, arch, [reader.read(name)]))
         return
     for first, rows in reader.read_rows(name):

@@ -34,7 +34,7 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import MappedParameter, hf_shapes, mapped_parameters
 from chord_megatron.weights.names import list_names
-from chord_megatron.weights.schema import Layout, TensorSpec
+from chord_megatron.weights.schema import TensorLayout, TensorSpec
 
 # What training saves beside the model; none of it is read.
 _NOT_MODEL = re.compile(
@@ -238,7 +238,7 @@ def _candidates(parameter: MappedParameter, arch: ModelArchitecture) -> Iterator
         axes = [(parameter.expert, arch.moe.num_experts)]
         single = pattern.replace(".experts.experts.", ".experts.experts.{expert}.")
         yield _source(parameter, single, [], CheckpointForm(True, True))
-    elif parameter.mapping.layout is Layout.GATE_UP:
+    elif parameter.mapping.layout is TensorLayout.GATE_UP:
         yield _source(parameter, pattern, [], CheckpointForm(True, True))
     yield _source(parameter, pattern, axes, CheckpointForm(True, False))
     if parameter.layer is not None:
@@ -248,7 +248,7 @@ def _candidates(parameter: MappedParameter, arch: ModelArchitecture) -> Iterator
 
 def _source(parameter: MappedParameter, pattern: str, axes: list[tuple[int, int]], form: CheckpointForm) -> _Source:
     key = parameter.name(pattern)
-    is_split = form.singleton_local_shards and parameter.mapping.layout is Layout.GATE_UP
+    is_split = form.singleton_local_shards and parameter.mapping.layout is TensorLayout.GATE_UP
     return _Source(
         keys=(f"{key}_w", f"{key}_v") if is_split else (key,),
         leading=tuple(index for index, _ in axes),
@@ -264,7 +264,7 @@ def _stored_shape(parameter: MappedParameter, source: _Source, arch: ModelArchit
 
 
 def _is_shape(actual: list[int], expected: list[int], parameter: MappedParameter) -> bool:
-    if parameter.mapping.layout is Layout.VOCAB and len(actual) == len(expected):
+    if parameter.mapping.layout is TensorLayout.VOCAB and len(actual) == len(expected):
         return actual[0] >= expected[0] and actual[1:] == expected[1:]
     return actual == expected
 

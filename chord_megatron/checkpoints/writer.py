@@ -34,7 +34,7 @@ from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes
 from chord_megatron.weights.safetensors_writer import WRITE_BYTES
-from chord_megatron.weights.schema import Layout, TensorSpec
+from chord_megatron.weights.schema import TensorLayout, TensorSpec
 
 _FILE_BYTES = 5 * 10**9
 _PIECE_BYTES = 128 * 2**20
@@ -90,12 +90,12 @@ def plan_pieces(specs: Mapping[str, TensorSpec], arch: ModelArchitecture) -> lis
     for name, spec in specs.items():
         parameter = find_mapping(name, arch)
         num_rows, *rest = spec.shape
-        if parameter.mapping.layout is Layout.VOCAB:
+        if parameter.mapping.layout is TensorLayout.VOCAB:
             # Many times larger than the others: split, it needs no more memory than they, and a tensor-parallel
             # rank reads its own rows only.
             count = math.gcd(num_rows, 2 ** math.ceil(math.log2(max(spec.nbytes / _PIECE_BYTES, 1))))
             rows = [num_rows // count] * count
-        elif parameter.mapping.layout is Layout.QKV:
+        elif parameter.mapping.layout is TensorLayout.QKV:
             rows = [num_rows]
         else:  # one Hugging Face tensor after the other: none needs to be copied
             rows = [shape[0] for shape in hf_shapes(parameter, arch).values()]

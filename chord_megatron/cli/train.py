@@ -70,7 +70,7 @@ def _launch(launch: Launch, arguments: list[str]) -> int:
     else:
         # What --standalone means: a free port on the loopback device.
         options += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={os.getpid()}"]
-    # One compute thread a process, unless the user says otherwise: torchrun's own default, without its warning.
+    # One compute thread per process, unless the user says otherwise: torchrun's own default, without its warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     run = parse_args([*options, "-m", "chord_megatron.train", *arguments])

@@ -41,7 +41,7 @@ def _plan_table(config: Config, plan: Plan) -> Table:
         ("expert rows", f"{plan.expert_rows_per_step}"),
         (
             "micro-batches",
-            f"{plan.micro_batches_per_step} a data-parallel rank, of up to {train.micro_batch_size} packed sequences",
+            f"{plan.micro_batches_per_step} per data-parallel rank, of up to {train.micro_batch_size} packed sequences",
         ),
         ("rollouts", f"{config.rollout.engine}, new ones every {plan.steps_per_rollout} step(s)"),
         (

@@ -11,7 +11,7 @@ from chord_megatron.planning.plan import Plan
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families.common import EMBEDDING
 from chord_megatron.weights.mapping import MappedParameter, hf_shapes, hf_tensors, mapped_parameters, padded_vocab_size
-from chord_megatron.weights.schema import Layout
+from chord_megatron.weights.schema import TensorLayout
 
 _FLOAT32 = 4
 
@@ -42,7 +42,7 @@ class ModelState:
 def model_state(config: Config, arch: ModelArchitecture, plan: Plan) -> ModelState:
     """What weights, gradients and optimizer take on the fullest rank.
 
-    Bytes a parameter: weights 2 (float32: 4), gradient sums 4, Adam's two moments 8 and, unless the weights are
+    Bytes per parameter: weights 2 (float32: 4), gradient sums 4, Adam's two moments 8 and, unless the weights are
     float32, their float32 copy 4. The distributed optimizer divides these 12 (8) by the ranks that hold the same
     parameters: the data-parallel ones, or for experts all ranks of a pipeline stage / EP.
     """
@@ -70,8 +70,8 @@ def model_state(config: Config, arch: ModelArchitecture, plan: Plan) -> ModelSta
 
 def bytes_beside_sampler(state: ModelState, rollout: RolloutConfig) -> int:
     """What of the trainer's stays on the device while a colocated sampler generates."""
-    away = state.weights * rollout.offload_model + (state.gradients + state.optimizer) * rollout.offload_optimizer
-    return state.on_device - away
+    offloaded = state.weights * rollout.offload_model + (state.gradients + state.optimizer) * rollout.offload_optimizer
+    return state.on_device - offloaded
 
 
 def _bytes_aside(state: ModelState, config: Config, arch: ModelArchitecture) -> int:
@@ -125,8 +125,8 @@ def _size(parameter: MappedParameter, arch: ModelArchitecture, tp: int) -> int:
     """Numbers of a parameter that one tensor-parallel rank holds."""
     shapes = hf_shapes(parameter, arch).values()
     layout = parameter.mapping.layout
-    if layout is Layout.VOCAB:
+    if layout is TensorLayout.VOCAB:
         ((rows, columns),) = shapes
         return padded_vocab_size(rows, tp) // tp * columns
     total = sum(torch.Size(shape).numel() for shape in shapes)
-    return total if layout is Layout.REPLICATED else total // tp
+    return total if layout is TensorLayout.REPLICATED else total // tp

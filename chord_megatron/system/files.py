@@ -13,7 +13,7 @@ from chord_megatron.system.errors import UserError
 
 
 class JsonLines:
-    """Appends strict JSON objects to a file, one a line, each on disk before `write` returns."""
+    """Appends strict JSON objects to a file, one per line, each on disk before `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab")

@@ -1,4 +1,4 @@
-"""The figure of the report: one panel a question, the same colour for the same thing in all of them."""
+"""The figure of the report: one panel per question, the same colour for the same thing in all of them."""
 
 from __future__ import annotations
 

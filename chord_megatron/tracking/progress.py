@@ -29,8 +29,8 @@ _FIELDS = (
 )
 
 
-class Progress:
-    """Prints one line a step: updated in place on a terminal, plain text lines anywhere else."""
+class ProgressLine:
+    """Prints one line per step: updated in place on a terminal, plain text lines anywhere else."""
 
     def __init__(self, train_iters: int, stream: TextIO | None = None) -> None:
         self._train_iters = train_iters

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
-from chord_megatron.tracking.progress import Metrics, Progress
+from chord_megatron.tracking.progress import Metrics, ProgressLine
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -42,7 +42,7 @@ class RunLog:
         self._metrics = JsonLines(run_dir / METRICS_FILE)
         self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
         self._tensorboard = _open_tensorboard(run_dir, report_to, resume_step)
-        self._progress = Progress(train_iters, stream)
+        self._progress = ProgressLine(train_iters, stream)
         if last_eval is not None and last_eval["step"] == resume_step:
             self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
 

@@ -25,7 +25,7 @@ class History:
     evaluations: tuple[dict[str, Any], ...]
 
     def column(self, key: str) -> list[float]:
-        """One number a training step; NaN where the metric is off or missing."""
+        """One number per training step; NaN where the metric is off or missing."""
         return [_number(record.get(key)) for record in self.steps]
 
     def known(self, key: str) -> list[float]:

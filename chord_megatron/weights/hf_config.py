@@ -264,7 +264,7 @@ def _check_groups(values: dict[str, Any]) -> None:
     if groups is not None and chosen // groups != 2:
         raise _RefusedError(
             f"`num_experts_per_tok: {chosen}` with `topk_group: {groups}` is not supported; "
-            "use a model that chooses two experts a group, as DeepSeek-V3 does"
+            "use a model that chooses two experts per group, as DeepSeek-V3 does"
         )
 
 

@@ -13,7 +13,7 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families import FAMILIES
 from chord_megatron.weights.families.common import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT
-from chord_megatron.weights.schema import Mapping, TensorSpec
+from chord_megatron.weights.schema import ParameterMapping, TensorSpec
 
 _VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
 
@@ -21,7 +21,7 @@ _VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
 class MappedParameter(NamedTuple):
     """A row of the table at one layer and expert."""
 
-    mapping: Mapping
+    mapping: ParameterMapping
     layer: int | None
     expert: int | None
 
@@ -97,7 +97,7 @@ def is_ignorable(hf_name: str, arch: ModelArchitecture) -> bool:
     return pattern is not None and re.fullmatch(pattern.format(num_layers=arch.num_layers), hf_name) is not None
 
 
-def _layer_rows(arch: ModelArchitecture, layer: int) -> Iterator[tuple[Mapping, int | None]]:
+def _layer_rows(arch: ModelArchitecture, layer: int) -> Iterator[tuple[ParameterMapping, int | None]]:
     """The rows of a layer; those of the experts together, expert by expert."""
     rows = [row for row in FAMILIES[arch.family].layer if row.when(arch, layer)]
     of_experts = [row for row in rows if "{expert}" in row.megatron]

@@ -12,7 +12,7 @@ import torch
 from chord_megatron.weights.architecture import ModelArchitecture
 
 
-class Layout(Enum):
+class TensorLayout(Enum):
     """How the Hugging Face tensors of one parameter are joined and split over tensor-parallel ranks."""
 
     REPLICATED = "every rank holds the whole tensor"
@@ -39,12 +39,12 @@ class TensorSpec(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mapping:
+class ParameterMapping:
     """One Megatron parameter; `{layer}` and `{expert}` in a pattern are global numbers."""
 
     megatron: str  # name under Megatron's local layer spec
     hf: dict[str, tuple[str, ...]]  # Hugging Face name -> symbolic shape, in the order of the layout
-    layout: Layout
+    layout: TensorLayout
     te: str | None = None  # name under the Transformer Engine spec, where it differs
     checkpoint: str | None = None  # key in a Megatron checkpoint, where it is neither of these
     when: Callable[[ModelArchitecture, int], bool] = every_layer  # whether a layer (0-based) has it
@@ -63,7 +63,7 @@ class Family:
 
     name: str
     hf_class: str  # as `architectures` names it
-    layer: tuple[Mapping, ...]  # the parameters of a layer, in the order of transformers' state dict
+    layer: tuple[ParameterMapping, ...]  # the parameters of a layer, in the order of transformers' state dict
     qkv_bias: bool = False
     qk_layernorm: bool = False
     rope_types: tuple[str, ...] = ("default", "linear", "llama3")

@@ -11,7 +11,7 @@ from torch import Tensor
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes
-from chord_megatron.weights.schema import Layout
+from chord_megatron.weights.schema import TensorLayout
 
 
 class TensorSlice(Protocol):
@@ -39,19 +39,19 @@ def import_parameter(
     """
     parameter = find_mapping(name, arch)
     layout = parameter.mapping.layout
-    if layout is Layout.REPLICATED:
+    if layout is TensorLayout.REPLICATED:
         tp_rank, tp_size = 0, 1
     parts = []
     for hf_name, shape in hf_shapes(parameter, arch).items():
         source = read(hf_name)
         _check_shape(hf_name, shape, source.get_shape())
         dim = _split_dim(layout)
-        extent = padded_vocab_size if layout is Layout.VOCAB else shape[dim]
+        extent = padded_vocab_size if layout is TensorLayout.VOCAB else shape[dim]
         # A rank holds whole query groups, although their rows may be divisible further.
-        _check_divisible(hf_name, arch.num_query_groups if layout is Layout.QKV else extent, tp_size)
+        _check_divisible(hf_name, arch.num_query_groups if layout is TensorLayout.QKV else extent, tp_size)
         assert extent >= shape[dim], f"padded_vocab_size {extent} is below vocab_size {shape[dim]}"
         parts.append(_read_part(source, dim, shape[dim], tp_rank, extent // tp_size))
-    return _interleave_qkv(parts, arch) if layout is Layout.QKV else torch.cat(parts)
+    return _interleave_qkv(parts, arch) if layout is TensorLayout.QKV else torch.cat(parts)
 
 
 def export_parameter(name: str, arch: ModelArchitecture, shards: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
@@ -65,7 +65,7 @@ def export_parameter(name: str, arch: ModelArchitecture, shards: Sequence[Tensor
     mapping = parameter.mapping
     if mapping.is_copy:
         return []
-    if mapping.layout is Layout.REPLICATED:
+    if mapping.layout is TensorLayout.REPLICATED:
         shards = shards[:1]
     shapes = hf_shapes(parameter, arch)
     dim = _split_dim(mapping.layout)
@@ -76,8 +76,8 @@ def export_parameter(name: str, arch: ModelArchitecture, shards: Sequence[Tensor
     return [(hf_name, tensor[: shape[0]]) for (hf_name, shape), tensor in zip(shapes.items(), full)]
 
 
-def _split_dim(layout: Layout) -> int:
-    return 1 if layout is Layout.ROW else 0
+def _split_dim(layout: TensorLayout) -> int:
+    return 1 if layout is TensorLayout.ROW else 0
 
 
 def _read_part(source: TensorSlice, dim: int, size: int, rank: int, width: int) -> Tensor:
@@ -100,9 +100,9 @@ def _split_qkv(shard: Tensor, arch: ModelArchitecture) -> Sequence[Tensor]:
     return [part.flatten(0, 1) for part in shard.unflatten(0, (-1, sum(rows))).split(rows, dim=1)]
 
 
-_SPLITS: dict[Layout, Callable[[Tensor, ModelArchitecture], Sequence[Tensor]]] = {
-    Layout.QKV: _split_qkv,
-    Layout.GATE_UP: lambda shard, arch: shard.chunk(2),
+_SPLITS: dict[TensorLayout, Callable[[Tensor, ModelArchitecture], Sequence[Tensor]]] = {
+    TensorLayout.QKV: _split_qkv,
+    TensorLayout.GATE_UP: lambda shard, arch: shard.chunk(2),
 }
 
 
@@ -124,7 +124,7 @@ def _check_divisible(name: str, size: int, tp_size: int) -> None:
 
 def _check_shards(
     name: str,
-    layout: Layout,
+    layout: TensorLayout,
     shapes: list[tuple[int, ...]],
     shards: Sequence[Tensor],
     arch: ModelArchitecture,
@@ -133,6 +133,6 @@ def _check_shards(
     expected = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
     actual = list(shards[0].shape)
     actual[dim] = sum(shard.shape[dim] for shard in shards)
-    if layout is Layout.VOCAB:
+    if layout is TensorLayout.VOCAB:
         actual[0] = min(actual[0], arch.vocab_size)  # the rest is padding
     _check_shape(name, expected, actual)

@@ -15,7 +15,8 @@ from rich.console import Console
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.files import JsonLines, read_json_lines
 from chord_megatron.tracking.plots import running_mean
-from chord_megatron.tracking.progress import RECENT_STEPS, Progress, format_step
+from chord_megatron.tracking.progress import RECENT_STEPS, format_step
+from chord_megatron.tracking.progress import ProgressLine as Progress
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.summary import EvalPoint, print_summary, summarize

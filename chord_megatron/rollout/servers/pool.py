@@ -48,7 +48,7 @@ class ServerPool:
     """Talks to all servers from an event loop of its own, so that completions can be drawn while the trainer trains."""
 
     def __init__(self, urls: Sequence[str], token: str, identity: Json, *, timeout: float, max_in_flight: int) -> None:
-        """`timeout`: seconds for one request, and for a server to come back. `max_in_flight`: requests a server."""
+        """`timeout`: seconds for one request, and for a server to come back. `max_in_flight`: requests per server."""
         self._servers = [Server(url.rstrip("/")) for url in urls]
         self._updating: list[Server] = []
         self._version = -1

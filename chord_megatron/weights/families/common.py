@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chord_megatron.weights.architecture import ModelArchitecture
-from chord_megatron.weights.schema import Layout, Mapping
+from chord_megatron.weights.schema import ParameterMapping, TensorLayout
 
 MCORE = "decoder.layers.{layer}."
 HF = "model.layers.{layer}."
@@ -18,102 +18,110 @@ def is_moe(arch: ModelArchitecture, layer: int) -> bool:
 
 
 # Outside the layers.
-EMBEDDING = Mapping(
-    "embedding.word_embeddings.weight", {"model.embed_tokens.weight": ("vocab", "hidden")}, Layout.VOCAB
+EMBEDDING = ParameterMapping(
+    "embedding.word_embeddings.weight", {"model.embed_tokens.weight": ("vocab", "hidden")}, TensorLayout.VOCAB
 )
-FINAL_NORM = Mapping("decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}, Layout.REPLICATED)
-OUTPUT = Mapping("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, Layout.VOCAB)
+FINAL_NORM = ParameterMapping(
+    "decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}, TensorLayout.REPLICATED
+)
+OUTPUT = ParameterMapping("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, TensorLayout.VOCAB)
 # With tied embeddings only the last pipeline stage has this parameter: its own copy of the embedding.
-TIED_OUTPUT = Mapping(OUTPUT.megatron, EMBEDDING.hf, Layout.VOCAB, is_copy=True)
+TIED_OUTPUT = ParameterMapping(OUTPUT.megatron, EMBEDDING.hf, TensorLayout.VOCAB, is_copy=True)
 
 # Grouped-query attention. Transformer Engine fuses the norm before it into the projection.
-INPUT_NORM = Mapping(
+INPUT_NORM = ParameterMapping(
     MCORE + "input_layernorm.weight",
     {HF + "input_layernorm.weight": ("hidden",)},
-    Layout.REPLICATED,
+    TensorLayout.REPLICATED,
     te=MCORE + "self_attention.linear_qkv.layer_norm_weight",
 )
-QKV_WEIGHT = Mapping(
+QKV_WEIGHT = ParameterMapping(
     MCORE + "self_attention.linear_qkv.weight",
     {
         HF + "self_attn.q_proj.weight": ("query", "hidden"),
         HF + "self_attn.k_proj.weight": ("key", "hidden"),
         HF + "self_attn.v_proj.weight": ("key", "hidden"),
     },
-    Layout.QKV,
+    TensorLayout.QKV,
 )
-QKV_BIAS = Mapping(
+QKV_BIAS = ParameterMapping(
     MCORE + "self_attention.linear_qkv.bias",
     {
         HF + "self_attn.q_proj.bias": ("query",),
         HF + "self_attn.k_proj.bias": ("key",),
         HF + "self_attn.v_proj.bias": ("key",),
     },
-    Layout.QKV,
+    TensorLayout.QKV,
 )
 QK_NORMS = tuple(
-    Mapping(
+    ParameterMapping(
         MCORE + f"self_attention.{x}_layernorm.weight",
         {HF + f"self_attn.{x}_norm.weight": ("head",)},
-        Layout.REPLICATED,
+        TensorLayout.REPLICATED,
     )
     for x in "qk"
 )
-ATTENTION_OUTPUT = Mapping(
-    MCORE + "self_attention.linear_proj.weight", {HF + "self_attn.o_proj.weight": ("hidden", "value")}, Layout.ROW
+ATTENTION_OUTPUT = ParameterMapping(
+    MCORE + "self_attention.linear_proj.weight", {HF + "self_attn.o_proj.weight": ("hidden", "value")}, TensorLayout.ROW
 )
 
 # A plain MLP and the norm before it.
 MLP = (
-    Mapping(
+    ParameterMapping(
         MCORE + "mlp.linear_fc1.weight",
         {HF + "mlp.gate_proj.weight": ("ffn", "hidden"), HF + "mlp.up_proj.weight": ("ffn", "hidden")},
-        Layout.GATE_UP,
+        TensorLayout.GATE_UP,
         when=is_dense,
     ),
-    Mapping(
+    ParameterMapping(
         MCORE + "mlp.linear_fc2.weight",
         {HF + "mlp.down_proj.weight": ("hidden", "ffn")},
-        Layout.ROW,
+        TensorLayout.ROW,
         when=is_dense,
     ),
 )
-POST_ATTENTION_NORM = Mapping(
+POST_ATTENTION_NORM = ParameterMapping(
     MCORE + "pre_mlp_layernorm.weight",
     {HF + "post_attention_layernorm.weight": ("hidden",)},
-    Layout.REPLICATED,
+    TensorLayout.REPLICATED,
     te=MCORE + "mlp.linear_fc1.layer_norm_weight",
     when=is_dense,
 )
 
 # Experts: never split over tensor-parallel ranks, so that GATE_UP and ROW join whole tensors.
-POST_ATTENTION_NORM_MOE = Mapping(POST_ATTENTION_NORM.megatron, POST_ATTENTION_NORM.hf, Layout.REPLICATED, when=is_moe)
+POST_ATTENTION_NORM_MOE = ParameterMapping(
+    POST_ATTENTION_NORM.megatron, POST_ATTENTION_NORM.hf, TensorLayout.REPLICATED, when=is_moe
+)
 
 
-def router(gate: str) -> Mapping:
+def router(gate: str) -> ParameterMapping:
     """The router's weight under its Hugging Face name within a layer."""
-    return Mapping(MCORE + "mlp.router.weight", {HF + gate: ("experts", "hidden")}, Layout.REPLICATED, when=is_moe)
+    return ParameterMapping(
+        MCORE + "mlp.router.weight", {HF + gate: ("experts", "hidden")}, TensorLayout.REPLICATED, when=is_moe
+    )
 
 
-def experts(prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj") -> tuple[Mapping, ...]:
+def experts(
+    prefix: str, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> tuple[ParameterMapping, ...]:
     """The experts' matrices under their Hugging Face names; `prefix` within a layer, with `{expert}`."""
     local, grouped, stacked = (MCORE + f"mlp.experts.{x}" for x in ("local_experts.{expert}.", "", "experts."))
     return (
-        Mapping(
+        ParameterMapping(
             local + "linear_fc1.weight",
             {
                 HF + f"{prefix}.{gate}.weight": ("expert_ffn", "hidden"),
                 HF + f"{prefix}.{up}.weight": ("expert_ffn", "hidden"),
             },
-            Layout.GATE_UP,
+            TensorLayout.GATE_UP,
             te=grouped + "linear_fc1.weight{expert}",
             checkpoint=stacked + "linear_fc1.weight",
             when=is_moe,
         ),
-        Mapping(
+        ParameterMapping(
             local + "linear_fc2.weight",
             {HF + f"{prefix}.{down}.weight": ("hidden", "expert_ffn")},
-            Layout.ROW,
+            TensorLayout.ROW,
             te=grouped + "linear_fc2.weight{expert}",
             checkpoint=stacked + "linear_fc2.weight",
             when=is_moe,

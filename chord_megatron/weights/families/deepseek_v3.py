@@ -3,7 +3,7 @@
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families import common
 from chord_megatron.weights.families.common import HF, MCORE
-from chord_megatron.weights.schema import Family, Layout, Mapping
+from chord_megatron.weights.schema import Family, ParameterMapping, TensorLayout
 
 ATTENTION = MCORE + "self_attention."
 
@@ -21,75 +21,75 @@ def _has_plain_query(arch: ModelArchitecture, layer: int) -> bool:
 
 
 _ATTENTION = (
-    Mapping(
+    ParameterMapping(
         ATTENTION + "linear_q_proj.weight",
         {HF + "self_attn.q_proj.weight": ("query", "hidden")},
-        Layout.COLUMN,
+        TensorLayout.COLUMN,
         when=_has_plain_query,
     ),
-    Mapping(
+    ParameterMapping(
         ATTENTION + "linear_q_down_proj.weight",
         {HF + "self_attn.q_a_proj.weight": ("q_lora", "hidden")},
-        Layout.REPLICATED,
+        TensorLayout.REPLICATED,
         when=_has_query_lora,
     ),
-    Mapping(
+    ParameterMapping(
         ATTENTION + "q_layernorm.weight",
         {HF + "self_attn.q_a_layernorm.weight": ("q_lora",)},
-        Layout.REPLICATED,
+        TensorLayout.REPLICATED,
         te=ATTENTION + "linear_q_up_proj.layer_norm_weight",
         when=_has_query_lora,
     ),
-    Mapping(
+    ParameterMapping(
         ATTENTION + "linear_q_up_proj.weight",
         {HF + "self_attn.q_b_proj.weight": ("query", "q_lora")},
-        Layout.COLUMN,
+        TensorLayout.COLUMN,
         when=_has_query_lora,
     ),
-    Mapping(
+    ParameterMapping(
         ATTENTION + "linear_kv_down_proj.weight",
         {HF + "self_attn.kv_a_proj_with_mqa.weight": ("kv_lora_and_rope", "hidden")},
-        Layout.REPLICATED,
+        TensorLayout.REPLICATED,
     ),
-    Mapping(
+    ParameterMapping(
         ATTENTION + "kv_layernorm.weight",
         {HF + "self_attn.kv_a_layernorm.weight": ("kv_lora",)},
-        Layout.REPLICATED,
+        TensorLayout.REPLICATED,
         te=ATTENTION + "linear_kv_up_proj.layer_norm_weight",
     ),
-    Mapping(
+    ParameterMapping(
         ATTENTION + "linear_kv_up_proj.weight",
         {HF + "self_attn.kv_b_proj.weight": ("key_and_value", "kv_lora")},
-        Layout.COLUMN,
+        TensorLayout.COLUMN,
     ),
     common.ATTENTION_OUTPUT,
 )
 _SHARED_EXPERTS = (
-    Mapping(
+    ParameterMapping(
         MCORE + "mlp.shared_experts.linear_fc1.weight",
         {
             HF + "mlp.shared_experts.gate_proj.weight": ("shared_ffn", "hidden"),
             HF + "mlp.shared_experts.up_proj.weight": ("shared_ffn", "hidden"),
         },
-        Layout.GATE_UP,
+        TensorLayout.GATE_UP,
         when=_has_shared_experts,
     ),
-    Mapping(
+    ParameterMapping(
         MCORE + "mlp.shared_experts.linear_fc2.weight",
         {HF + "mlp.shared_experts.down_proj.weight": ("hidden", "shared_ffn")},
-        Layout.ROW,
+        TensorLayout.ROW,
         when=_has_shared_experts,
     ),
 )
-_EXPERT_BIAS = Mapping(
+_EXPERT_BIAS = ParameterMapping(
     MCORE + "mlp.router.expert_bias",
     {HF + "mlp.gate.e_score_correction_bias": ("experts",)},
-    Layout.REPLICATED,
+    TensorLayout.REPLICATED,
     when=common.is_moe,
     is_float32=True,
 )
 # Latent attention's projections fuse no norm of the layer's input, under either spec.
-_INPUT_NORM = Mapping(common.INPUT_NORM.megatron, common.INPUT_NORM.hf, Layout.REPLICATED)
+_INPUT_NORM = ParameterMapping(common.INPUT_NORM.megatron, common.INPUT_NORM.hf, TensorLayout.REPLICATED)
 
 DEEPSEEK_V3 = Family(
     name="deepseek_v3",
