@@ -1,4 +1,4 @@
-"""The configuration: pydantic models, and YAML with dotted overrides. Rules across fields are in plan.py.
+"""The configuration: pydantic models, and YAML with dotted overrides. Rules across fields are in planning/.
 
 Leaves keep the names that Megatron-LM and ms-swift users know. `None` means off. An unknown key is an
 error that names the nearest known one.

@@ -39,7 +39,7 @@ class WorkerExtension:
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """The group of weight_broadcast.py: where it meets, and the rank of this server's first worker."""
+    """The group of updates/broadcast.py: where it meets, and the rank of this server's first worker."""
 
     address: str
     port: int
@@ -50,7 +50,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: a file and its checksums as of weight_files.py, or headers as of weight_broadcast.py."""
+    """One bucket: a file and its checksums as of updates/files.py, or headers as of updates/broadcast.py."""
 
     path: str | None = None
     checksums: dict[str, str] = field(default_factory=dict)
