@@ -34,6 +34,8 @@ def share_samples(
     Every rank has the prompts, so only the completions are sent, in three tensors. group: None = all ranks. device: of
     the group's backend.
     """
+    group = group or dist.group.WORLD
+    assert group is not None, "torch.distributed is not initialized"
     own = list(mine)
     heads = torch.tensor([[c.place, len(c.tokens)] for c in own], dtype=torch.int64).view(-1)
     tokens = torch.cat([torch.empty(0, dtype=torch.int32), *(c.tokens for c in own)])

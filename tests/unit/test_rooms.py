@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "data": "config types system",
     "rewards": "types system",
     "planning": "config algorithm weights system",
-    "tracking": "types system",
+    "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints batching config ops weights types system",
     "rollout/updates": "weights system",
