@@ -11,11 +11,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+import thread_group
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chord_megatron.ops import linear_log_probs
+from chord_megatron.ops import linear_log_probs, token_blocks, vocab_parallel
 
 FP64 = {"rtol": 0.0, "atol": 1e-12}
 
@@ -328,6 +329,45 @@ for which in ("log_probs", "entropy", "both"):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 """
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("save_logits_bytes", [0, 10**6])
+def test_shards_equal_the_whole(
+    size: int, sequence_parallel: bool, save_logits_bytes: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Ranks that are threads: 48 rows of the weight, of which the last shard holds padding only or as well."""
+    for module in (token_blocks, vocab_parallel):
+        monkeypatch.setattr(module, "dist", thread_group)
+    x = make_inputs(24, 8, 48, 22)
+    group = thread_group.Group(size)
+
+    def shard() -> list[Tensor]:
+        rows = x.hidden.chunk(size)[group.rank()] if sequence_parallel else x.hidden
+        hidden, weight = (t.clone().requires_grad_() for t in (rows, x.weight.chunk(size)[group.rank()]))
+        outputs = fused(
+            *(x, hidden, weight),
+            tp_group=group,
+            sequence_parallel=sequence_parallel,
+            save_logits_bytes=save_logits_bytes,
+            tile=(5, 7),
+        )
+        torch.autograd.backward(outputs, x.upstream)
+        return [*(output.detach() for output in outputs), hidden.grad, weight.grad]
+
+    *outputs, grad_hidden, grad_weight = results(reference, x)
+    shards = group.run(shard)
+    for rank, (log_probs, entropy, *gradients) in enumerate(shards):
+        assert_equal([log_probs, entropy], shards[0][:2])
+        expected = [*outputs, grad_hidden, grad_weight.chunk(size)[rank]]
+        if sequence_parallel:
+            expected[2] = grad_hidden.chunk(size)[rank]
+        for ours, theirs in zip([log_probs, entropy, *gradients], expected, strict=True):
+            torch.testing.assert_close(ours, theirs.detach(), **FP64)
 
 
 # --- Megatron-Core's main gradient ----------------------------------------------------------------------------------
