@@ -152,6 +152,11 @@ def test_filtered_sequences_do_not_count(loss_type: str, per_token: list[float])
     assert all(math.isfinite(weight) for weight in weights)
 
 
+def test_a_sequence_of_one_token_is_a_sequence():
+    assert aggregation_weights([1, 3], "grpo") == pytest.approx([1 / 2, 1 / 6], rel=1e-15)
+    assert aggregation_weights([1, 3], "dr_grpo", max_completion_length=4) == [1 / 8, 1 / 8]
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_an_empty_stream_has_zero_weights(loss_type: str):
     assert aggregation_weights([0, 0], loss_type, max_completion_length=8) == [0.0, 0.0]

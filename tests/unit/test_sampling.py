@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from chord_megatron.ops.sampling import sample_tokens, uniform_numbers
+from chord_megatron.ops.sampling import sample_tokens, seed_number, uniform_numbers
+from chord_megatron.types import UserError
 
 LAST = 1 - 2**-53  # the largest float64 below 1
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]  # sorted: tokens 1, 3, 2, 0 with the cumulative sums 0.4, 0.7, 0.9, 1
@@ -43,6 +44,14 @@ def test_uniform_numbers_depend_on_the_seed_only():
     assert torch.equal(uniform_numbers([4, 5], 4), expected[:4])  # a shorter limit does not move the others
     assert not torch.equal(uniform_numbers([5, 4], 10), expected)
     assert expected.dtype == torch.float64 and (expected >= 0).all() and (expected < 1).all()
+
+
+def test_seed_numbers_are_frozen():
+    """Golden values of 63 bits, for the same reason."""
+    assert seed_number([0]) == 7896617691693857887
+    assert [seed_number([1, 2, 3]), seed_number((3, 2, 1))] == [6498626229777268288, 4404663168949438663]
+    numbers = [seed_number([seed]) for seed in range(200)]
+    assert len(set(numbers)) == 200 and 2**62 < max(numbers) < 2**63
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------
@@ -162,3 +171,12 @@ def test_bfloat16_logits_are_worked_on_in_float32():
     uniforms = uniform_numbers([1], 3)
     half, full = (sample_tokens(z, uniforms, temperature=1.0) for z in (logits, logits.float()))
     assert torch.equal(half[0], full[0]) and torch.equal(half[1], full[1]) and half[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_stop_the_run(temperature: float):
+    logits = torch.zeros(2, 3)
+    logits[1, 2] = torch.nan
+    message = "^the model's logits are not finite, so the weights have diverged; lower optimizer.lr .* checkpoint$"
+    with pytest.raises(UserError, match=message):
+        sample_tokens(logits, torch.zeros(2, dtype=torch.float64), temperature=temperature)
