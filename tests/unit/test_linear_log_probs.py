@@ -160,6 +160,23 @@ def test_gradcheck(options: dict[str, Any]):
     )
 
 
+def test_a_vocabulary_of_one_token_is_certain():
+    x = make_inputs(4, 8, 3, 1)
+    log_probs, entropy, *gradients = results(fused, x)
+    assert not log_probs.any() and not entropy.any()
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("save_logits_bytes", [0, 10**6])
+def test_all_memory_is_on_the_device_of_the_inputs(save_logits_bytes: int):
+    """Whatever the default device is: a tensor on "meta" has no numbers to compute with."""
+    x = make_inputs(20, 8, 50, 47)
+    expected = results(fused, x, save_logits_bytes=save_logits_bytes, temperature=0.7)
+    with torch.device("meta"):
+        actual = results(fused, x, save_logits_bytes=save_logits_bytes, temperature=0.7)
+    assert_equal(actual, expected)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_one_temperature_equals_one_per_row(temperature: float):
     x = make_inputs(13, 8, 50)
@@ -213,7 +230,9 @@ def test_rows_without_upstream_gradient_are_skipped(save_logits_bytes: int):
     skipped = torch.arange(30) % 3 == 0
     for upstream in x.upstream:
         upstream[skipped] = 0.0
-    x.upstream[0][1] = 0.0  # this row's gradient of the entropy is not 0: it counts
+    # Of these rows one of both gradients is not 0: they count.
+    x.upstream[0][1] = 0.0
+    x.upstream[1][2] = 0.0
     expected = results(reference, x)
     x.hidden[skipped] = torch.nan
     actual = results(fused, x, save_logits_bytes=save_logits_bytes)
