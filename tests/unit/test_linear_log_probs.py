@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -348,6 +349,33 @@ for which in ("log_probs", "entropy", "both"):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 """
     subprocess.run([sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}, check=True)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "device", "has_triton", "expected"),
+    [
+        (None, "cpu", True, "torch"),
+        (None, "cuda", True, "triton"),
+        (None, "cuda", False, "torch"),
+        ("torch", "cuda", True, "torch"),
+        ("triton", "cpu", True, "triton"),
+    ],
+)
+def test_which_kernels(
+    implementation: str | None, device: str, has_triton: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    module = import_module("chord_megatron.ops.linear_log_probs")
+    monkeypatch.setattr(module, "find_spec", lambda name: name if has_triton and name == "triton" else None)
+    monkeypatch.setattr(module, "import_module", lambda name: name)
+    kernels = module._kernels(implementation, torch.device(device))
+    assert kernels == f"chord_megatron.ops.linear_log_probs_{expected}"
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(import_module("chord_megatron.ops.linear_log_probs"), "find_spec", lambda name: None)
+    x = make_inputs(4, 8, 9)
+    with pytest.raises(ValueError, match="^implementation 'triton' needs the package triton, which is not installed$"):
+        fused(x, x.hidden, x.weight, implementation="triton")
 
 
 # --- several ranks --------------------------------------------------------------------------------------------------
