@@ -43,11 +43,6 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "chord_megatron"
 PATHS = [f"{PACKAGE}/{room}" for room in ("algorithm", "batching", "ops")]
 LEFT_OUT = ("__init__.py", "linear_log_probs_triton.py", "weight_gradient.py")  # the GPU's half of ops/
-# Beside the unit tests that import from the room: tests that reach it another way.
-ALSO = {
-    "batching": ["tests/unit/test_sampler.py"],
-    "ops": ["tests/distributed/test_linear_log_probs_sharded.py"],
-}
 MEMORY_BYTES = 12 * 2**30  # a mutant must not take the machine's memory
 
 Outcome = Literal["killed", "timeout", "survived"]
@@ -128,23 +123,36 @@ def draw_mutants(paths: Sequence[str], sample: int, seed: int) -> tuple[list[Mut
 
 
 def tests_of(path: str) -> list[str]:
-    """The unit tests that import from the file's room, those that name the file first, and what ALSO names."""
-    room = path.split("/")[1]
-    module = path.removesuffix(".py").replace("/", ".")
-    texts = {file.relative_to(ROOT).as_posix(): file.read_text() for file in (ROOT / "tests/unit").glob("*.py")}
-    of_room = [name for name, text in texts.items() if f"{PACKAGE}.{room}" in text]
-    return sorted(of_room, key=lambda name: (module not in texts[name], name)) + ALSO.get(room, [])
+    """The unit tests that import from the file's room."""
+    room = ".".join(path.split("/")[:2])
+    return sorted(
+        file.relative_to(ROOT).as_posix() for file in (ROOT / "tests/unit").glob("*.py") if room in file.read_text()
+    )
 
 
-class FirstFailure:
-    """A pytest plugin that writes down which test failed first."""
+class Plugin:
+    """Of pytest: quick tests first, as far as times are known, and a note of the first failure and of the times."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, project: Path) -> None:
+        self.failed = project / "failed.txt"
+        self.times = project / "times.json"
+        self.seconds: dict[str, float] = json.loads(self.times.read_text()) if self.times.exists() else {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Tests of several processes last: what starts those is a fixture, which is in no test's time."""
+        items.sort(
+            key=lambda item: (item.get_closest_marker("distributed") is not None, self.seconds.get(item.nodeid, 0.0))
+        )
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and not self.file.exists():
-            self.file.write_text(report.nodeid)
+        if report.when == "call":
+            self.seconds[report.nodeid] = report.duration
+        if report.failed and not self.failed.exists():
+            self.failed.write_text(report.nodeid)
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        if exitstatus == 0:
+            self.times.write_text(json.dumps(self.seconds))
 
 
 def run_pytest(project: Path, tests: Sequence[str]) -> None:
@@ -159,8 +167,8 @@ def run_pytest(project: Path, tests: Sequence[str]) -> None:
     os.environ["PYTHONPATH"] = str(project)  # of what the tests start
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # two mutants may have one size and one time
     sys.dont_write_bytecode = True
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", "scratch", "-k", "not triton"]
-    os._exit(pytest.main([*options, *tests], plugins=[FirstFailure(project / "failed.txt")]))
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", "scratch"]
+    os._exit(pytest.main([*options, *tests], plugins=[Plugin(project)]))
 
 
 def end(process: multiprocessing.process.BaseProcess) -> None:

@@ -340,7 +340,7 @@ def test_triton_kernels_in_its_interpreter():
     script = f"""
 import sys, torch
 from dataclasses import replace
-sys.path.insert(0, {os.path.dirname(__file__)!r})
+sys.path[:0] = {sys.path!r}
 from test_linear_log_probs import fused, make_inputs, results
 x = make_inputs(9, 8, 50, 47)
 x = replace(x, upstream=(x.upstream[0], torch.ones(1, dtype=torch.float64).expand(9)))
@@ -374,7 +374,7 @@ def test_which_kernels(
 def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(import_module("chord_megatron.ops.linear_log_probs"), "find_spec", lambda name: None)
     x = make_inputs(4, 8, 9)
-    with pytest.raises(ValueError, match="^implementation 'triton' needs the package triton, which is not installed$"):
+    with pytest.raises(ValueError, match=r"^implementation 'triton' needs the package triton, which is not installed$"):
         fused(x, x.hidden, x.weight, implementation="triton")
 
 
