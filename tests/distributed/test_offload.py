@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import launch
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, VPP_2, make_model
+from forked import launch
+from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, VPP_2
 
 pytestmark = pytest.mark.distributed
 
@@ -44,19 +45,17 @@ def name_of(case: Case) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def answers(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What offload_worker.py found of each case, in a launch of two processes for each layout."""
     folder = tmp_path_factory.mktemp("offload")
     generator = torch.Generator().manual_seed(1)
     cases: dict[str, dict[str, dict]] = {layout: {} for layout in LAYOUTS}
     for case in CASES:
         layout, model, dtype, distributed_optimizer = case
-        path = folder / f"{model} {dtype} {layout}"
         name, head = model.split()
         # An interleaved pipeline needs a layer for each of its chunks.
         layers = 4 if "VPP" in layout else 2
-        tiny = make_model(name, tied=head == "tied", num_hidden_layers=layers)
-        tiny.to(getattr(torch, dtype)).save_pretrained(path)
+        path = tiny_models(name, tied=head == "tied", dtype=dtype, num_hidden_layers=layers)
         cases[layout][name_of(case)] = {
             "path": str(path),
             "dtype": dtype,
