@@ -20,6 +20,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from unittest.mock import patch
 
+from chord_megatron.system.processes import end_with_parent
+
 # A GPU would make the processes share it through NCCL, which refuses that.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 _PRELOADED = ["chord_megatron.training.main", "chord_megatron.backend.cpu", "chord_megatron.tracking.report"]
@@ -102,6 +104,7 @@ def _start(program: str, arguments: tuple[object, ...], output: Path, env: dict[
 def _run(program: str, arguments: list[str], output: Path, env: dict[str, str]) -> None:
     """What a forked process does."""
     assert "chord_megatron.training.main" in sys.modules, "the fork server could not import what it should"
+    end_with_parent()  # the fork server, which ends with the tests
     os.environ.clear()
     os.environ.update(env)
     for stream, descriptor in (("stdout", 1), ("stderr", 2)):
