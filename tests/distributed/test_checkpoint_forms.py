@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
+from forked import launch
 from safetensors.torch import load_file
-from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS, write_model
+from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS
 
 from chord_megatron.checkpoints import conversion
 from chord_megatron.types import UserError
@@ -30,10 +31,10 @@ SAVED = [(layout, form, name) for layout, (_, names, forms) in LAYOUTS.items() f
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("hf")
     for name in NAMES:
-        write_model(root / name, name.split()[0], tied=name == TIED)
+        (root / name).symlink_to(tiny_models(name.split()[0], tied=name == TIED))
     return root
 
 

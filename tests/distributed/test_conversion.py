@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import launch
-from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS, write_model
+from forked import launch
+from selection import selected
+from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS
 
 pytestmark = pytest.mark.distributed
 
@@ -27,33 +29,36 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
 VARIANTS = [
     f"{name} {head} {dtype}" for name in MODELS for head in ("tied", "untied") for dtype in ("float32", "bfloat16")
 ]
-
-
-def legal_variants(layout: str) -> list[str]:
-    """Expert parallelism needs experts."""
-    return [variant for variant in VARIANTS if "EP" not in layout or variant.startswith(WITH_EXPERTS)]
+# Models whose tensors are all of one dtype are converted alike in each; DeepSeek's in bfloat16 are not.
+SHORT, EVERY_VARIANT_AT = " untied bfloat16", "TP 2 x PP 2"  # where tied heads are copied, and vocabularies padded
+# Expert parallelism needs experts.
+CASES = [
+    pytest.param(
+        layout,
+        variant,
+        marks=() if layout == EVERY_VARIANT_AT or variant.endswith(SHORT) else pytest.mark.slow,
+    )
+    for layout in LAYOUTS
+    for variant in VARIANTS
+    if "EP" not in layout or variant.startswith(WITH_EXPERTS)
+]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
-    """Variant -> its directory and dtype."""
-    import torch
-
-    root = tmp_path_factory.mktemp("models")
-    for variant in VARIANTS:
+def findings(
+    request: pytest.FixtureRequest, tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """What went wrong, by selected layout and variant; layouts of as many processes share a launch."""
+    wanted = selected(request, "layout", "variant")
+    models = {}
+    for variant in {variant for _, variant in wanted}:
         name, head, dtype = variant.split()
-        write_model(root / variant, name, tied=head == "tied", dtype=getattr(torch, dtype))
-    return {variant: (str(root / variant), variant.split()[2]) for variant in VARIANTS}
-
-
-@pytest.fixture(scope="module")
-def findings(models: dict[str, tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What went wrong, by layout and variant; layouts of as many processes share a launch."""
+        models[variant] = (str(tiny_models(name, tied=head == "tied", dtype=dtype)), dtype)
     findings: dict[str, str] = {}
     for processes in (1, 2, 4):
         folder = tmp_path_factory.mktemp("findings")
         layouts = {
-            layout: (settings, legal_variants(layout))
+            layout: (settings, [variant for variant in VARIANTS if (layout, variant) in wanted])
             for layout, (count, settings) in LAYOUTS.items()
             if count == processes
         }
@@ -63,8 +68,6 @@ def findings(models: dict[str, tuple[str, str]], tmp_path_factory: pytest.TempPa
     return findings
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_come_back_bitwise(layout: str, findings: dict[str, str]) -> None:
-    of_layout = {variant: findings[f"{layout}: {variant}"] for variant in legal_variants(layout)}
-    assert len(of_layout) >= 4 * (3 if "EP" in layout else len(MODELS))
-    assert not {variant: wrong for variant, wrong in of_layout.items() if wrong}
+@pytest.mark.parametrize(("layout", "variant"), CASES)
+def test_weights_come_back_bitwise(layout: str, variant: str, findings: dict[str, str]) -> None:
+    assert findings[f"{layout}: {variant}"] == ""

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import random
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import reference
 import torch
-from launching import launch
+from forked import launch
+from selection import selected
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from chord_megatron.config import Config
@@ -95,8 +97,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 SAMPLING_LAYOUTS = (BASELINE, "TP 2", "TP 2 + SP", "PP 2", "PP 2 x VPP 2", "DP 2", "TP 2 x PP 2")
 SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
 
-# Where a case runs that the other layouts would add nothing to: each takes its time.
-LAYOUTS_OF = {"sequence mask": (BASELINE, "TP 2", "PP 2", "DP 2")}
+# Every case runs at two layouts, and two under all of them, which between them have all terms of the loss and both
+# kinds of head. `make test-all` adds the others, but this one, where the other layouts would add nothing.
+EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2"), (BASELINE, "DP 2, micro-batch 4, shuffled")
+LAYOUTS_OF = {"sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2")}
+PAIRS = [
+    pytest.param(layout, case, marks=() if layout in EVERY_CASE_AT or case in EVERYWHERE else pytest.mark.slow)
+    for layout in LAYOUTS
+    for case in CASES
+    if layout in LAYOUTS_OF.get(case, LAYOUTS)
+]
 
 Configs = dict[tuple[str, str], Config]  # by layout and case
 
@@ -125,11 +135,6 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
         built.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
-
-
-def cases_of(layout: str) -> list[str]:
-    """The cases that run under a layout."""
-    return [case for case in CASES if layout in LAYOUTS_OF.get(case, LAYOUTS)]
 
 
 def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
@@ -162,12 +167,12 @@ def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
     return Config.model_validate(nested)
 
 
-def make_configs(assets: Path, layout: str) -> Configs:
+def make_configs(assets: Path, layout: str, cases: list[str]) -> Configs:
     """All runs under a layout; the one that samples comes first."""
     _, settings = LAYOUTS[layout]
     settings_of = {
         case: {**CASES[case], "rollout.engine": "replay", "rollout.replay_from": str(assets / f"{BASELINE}.jsonl")}
-        for case in cases_of(layout)
+        for case in cases
     }
     if layout in SAMPLING_LAYOUTS:
         record = {"rollout.record_to": str(assets / f"{layout}.jsonl")}
@@ -179,14 +184,16 @@ def make_configs(assets: Path, layout: str) -> Configs:
 
 
 @pytest.fixture(scope="module")
-def runs(assets: Path) -> Configs:
-    """Every run, done. Layouts of as many processes share a launch: starting takes longer than training."""
+def runs(assets: Path, request: pytest.FixtureRequest) -> Configs:
+    """Every run that the selected tests ask for, done. Layouts of as many processes share a launch."""
+    wanted = selected(request, "layout", "case")
     runs: Configs = {}
     for processes in (1, 2, 4):
         configs: Configs = {}
         for layout in LAYOUTS:
             if LAYOUTS[layout][0] == processes:
-                configs |= make_configs(assets, layout)
+                cases = list(CASES) if layout == BASELINE else [case for case in CASES if (layout, case) in wanted]
+                configs |= make_configs(assets, layout, cases)
         path = assets / f"{processes}.json"
         path.write_text(json.dumps([config.model_dump() for config in configs.values()]), encoding="utf-8")
         launch(HERE / "exactness_worker.py", path, processes=processes)
@@ -200,21 +207,21 @@ def references(runs: Configs) -> dict[str, list[reference.Step]]:
     return {case: reference.train(runs[BASELINE, case]) for case in CASES}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "case"), PAIRS)
 def test_loss_and_grad_norm_are_exact(
-    layout: str, runs: Configs, references: dict[str, list[reference.Step]], measurements: list[str]
+    layout: str,
+    case: str,
+    runs: Configs,
+    references: dict[str, list[reference.Step]],
+    measure: Callable[[str, float], None],
 ) -> None:
-    steps = {case: logged_steps(runs[layout, case]) for case in cases_of(layout)}
-    from_baseline = {
-        case: relative_errors(of_case, logged_steps(runs[BASELINE, case])) for case, of_case in steps.items()
-    }
-    from_reference = {case: relative_errors(of_case, references[case]) for case, of_case in steps.items()}
-    measurements.append(
-        f"exactness: {layout:30} from {BASELINE} {worst(from_baseline)}, from float64 {worst(from_reference)}"
-    )
-    for errors in (from_baseline, from_reference):
-        outside = {case: e for case, e in errors.items() if any(x > bound for x, bound in zip(e, TOLERANCES))}
-        assert not outside
+    steps = logged_steps(runs[layout, case])
+    from_baseline = relative_errors(steps, logged_steps(runs[BASELINE, case]))
+    from_reference = relative_errors(steps, references[case])
+    for source, errors in ((BASELINE, from_baseline), ("float64", from_reference)):
+        for step, error in enumerate(errors):
+            measure(f"loss and gradient norm of step {step}, {layout} from {source}", error)
+        assert all(error <= bound for error, bound in zip(errors, TOLERANCES)), (source, errors)
 
 
 @pytest.mark.parametrize("layout", SAMPLING_LAYOUTS)
@@ -270,8 +277,3 @@ def relative_errors(steps: list[reference.Step], expected: list[reference.Step])
         )
         for step, wanted in zip(steps, expected, strict=True)
     ]
-
-
-def worst(errors: dict[str, list[float]]) -> str:
-    """The largest error over the cases, step by step."""
-    return " ".join(f"{max(of_step):.0e}" for of_step in zip(*errors.values()))

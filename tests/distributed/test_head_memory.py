@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import launch
+from forked import launch
 from tiny_families import make_model
 
 pytestmark = pytest.mark.distributed
@@ -15,12 +16,14 @@ NUM_TOKENS, VOCAB_SIZE = 2048, 150_000  # head_memory_worker.py; 1.2 GB of float
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_step_takes_a_fraction_of_the_memory_of_its_logits(tmp_path: Path, measurements: list[str], tied: bool):
+def test_a_step_takes_a_fraction_of_the_memory_of_its_logits(
+    tmp_path: Path, measure: Callable[[str, float], None], tied: bool
+):
     make_model(
         "llama", tied=tied, vocab_size=VOCAB_SIZE, hidden_size=16, max_position_embeddings=NUM_TOKENS
     ).save_pretrained(tmp_path)
     output = launch(Path(__file__).parent / "head_memory_worker.py", tmp_path, processes=1)
     (extra,) = re.findall(r"extra bytes: (\d+)", output)
     logits = NUM_TOKENS * VOCAB_SIZE * 4
-    measurements.append(f"memory of a step and of log-probs: {int(extra) / 1e6:.0f} MB; logits {logits / 1e6:.0f} MB")
+    measure("memory of a step and of log-probs, as a share of its logits", int(extra) / logits)
     assert int(extra) < logits / 8

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launching import launch
+from forked import launch
 
 pytestmark = pytest.mark.distributed
 

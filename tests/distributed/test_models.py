@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import launch
+from forked import launch
 from safetensors.torch import load_file
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS, write_model
+from selection import selected
+from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS
 from tiny_families import MODELS as NAMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -30,9 +32,19 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "EP 2": (2, EP_2),
     "TP 2 + SP x EP 2": (2, TP_2 | EP_2),
 }
+
+
+def in_short(layout: str, model: str) -> bool:
+    """Every model at TP 1 and TP 2 + SP; one of each architecture under the other layouts."""
+    return layout in ("TP 1", "TP 2 + SP") or model in ("llama tied", "qwen3_moe untied", "deepseek_v3 untied")
+
+
 # Expert parallelism needs experts.
 CASES = [
-    (layout, model) for layout in LAYOUTS for model in MODELS if "EP" not in layout or model.startswith(WITH_EXPERTS)
+    pytest.param(layout, model, marks=() if in_short(layout, model) else pytest.mark.slow)
+    for layout in LAYOUTS
+    for model in MODELS
+    if "EP" not in layout or model.startswith(WITH_EXPERTS)
 ]
 each_case = pytest.mark.parametrize(("layout", "model"), CASES)
 SEQUENCE_LENGTHS = (30, 1, 17, 2, 9)
@@ -51,24 +63,24 @@ SEQUENCES, PROMPTS = random_sequences(SEQUENCE_LENGTHS), random_sequences(PROMPT
 
 
 @pytest.fixture(scope="module")
-def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for model in MODELS:
-        name, head = model.split()
-        write_model(root / model, name, tied=head == "tied")
-    return {model: root / model for model in MODELS}
+def model_dirs(tiny_models: Callable[..., Path]) -> dict[str, Path]:
+    return {model: tiny_models(model.split()[0], tied=model.endswith(" tied")) for model in MODELS}
 
 
 @pytest.fixture(scope="module")
-def answers(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Answers:
-    """What the engine says of each model under each layout; layouts of as many processes share a launch."""
+def answers(
+    model_dirs: dict[str, Path], request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Answers:
+    """What the engine says of each selected model and layout; layouts of as many processes share a launch."""
+    wanted = selected(request, "layout", "model")
+    wanted |= {("TP 1", model) for _, model in wanted}
     answers: Answers = {}
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp("answers")
         questions = {
             "models": {model: str(path) for model, path in model_dirs.items()},
             "layouts": {
-                layout: (settings, [model for of, model in CASES if of == layout])
+                layout: (settings, [model for model in MODELS if (layout, model) in wanted])
                 for layout, (count, settings) in LAYOUTS.items()
                 if count == processes
             },
@@ -133,11 +145,11 @@ def test_every_rank_holds_as_many_parameters_as_estimated(
 
 @each_case
 def test_log_probs_are_those_of_transformers(
-    layout: str, model: str, answers: Answers, expected: dict, measurements: list[str]
+    layout: str, model: str, answers: Answers, expected: dict, measure: Callable[[str, float], None]
 ) -> None:
     pairs = zip(answers[layout, model]["log_probs"], expected[model]["log_probs"], strict=True)
     error = max((actual - wanted).abs().max().item() for actual, wanted in pairs)
-    measurements.append(f"log-probs: {layout:16} {model:23} from transformers {error:.0e}")
+    measure(f"log-probs, {layout} from transformers", error)
     assert error <= 1e-5
 
 
@@ -151,10 +163,10 @@ def test_sampler_and_trainer_have_the_same_log_probs(layout: str, model: str, an
         torch.testing.assert_close(torch.tensor(sampler), trainer[-len(tokens) :], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model", [model for model in MODELS if model.startswith(WITH_EXPERTS)])
-def test_ranks_agree_on_a_token_that_they_draw_differently(model: str, answers: Answers) -> None:
+@pytest.mark.parametrize(("layout", "model"), [case for case in CASES if case.values[0] == "TP 2 + SP x EP 2"])
+def test_ranks_agree_on_a_token_that_they_draw_differently(layout: str, model: str, answers: Answers) -> None:
     """As rounding makes them: experts compute the tensor-parallel ranks' copies of a token as other rows."""
-    of_model = answers["TP 2 + SP x EP 2", model]
+    of_model = answers[layout, model]
     assert of_model["sampled_astray"] == [of_model["sampled"]] * 2
 
 
@@ -167,12 +179,12 @@ def test_greedy_completions_are_those_of_transformers(
 
 @each_case
 def test_a_training_step_is_the_same_under_every_layout(
-    layout: str, model: str, answers: Answers, measurements: list[str]
+    layout: str, model: str, answers: Answers, measure: Callable[[str, float], None]
 ) -> None:
     """Loss and gradient norm, also of experts on other ranks and of latent attention."""
     here, alone = answers[layout, model], answers["TP 1", model]
     errors = [abs(here[key] - alone[key]) / alone[key] for key in ("loss", "grad_norm")]
-    measurements.append(f"loss, grad_norm: {layout:16} {model:23} from TP 1 {errors[0]:.0e} {errors[1]:.0e}")
+    measure(f"loss and gradient norm of any family, {layout} from TP 1", max(errors))
     assert max(errors) <= 1e-5
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launching import launch
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, VPP_2, make_model
+from forked import launch
+from selection import selected
+from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, VPP_2
 
 pytestmark = pytest.mark.distributed
 
@@ -23,13 +24,22 @@ PAIRS = [
     ("qwen2 tied", "bfloat16", True),
     ("qwen2 untied", "float32", True),
 ]
-CASES = [
-    # Every pair of head, dtype and optimizer.
-    *((layout, *case) for layout in ("TP 2", "DP 2") for case in PAIRS),
-    *product(("EP 2",), ("qwen3_moe untied",), ("bfloat16",), (False, True)),
-    *product(("PP 2 x VPP 2",), ("qwen2 untied",), ("float32", "bfloat16"), (True,)),
+# Each layout, and every pair of head, dtype and optimizer.
+SHORT = [
+    *(("TP 2", *case) for case in PAIRS[:2]),
+    *(("DP 2", *case) for case in PAIRS[2:]),
+    ("EP 2", "qwen3_moe untied", "bfloat16", True),
+    ("PP 2 x VPP 2", "qwen2 untied", "bfloat16", True),
 ]
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: name_of(case))
+LONG = [
+    *(("TP 2", *case) for case in PAIRS[2:]),
+    *(("DP 2", *case) for case in PAIRS[:2]),
+    ("EP 2", "qwen3_moe untied", "bfloat16", False),
+    ("PP 2 x VPP 2", "qwen2 untied", "float32", True),
+]
+each_case = pytest.mark.parametrize(
+    "case", [*SHORT, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)], ids=lambda case: name_of(case)
+)
 TRAINING = {"forward_backward", "optimizer_step", "save", "load"}
 EVALUATION = {"compute_log_probs", "generate", "export_hf_weights"}
 # What leaves in each visit of offload_worker.py's train(), and whether Adam has moments by then.
@@ -44,19 +54,19 @@ def name_of(case: Case) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What offload_worker.py found of each case, in a launch of two processes for each layout."""
+def answers(
+    tiny_models: Callable[..., Path], request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What offload_worker.py found of each selected case, in a launch of two processes for each layout."""
     folder = tmp_path_factory.mktemp("offload")
     generator = torch.Generator().manual_seed(1)
     cases: dict[str, dict[str, dict]] = {layout: {} for layout in LAYOUTS}
-    for case in CASES:
+    for (case,) in sorted(selected(request, "case")):
         layout, model, dtype, distributed_optimizer = case
-        path = folder / f"{model} {dtype} {layout}"
         name, head = model.split()
         # An interleaved pipeline needs a layer for each of its chunks.
         layers = 4 if "VPP" in layout else 2
-        tiny = make_model(name, tied=head == "tied", num_hidden_layers=layers)
-        tiny.to(getattr(torch, dtype)).save_pretrained(path)
+        path = tiny_models(name, tied=head == "tied", dtype=dtype, num_hidden_layers=layers)
         cases[layout][name_of(case)] = {
             "path": str(path),
             "dtype": dtype,

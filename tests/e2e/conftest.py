@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,24 +37,22 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def assets(make_once: Callable[..., Path]) -> Path:
     """model/, prompts.jsonl, experts.jsonl and rewards.py; not to be written to."""
-    root = tmp_path_factory.mktemp("assets")
-    write_tiny_model(root / "model")
-    write_rows(root / "prompts.jsonl", [{"prompt": f"{n} + {n + 3} =", "answer": f"{2 * n + 3}"} for n in range(24)])
-    write_rows(root / "experts.jsonl", [{"prompt": f"{n} + {n} =", "answer": f"it is {2 * n}"} for n in range(16)])
-    (root / "rewards.py").write_text(REWARDS, encoding="utf-8")
-    return root
+    return make_once("assets", write_assets)
 
 
 @pytest.fixture(scope="session")
-def vllm_assets(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vllm_assets(make_once: Callable[..., Path]) -> Path:
     """As `assets`, with a model that vLLM runs on CPU: its attention wants a head dimension of 32."""
-    root = tmp_path_factory.mktemp("vllm_assets")
-    write_tiny_model(root / "model", head_dim=32)
-    for name in ("prompts.jsonl", "experts.jsonl", "rewards.py"):
-        (root / name).symlink_to(assets / name)
-    return root
+    return make_once("vllm_assets", partial(write_assets, head_dim=32))
+
+
+def write_assets(root: Path, head_dim: int = 8) -> None:
+    write_tiny_model(root / "model", head_dim=head_dim)
+    write_rows(root / "prompts.jsonl", [{"prompt": f"{n} + {n + 3} =", "answer": f"{2 * n + 3}"} for n in range(24)])
+    write_rows(root / "experts.jsonl", [{"prompt": f"{n} + {n} =", "answer": f"it is {2 * n}"} for n in range(16)])
+    (root / "rewards.py").write_text(REWARDS, encoding="utf-8")
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked
 import psutil
 import pytest
 import yaml
+from forked import Outcome
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -25,19 +26,6 @@ from chord_megatron.cli import app
 TIMEOUT_SECONDS = 240
 # What differs between two identical runs.
 _MEASURED = ("time_", "tokens_per_second", "peak_memory_bytes")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
 
 
 def write_config(assets: Path, directory: Path) -> Path:
@@ -90,13 +78,18 @@ def start(*arguments: str | Path, env: dict[str, str] | None = None, log: Path |
         stderr=output or subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})},
+        env={**os.environ, **forked.ENVIRONMENT, **(env or {})},
     )
 
 
 def train_on_two(config: Path, *overrides: str) -> Outcome:
     """`chord-megatron train --nproc-per-node 2`, to its end."""
     return finish(start("chord_megatron.cli", "train", config, *overrides, "--nproc-per-node", "2"))
+
+
+def train_on_forks(config: Path, *overrides: str) -> Outcome:
+    """What torchrun would run in two processes, without its launcher and the time to import."""
+    return forked.run("chord_megatron.train", config, *overrides, processes=2, timeout_seconds=TIMEOUT_SECONDS)
 
 
 def finish(process: subprocess.Popen[str]) -> Outcome:

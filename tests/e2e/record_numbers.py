@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import finish, read_lines, read_metrics, start, succeeded, weights, write_config, write_rows
+from harness import read_lines, read_metrics, succeeded, train_on_forks, weights, write_config, write_rows
 from safetensors.torch import load_file
 from tiny_families import make_model
 from tiny_model import byte_tokenizer
@@ -76,8 +76,7 @@ def record(root: Path, layout: str, case: str) -> dict[str, Any]:
         f"rollout.record_to={rollouts}",
         "rollout.max_completion_length=16",
     )
-    arguments = (config, *overrides, *settings, *CASES[case], "--nproc-per-node", "2")
-    succeeded(finish(start("chord_megatron.cli", "train", *arguments)))
+    succeeded(train_on_forks(config, *overrides, *settings, *CASES[case]))
     run = directory / "run"
     tensors = load_file(run / "hf" / f"step_{STEPS}" / "model.safetensors")
     return {

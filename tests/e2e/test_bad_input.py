@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from harness import Outcome, read_metrics, train_here, train_on_two, write_rows
+from harness import Outcome, read_metrics, train_here, train_on_forks, train_on_two, write_rows
 
 from chord_megatron.training import main as train_main
 
@@ -206,7 +206,7 @@ def test_two_processes_say_it_once(config: Path, folder: Path, tmp_path: Path):
 
 @pytest.mark.distributed
 def test_two_processes_stop_at_a_failing_reward_function(config: Path, assets: Path, tmp_path: Path):
-    outcome = train_on_two(
+    outcome = train_on_forks(
         config, f"rewards.reward_funcs=[{assets}/rewards.py:raises]", "parallel.tensor_model_parallel_size=2"
     )
     assert "RuntimeError: no verdict on two lines" in the_error(outcome)

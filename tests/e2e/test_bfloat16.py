@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from harness import finish, read_lines, start, succeeded, write_config
+from forked import launch
+from harness import read_lines, write_config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
@@ -49,8 +50,7 @@ def runs(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
                 config.setdefault(group, {}).update(values)
             path.write_text(yaml.safe_dump(config), encoding="utf-8")
             paths[case, dtype] = path
-    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER)
-    succeeded(finish(start(*launch, *paths.values())))
+    launch(WORKER, *paths.values(), processes=2)
     return {key: path.with_name("run") for key, path in paths.items()}
 
 

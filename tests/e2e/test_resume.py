@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from harness import (
     start,
     succeeded,
     train_here,
+    train_on_forks,
     train_on_two,
     wait_until,
     weight_bytes,
@@ -78,13 +81,16 @@ def sharded_optimizer(assets: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
 def sharded(
-    request: pytest.FixtureRequest, sharded_optimizer: RunFiles, assets: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    sharded_optimizer: RunFiles,
+    assets: Path,
+    make_once: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[RunFiles, Overrides]:
     """That run, or one of a model with experts, two on each process; and the overrides that made it."""
     if request.param == "dense":
         return sharded_optimizer, SHARDED_OPTIMIZER
-    model = tmp_path_factory.mktemp("experts") / "model"
-    write_tiny_model(model, with_experts=True)
+    model = make_once("tiny model with experts", partial(write_tiny_model, with_experts=True))
     overrides = (*SHARDED_OPTIMIZER, f"model.path={model}", "parallel.expert_model_parallel_size=2")
     return finished_run(assets, tmp_path_factory.mktemp("expert_parallel"), *overrides), overrides
 
@@ -106,7 +112,7 @@ def killed(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
 
 def finished_run(assets: Path, base: Path, *overrides: str) -> RunFiles:
     run = RunFiles(write_config(assets, base), base / "files")
-    succeeded(train_on_two(run.config, *run.overrides, *overrides))
+    succeeded(train_on_forks(run.config, *run.overrides, *overrides))
     return run
 
 
@@ -174,7 +180,7 @@ def test_saved_at_tp_2_and_at_pp_2_the_weights_are_the_same_bytes(tensor_paralle
         "train.train_iters=7",
         "grpo.beta=0.05",
     )
-    succeeded(train_on_two(run.config, *run.overrides, *pipeline))
+    succeeded(train_on_forks(run.config, *run.overrides, *pipeline))
     assert weight_bytes(run.path, 7) == expected
     for step in (6, 7):
         converted = tmp_path / f"converted_{step}"
@@ -191,7 +197,7 @@ def test_the_distributed_optimizer_resumes_bitwise(sharded: tuple[RunFiles, Over
     finished, overrides = sharded
     run = finished.copy_to(tmp_path / "files")
     run.rewind_to(2)
-    succeeded(train_on_two(run.config, *run.overrides, *overrides))
+    succeeded(train_on_forks(run.config, *run.overrides, *overrides))
     assert_same_run(run, finished, step=4)
 
 

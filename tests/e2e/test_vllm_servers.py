@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -18,7 +16,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_two, weights, write_config
+from forked import launch
+from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_forks, weights, write_config
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -55,12 +54,18 @@ def token() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def servers(
-    vllm_assets: Path, token: None, tmp_path_factory: pytest.TempPathFactory
+    vllm_assets: Path, token: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Popen[str]]]:
-    """URL -> process of two servers, which start while the first test waits for them."""
+    """URL -> process of two servers, which start while the first test waits for them.
+
+    Where the tests that restart them run too, as users start them; else without compiling the model, half the work.
+    """
     started = {}
+    of_module = [item for item in request.session.items if item.path == request.path]
+    is_long = any(item.get_closest_marker("slow") for item in of_module)
     for port in free_ports(2):
-        options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "64")
+        options = ["--port", str(port), "--dtype", "float32", "--max-model-len", "64"]
+        options += [] if is_long else ["--", "--enforce-eager"]
         process = start(
             "chord_megatron.cli", "serve", vllm_assets / "model", *options, log=tmp_path_factory.mktemp("log")
         )
@@ -133,7 +138,7 @@ def test_a_run_learns_from_a_server_as_from_the_embedded_engine(servers: dict, v
     options = ("rollout.engine=vllm", "rollout.vllm_mode=server", f"rollout.vllm_servers={list(servers)}")
     recorded = tmp_path / "rollouts.jsonl"
     outcome = succeeded(
-        train_on_two(config, *options, "parallel.tensor_model_parallel_size=2", f"rollout.record_to={recorded}")
+        train_on_forks(config, *options, "parallel.tensor_model_parallel_size=2", f"rollout.record_to={recorded}")
     )
     lines = read_metrics(tmp_path / "run")
     assert len(lines) == 6
@@ -181,7 +186,7 @@ def test_a_run_learns_from_a_server_as_from_the_embedded_engine(servers: dict, v
 def test_all_servers_hold_what_was_sent_and_count_its_version(
     open_pool: Callable[..., ServerPool], exported: Weights, vllm_assets: Path, tmp_path: Path
 ):
-    """By files and by broadcast; at last a server completes as an engine does that reads the checkpoint itself."""
+    """By files and by broadcast."""
     pool, transfer = open_pool(), broadcast()
     changed = {name: tensor + 0.01 for name, tensor in exported.items()}
     update(pool, changed, 1, tmp_path)
@@ -200,12 +205,17 @@ def test_all_servers_hold_what_was_sent_and_count_its_version(
     first, second = scores.values()
     assert first == second and [len(row) for row in first] == [2, 1]
 
-    update(pool, exported, 4, tmp_path)
+
+@pytest.mark.slow
+def test_a_server_completes_as_an_engine_that_reads_the_checkpoint_itself(
+    open_pool: Callable[..., ServerPool], exported: Weights, vllm_assets: Path, tmp_path: Path
+):
+    pool = open_pool()
+    update(pool, exported, 1, tmp_path)
     fresh = tmp_path / "fresh.json"
-    worker = Path(__file__).with_name("vllm_colocate_worker.py")
-    subprocess.run([sys.executable, worker, fresh, "--fresh", vllm_assets / "model"], check=True, timeout=240)
+    launch(Path(__file__).with_name("vllm_colocate_worker.py"), fresh, "--fresh", vllm_assets / "model", processes=1)
     expected = json.loads(fresh.read_text(encoding="utf-8"))["tokens"]
-    assert tokens(pool.submit(requests(4, 12), 4).result()) == expected
+    assert tokens(pool.submit(requests(4, 12), 1).result()) == expected
 
 
 class Trainer:
@@ -255,6 +265,7 @@ def test_a_sampler_with_other_weights_than_the_trainers_stops_the_run(
         draw(swapped, 2)
 
 
+@pytest.mark.slow
 def test_damaged_and_broken_updates_never_sample(
     open_pool: Callable[..., ServerPool], servers: dict, exported: Weights, tmp_path: Path
 ):
@@ -276,6 +287,7 @@ def test_damaged_and_broken_updates_never_sample(
     assert len(tokens(pool.submit(requests(4), 1).result())) == 4
 
 
+@pytest.mark.slow
 def test_a_killed_and_a_frozen_server_lose_no_completion(
     open_pool: Callable[..., ServerPool], servers: dict[str, Popen[str]], exported: Weights, tmp_path: Path
 ):
@@ -307,6 +319,7 @@ def test_a_killed_and_a_frozen_server_lose_no_completion(
     wait_for(lambda: in_service_after_update(pool, exported, 5, tmp_path) == set(servers))
 
 
+@pytest.mark.slow
 def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
     open_pool: Callable[..., ServerPool],
     servers: dict[str, Popen[str]],
@@ -351,7 +364,7 @@ def test_without_a_server_the_run_says_so(vllm_assets: Path, tmp_path: Path):
     (port,) = free_ports(1)
     config = write_config(vllm_assets, tmp_path)
     options = ("rollout.engine=vllm", "rollout.vllm_mode=server", "rollout.vllm_server_timeout=1")
-    outcome = train_on_two(config, *options, f"rollout.vllm_servers=['http://127.0.0.1:{port}']")
+    outcome = train_on_forks(config, *options, f"rollout.vllm_servers=['http://127.0.0.1:{port}']")
     assert outcome.code == 2
     (error,) = outcome.errors
     assert "Traceback" not in outcome.stderr  # of the other rank

@@ -244,6 +244,7 @@ def test_requirements_keep_what_is_installed_and_pin_the_rest():
     assert done.stdout == "typer==0.29.2\nrich==15.0.0\n"
 
 
+@pytest.mark.slow
 def test_a_replaced_torch_ends_the_build(tmp_path: Path):
     run = [sys.executable, ROOT / "docker/same_torch.py"]
     assert subprocess.run([*run, "record", tmp_path / "torch.json"]).returncode == 0
@@ -258,6 +259,7 @@ def test_a_replaced_torch_ends_the_build(tmp_path: Path):
 # The replay
 
 
+@pytest.mark.slow
 def test_replay_carries_out_the_lines_of_the_file(tmp_path: Path):
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text(

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_families import write_model
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
@@ -30,10 +29,9 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen2 in bfloat16, with something beside its weights."""
-    root = tmp_path_factory.mktemp("hf") / "model"
-    write_model(root, "qwen2", dtype=torch.bfloat16)
+    root = shutil.copytree(tiny_models("qwen2", dtype="bfloat16"), tmp_path_factory.mktemp("hf") / "model")
     (root / "tokenizer.json").write_text("{}")
     (root / "README.md").write_text("not copied")
     return root
@@ -150,14 +148,14 @@ def test_casts_reach_weights_and_config(model: Path, tmp_path: Path, dtype: torc
         assert config["dtype"] == str(name).removeprefix("torch.")
 
 
-def test_expert_biases_stay_float32(tmp_path: Path):
-    write_model(tmp_path / "model", "deepseek_v3", dtype=torch.bfloat16)
-    conversion.hf_to_megatron(tmp_path / "model", tmp_path / "megatron", dtype=torch.float16)
+def test_expert_biases_stay_float32(tiny_models: Callable[..., Path], tmp_path: Path):
+    model = tiny_models("deepseek_v3", dtype="bfloat16")
+    conversion.hf_to_megatron(model, tmp_path / "megatron", dtype=torch.float16)
     conversion.megatron_to_hf(tmp_path / "megatron", tmp_path / "hf", dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in tensors(tmp_path / "hf").items()}
     biases = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     assert biases == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2, 3)}
-    assert_same({n: tensors(tmp_path / "hf")[n] for n in biases}, {n: tensors(tmp_path / "model")[n] for n in biases})
+    assert_same({n: tensors(tmp_path / "hf")[n] for n in biases}, {n: tensors(model)[n] for n in biases})
 
 
 def test_numbers_too_large_for_float16_are_refused(model: Path, tmp_path: Path):
