@@ -7,17 +7,15 @@ only `MicroBatch` is shifted, because there position `t` predicts the token at `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chord_megatron.system.errors import UserError as UserError
-
 FinishReason = Literal["stop", "length"]
-Metrics = dict[str, float | int | None]  # a line of metrics.jsonl, or a part of one; None: there was nothing to measure
+Metrics = Mapping[str, float | int | None]  # a line of metrics.jsonl or a part of one; None: nothing to measure
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class MegatronEngine:
         self.policy_version = 0  # optimizer steps that the weights have taken
         self._loss_is_finite = True
         self._has_gradients = False
-        self._host_memory: dict[str, HostMemory] = {}  # of what is away: "model", "optimizer"
+        self._host_memory: dict[str, HostMemory] = {}  # of what is offloaded: "model", "optimizer"
         self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
@@ -203,9 +203,9 @@ class MegatronEngine:
         """Leave the device's memory to others meanwhile: of master weights, moments and gradients; of parameters.
 
         Afterwards all is back as it was, on an exception too, but for the gradients: those are zero. Methods that need
-        what is away raise AssertionError. Parts may be offloaded one inside the other.
+        what is offloaded raise AssertionError. Parts may be offloaded one inside the other.
         """
-        parts = [part for part, away in (("optimizer", optimizer), ("model", model)) if away]
+        parts = [part for part, wanted in (("optimizer", optimizer), ("model", model)) if wanted]
         assert not self._host_memory.keys() & set(parts), "offloaded already"
         parameters = [parameter for chunk in self._chunks for parameter in chunk.parameters()]
         try:
@@ -227,8 +227,8 @@ class MegatronEngine:
                     self._spare_host_memory[part].restore()
 
     def _assert_here(self, *needed: str) -> None:
-        away = " and ".join(sorted(self._host_memory.keys() & set(needed)))
-        assert not away, f"the {away} is offloaded: leave the `offloaded` context first"
+        missing = " and ".join(sorted(self._host_memory.keys() & set(needed)))
+        assert not missing, f"the {missing} is offloaded: leave the `offloaded` context first"
 
     def _run_schedule(
         self, batch: GlobalBatch, loss_fn: Callable, *, forward_only: bool, compute_entropy: bool

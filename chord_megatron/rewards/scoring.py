@@ -8,7 +8,8 @@ from typing import Any
 import torch.distributed as dist
 
 from chord_megatron.rewards.functions import RewardFunctions, Rewards
-from chord_megatron.types import Prompt, RolloutSample, ScoredRollouts, UserError
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import Prompt, RolloutSample, ScoredRollouts
 
 
 def score_rollouts(

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 Scores = Sequence[Sequence[float]]  # log-probs of each probe's tokens but its first
 
@@ -16,7 +16,7 @@ Scores = Sequence[Sequence[float]]  # log-probs of each probe's tokens but its f
 def largest_mean_difference(expected: Scores, scores: Mapping[str, Scores]) -> tuple[float, str]:
     """Mean |difference| of the log-probs of the engine where it is largest, and which that is; (0, "") of none.
 
-    What is no number counts as infinite.
+    NaN counts as infinite.
     """
     return max(((_mean_difference(expected, own), name) for name, own in scores.items()), default=(0.0, ""))
 
@@ -31,7 +31,7 @@ def _mean_difference(expected: Scores, scores: Scores) -> float:
 def check_consistency(
     difference: float, engine: str, *, threshold: float, version: int, action: Literal["stop", "warn"]
 ) -> None:
-    """Raises UserError (or warns) where the mean difference is above the threshold, or no number."""
+    """Raises UserError (or warns) where the mean difference is above the threshold, or NaN."""
     if difference <= threshold:
         return
     message = (

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines
-from chord_megatron.types import RolloutRequest, RolloutSample, UserError
+from chord_megatron.types import RolloutRequest, RolloutSample
 
 _DTYPES = {"tokens": torch.int32, "response_mask": torch.bool, "rollout_log_probs": torch.float32}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import TextIO
 
@@ -12,8 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from chord_megatron.tracking.timers import PHASES
-
-Metrics = Mapping[str, float | int | None]
+from chord_megatron.types import Metrics
 
 RECENT_STEPS = 20  # steps whose mean duration predicts the rest
 

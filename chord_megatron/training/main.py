@@ -13,10 +13,10 @@ import torch.distributed as dist
 from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import load_config
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.processes import end_with_parent
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.training.run import Run
-from chord_megatron.types import UserError
 
 _SECONDS_FOR_RANK_0 = 60
 

@@ -18,6 +18,7 @@ from chord_megatron.data.load import RunData, load_run_data, load_tokenizer, sto
 from chord_megatron.planning.plan import make_plan
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
+from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.evaluation import Evaluator
@@ -29,7 +30,7 @@ from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.training.trainer import ChordTrainer, StepResult
-from chord_megatron.types import SamplingParams, UserError
+from chord_megatron.types import SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
 _NUM_PROBES = 8  # prompts that trainer and sampler both score after an update

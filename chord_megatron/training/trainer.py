@@ -76,11 +76,11 @@ class ChordTrainer:
 
     def describe(self, scored: ScoredRollouts | None) -> Metrics:
         """Rewards and lengths of the step's completions."""
-        metrics = rollout_metrics(scored)
-        if scored is not None:
-            rewards = torch.tensor(scored.rewards, dtype=torch.float64)
-            metrics["zero_std_fraction"] = zero_std_fraction(rewards, self.config.rollout.num_generations)
-        return metrics
+        if scored is None:
+            return rollout_metrics(None)
+        rewards = torch.tensor(scored.rewards, dtype=torch.float64)
+        share = zero_std_fraction(rewards, self.config.rollout.num_generations)
+        return {**rollout_metrics(scored), "zero_std_fraction": share}
 
     def speed(self, batch: GlobalBatch) -> Metrics:
         """Where the time of the step went."""

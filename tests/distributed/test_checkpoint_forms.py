@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_families import EP_2, MODELS, PP_2, TP_2, VPP_2, WITH_EXPERTS
 
 from chord_megatron.checkpoints import conversion
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 pytestmark = pytest.mark.distributed
 

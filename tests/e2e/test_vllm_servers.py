@@ -29,9 +29,10 @@ from chord_megatron.rollout.servers.rollout import ServerRollout
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 from chord_megatron.rollout.serving.serve import identity
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
+from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.sampler import Sampler
-from chord_megatron.types import GlobalBatch, Prompt, RolloutSample, SamplingParams, UserError
+from chord_megatron.types import GlobalBatch, Prompt, RolloutSample, SamplingParams
 
 pytestmark = [
     pytest.mark.e2e,

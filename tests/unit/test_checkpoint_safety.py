@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from chord_megatron.checkpoints.metadata import refuse_unsafe
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 class RunsOnLoad:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from chord_megatron.config import Config, known_keys, load_config, to_yaml
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 MINIMAL = """
 model: {path: some/model}

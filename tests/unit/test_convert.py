@@ -11,7 +11,7 @@ import torch
 from tiny_families import MODELS, make_model
 from torch import Tensor
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
 from chord_megatron.weights.families import FAMILIES
 from chord_megatron.weights.hf_config import read_architecture

@@ -13,7 +13,8 @@ from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.data.experts import load_experts
 from chord_megatron.data.prompts import load_prompts
 from chord_megatron.data.sources import load_rows
-from chord_megatron.types import ExpertSample, UserError
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import ExpertSample
 
 CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
 SPECIAL = ["[unk]", "<s>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>"]

@@ -10,7 +10,7 @@ import pytest
 from tiny_families import LLAMA3_ROPE, MODELS, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,

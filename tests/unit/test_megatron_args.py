@@ -13,7 +13,7 @@ import torch
 from tiny_families import MODELS, make_model
 
 from chord_megatron.checkpoints.megatron_args import architecture_from_args, read_megatron_args
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import Llama3Rope, ModelArchitecture, YarnRope
 from chord_megatron.weights.hf_config import parse_config
 

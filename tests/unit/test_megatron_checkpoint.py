@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from chord_megatron.checkpoints import conversion
 from chord_megatron.checkpoints import writer as megatron_writer
 from chord_megatron.system import atomic as new_directory
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights import safetensors_writer
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"

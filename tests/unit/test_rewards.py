@@ -12,7 +12,7 @@ import pytest
 
 from chord_megatron.rewards import build_reward_function
 from chord_megatron.rewards.builtin import accuracy, format_reward
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 
 @pytest.mark.parametrize(

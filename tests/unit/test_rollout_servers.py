@@ -24,7 +24,7 @@ from chord_megatron.rollout.updates.agreement import GENERATE
 from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack, unpack
 from chord_megatron.rollout.updates.files import read_weight_file
 from chord_megatron.rollout.updates.manifest import Manifest, ManifestError, checksum
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.schema import TensorSpec
 
 TOKEN = "correct horse battery"

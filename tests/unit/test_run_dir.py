@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
-from chord_megatron.types import UserError
 
 
 def saved(path: Path, *steps: int, keep: int | None = None) -> RunDir:

@@ -14,9 +14,10 @@ from torch import Tensor
 from chord_megatron.batching.packing import BatchLayout
 from chord_megatron.config import RolloutConfig
 from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.sampler import Sampler
-from chord_megatron.types import GlobalBatch, Prompt, RolloutRequest, SamplingParams, UserError
+from chord_megatron.types import GlobalBatch, Prompt, RolloutRequest, SamplingParams
 
 PROBES = (Prompt(0, "", (5, 6, 7), ""), Prompt(1, "", (8, 9), ""))
 

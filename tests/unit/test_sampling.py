@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from chord_megatron.ops.sampling import sample_tokens, seed_number, uniform_numbers
-from chord_megatron.types import UserError
+from chord_megatron.system.errors import UserError
 
 LAST = 1 - 2**-53  # the largest float64 below 1
 PROBABILITIES = [0.1, 0.4, 0.2, 0.3]  # sorted: tokens 1, 3, 2, 0 with the cumulative sums 0.4, 0.7, 0.9, 1

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from chord_megatron.system.atomic import atomic_write
+from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, read_json_lines
 from chord_megatron.tracking.plots import running_mean
 from chord_megatron.tracking.progress import RECENT_STEPS, format_step
@@ -21,7 +22,6 @@ from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.summary import EvalPoint, print_summary, summarize
 from chord_megatron.tracking.timers import PhaseTimer
-from chord_megatron.types import UserError
 
 FULL_STEP = {
     "step": 11,

@@ -18,7 +18,8 @@ from chord_megatron.rollout.samples import Completion, completion, share_samples
 from chord_megatron.rollout.servers.pool import ServerPool, UpdateError
 from chord_megatron.rollout.servers.transfer import WeightTransfer
 from chord_megatron.rollout.vllm_adapter import SCORING_ARGUMENTS, sampling_arguments
-from chord_megatron.types import RolloutRequest, RolloutSample, UserError
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import RolloutRequest, RolloutSample
 
 T = TypeVar("T")
 
