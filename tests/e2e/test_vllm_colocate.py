@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -11,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import launch
-from harness import read_metrics, write_config
+from harness import TIMEOUT_SECONDS, finish, read_metrics, start, succeeded, write_config
 
 pytestmark = [
     pytest.mark.e2e,
@@ -40,7 +41,8 @@ def trained(vllm_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
     @cache
     def train(tp: int) -> Trained:
         run, found = root / f"run{tp}", root / f"engine{tp}.json"
-        overrides = (
+        arguments = (
+            config,
             "parallel.tensor_model_parallel_size=2",
             "train.train_iters=3",
             "train.save_steps=null",
@@ -52,7 +54,10 @@ def trained(vllm_assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
             "rollout.offload_model=true",
             "rollout.offload_optimizer=true",
         )
-        launch(WORKER, found, config, *overrides, processes=2)
+        # Under torchrun: vLLM's shared memory is removed by an interpreter's end, which forks do not have.
+        succeeded(
+            finish(start("torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, found, *arguments))
+        )
         return Trained(run, json.loads(found.read_text(encoding="utf-8")))
 
     return train
@@ -74,7 +79,8 @@ def test_engines_of_one_and_of_two_ranks_train_the_same(trained: Callable[[int],
 @pytest.mark.slow
 def test_an_engine_ends_with_the_weights_that_were_exported(trained: Callable[[int], Trained], tmp_path: Path):
     fresh = tmp_path / "fresh.json"
-    launch(WORKER, fresh, "--fresh", trained(1).run / "hf" / "step_3", processes=1)
+    describe = [sys.executable, WORKER, fresh, "--fresh", trained(1).run / "hf" / "step_3"]
+    subprocess.run(describe, check=True, timeout=TIMEOUT_SECONDS)
     expected = json.loads(fresh.read_text(encoding="utf-8"))
     assert len(expected["checksums"]) > 10
     assert trained(1).engine["checksums"] == expected["checksums"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
@@ -16,8 +18,18 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from forked import launch
-from harness import kill, read_lines, read_metrics, start, succeeded, train_here, train_on_forks, weights, write_config
+from harness import (
+    TIMEOUT_SECONDS,
+    kill,
+    read_lines,
+    read_metrics,
+    start,
+    succeeded,
+    train_here,
+    train_on_forks,
+    weights,
+    write_config,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -214,7 +226,9 @@ def test_a_server_completes_as_an_engine_that_reads_the_checkpoint_itself(
     pool = open_pool()
     update(pool, exported, 1, tmp_path)
     fresh = tmp_path / "fresh.json"
-    launch(Path(__file__).with_name("vllm_colocate_worker.py"), fresh, "--fresh", vllm_assets / "model", processes=1)
+    worker = Path(__file__).with_name("vllm_colocate_worker.py")
+    describe = [sys.executable, worker, fresh, "--fresh", vllm_assets / "model"]
+    subprocess.run(describe, check=True, timeout=TIMEOUT_SECONDS)
     expected = json.loads(fresh.read_text(encoding="utf-8"))["tokens"]
     assert tokens(pool.submit(requests(4, 12), 1).result()) == expected
 
