@@ -11,9 +11,10 @@ from chord_megatron.types import ExpertSample, FinishReason, Prompt, RolloutSamp
 
 def rollout(tokens: tuple[int, ...], prompt_length: int, finish_reason: FinishReason) -> RolloutSample:
     """The log-prob of the token at t is -t / 4."""
-    is_response = tuple(t >= prompt_length for t in range(len(tokens)))
-    log_probs = tuple(-t / 4 if t >= prompt_length else 0.0 for t in range(len(tokens)))
-    return RolloutSample(0, 0, tokens, is_response, log_probs, 0, finish_reason)
+    places = torch.arange(len(tokens))
+    is_response = places >= prompt_length
+    log_probs = torch.where(is_response, -places / 4, 0.0)
+    return RolloutSample(0, 0, torch.tensor(tokens, dtype=torch.int32), is_response, log_probs, 0, finish_reason)
 
 
 @pytest.mark.parametrize("overlong_filter", [False, True])
@@ -22,7 +23,7 @@ def test_rollouts_by_hand(overlong_filter: bool):
     advantages = torch.tensor([0.75, -1.5], dtype=torch.float64)
     first, second = rollout_training_samples(rollouts, advantages, temperature=0.6, overlong_filter=overlong_filter)
     assert first.tokens.tolist() == [11, 12, 13, 14] and second.tokens.tolist() == [21, 22, 23]
-    assert first.tokens.dtype == torch.int64 and first.loss_mask.dtype == second.loss_mask.dtype == torch.bool
+    assert first.loss_mask.dtype == second.loss_mask.dtype == torch.bool
     assert first.loss_mask.tolist() == [False, False, True, True]
     # Without an end token the filter takes the whole completion out of the loss.
     assert second.loss_mask.tolist() == [False, not overlong_filter, not overlong_filter]
