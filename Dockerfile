@@ -2,7 +2,8 @@
 #   docker build --tag chord_megatron .
 # Rollouts by vLLM: servers from docker/Dockerfile.vllm, the default (docs/deployment.md). In the trainer's processes:
 #   docker build --target colocate --tag chord_megatron:colocate .
-# 26.06 has a torch 2.13, which the tests ran with and vLLM 0.32 asks for.
+# 26.06: Python 3.12, a torch 2.13, which the tests ran with and vLLM 0.32 asks for, TransformerEngine 2.16. It is what
+# Megatron-LM's own image of 0.19 starts from. Sources, and other pairs: docs/status.md.
 ARG PYTORCH=nvcr.io/nvidia/pytorch:26.06-py3
 
 FROM python:3.12-slim-bookworm AS wheel
@@ -17,11 +18,11 @@ RUN useradd --uid 10001 --create-home chord && chmod 1777 /home/chord
 ENV HOME=/home/chord USER=chord
 WORKDIR /home/chord
 # PIP_CONSTRAINT, which the container sets, holds here as well: a dependency that does not fit ends the build.
-COPY pyproject.toml constraints.txt docker/requirements.py docker/same_torch.py ./
+COPY pyproject.toml constraints.txt docker/requirements.py docker/same_torch.py docker/te_range.py ./
 RUN python same_torch.py record torch.json \
     && python requirements.py > requirements.txt \
     && python -m pip install --no-cache-dir --requirement requirements.txt \
-    && python same_torch.py check torch.json
+    && python te_range.py && python same_torch.py check torch.json
 COPY --from=wheel /build/dist dist
 RUN python -m pip install --no-cache-dir --no-deps dist/*.whl && python same_torch.py check torch.json
 COPY examples examples

@@ -2,8 +2,9 @@
 
     python tools/replay_dockerfile.py docker/Dockerfile.cpu --directory NEW_DIR --check
 
-What a base image brings stands in as packages that are installed first (--base): NVIDIA's image is replayed with
-`--base torch==2.13.0 --python python3.12`. As there, they become pip's constraints (PIP_CONSTRAINT).
+What a base image brings stands in as packages that are installed first (--base), or in name only (--named): NVIDIA's
+image is replayed with `--base torch==2.13.0 --named transformer-engine==2.16.0 --python python3.12`. As there, they
+become pip's constraints (PIP_CONSTRAINT).
 
 Replayed: ARG and ENV, WORKDIR, COPY (also between stages), RUN by bash, and with --check the HEALTHCHECK. Not replayed:
 RUN lines that begin with a command for root (useradd, apt-get; it says so), USER, the base image itself. Paths in RUN
@@ -83,10 +84,15 @@ class Replay:
         if parent:
             shutil.copytree(parent.root, self.root)
 
-    def prepare(self, python: str, packages: list[str]) -> None:
-        """Stand in for the base image: its Python, and the packages that it brings."""
+    def prepare(self, python: str, packages: list[str], named: list[str]) -> None:
+        """Stand in for the base image: its Python, and the packages that it brings, some of them in name only."""
         self.root.mkdir(parents=True)
         subprocess.run([python, "-m", "venv", self.venv], check=True)
+        for name, version in (pin.split("==") for pin in named):
+            (site,) = self.venv.glob("lib/python*/site-packages")
+            metadata = site / f"{name.replace('-', '_')}-{version}.dist-info/METADATA"
+            metadata.parent.mkdir()
+            metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         pip = [self.venv / "bin/python", "-m", "pip", "--quiet"]
         if packages:
             subprocess.run([*pip, "install", *packages], check=True)
@@ -147,14 +153,17 @@ class Replay:
         return str(self.root / value.lstrip("/")) if value.startswith("/") else value
 
 
-def replay(stages: list[Stage], directory: Path, python: str, base: list[str]) -> Replay:
+def replay(
+    stages: list[Stage], directory: Path, python: str, base: list[str], named: list[str] | None = None
+) -> Replay:
     """Build these stages; the last one is returned."""
     done: dict[str, Replay] = {}
     for stage in stages:
         say(f"FROM {stage.base} AS {stage.name}")
         current = Replay(directory, stage, done.get(stage.base))
         if stage.base not in done:
-            current.prepare(python, [] if stage.base.startswith("python:") else base)
+            is_bare = stage.base.startswith("python:")
+            current.prepare(python, [] if is_bare else base, [] if is_bare else named or [])
         for instruction, value in stage.steps:
             say(f"{instruction} {value}")
             current.step(instruction, value, done)
@@ -173,13 +182,14 @@ def main() -> int:
     parser.add_argument("--target", help="the stage; the last one by default")
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the base image")
     parser.add_argument("--base", nargs="+", default=[], help="packages that the base image brings")
+    parser.add_argument("--named", nargs="+", default=[], metavar="NAME==VERSION", help="there by their metadata alone")
     parser.add_argument("--directory", type=Path, required=True, help="a new directory for it all")
     parser.add_argument("--check", action="store_true", help="run the HEALTHCHECK at the end")
     arguments = parser.parse_args()
     stages = read_stages(arguments.dockerfile)
     stages = needed(stages, arguments.target or stages[-1].name)
     try:
-        built = replay(stages, arguments.directory.resolve(), arguments.python, arguments.base)
+        built = replay(stages, arguments.directory.resolve(), arguments.python, arguments.base, arguments.named)
         if arguments.check:
             (check,) = [value for instruction, value in built.stage.steps if instruction == "HEALTHCHECK"]
             say(f"HEALTHCHECK {check}")

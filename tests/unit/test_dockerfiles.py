@@ -10,17 +10,21 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from chord_megatron.system.versions import VLLM_RANGE
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "tools"))
+sys.path += [str(ROOT / "tools"), str(ROOT / "docker")]
+import te_range  # noqa: E402
 from replay_dockerfile import Replay, Stage, needed, read_stages, replay  # noqa: E402
 
 MAIN, CPU, VLLM = (ROOT / name for name in ("Dockerfile", "docker/Dockerfile.cpu", "docker/Dockerfile.vllm"))
@@ -235,13 +239,120 @@ def test_the_server_image_installs_what_the_server_imports():
     assert done.stderr.endswith("ImportError: safetensors\n")
 
 
-def test_requirements_keep_what_is_installed_and_pin_the_rest():
+def test_requirements_keep_what_is_installed_and_pin_the_rest(tmp_path: Path):
     run = [sys.executable, "docker/requirements.py"]
     everything = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
     assert "torch>=2.6" in everything and "pydantic>=2.9" in everything  # installed here, so their ranges
-    bare = [sys.executable, "-S", "-E", "docker/requirements.py", "typer", "rich"]  # -S: no site-packages
-    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "typer==0.29.2\nrich==15.0.0\n"
+    import packaging
+
+    (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
+    bare = [sys.executable, "-S", "docker/requirements.py", "typer", "rich", "megatron-core"]  # -S: no site-packages
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(bare, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    newest = "0.16.1" if sys.version_info < (3, 12) else "0.19.2"
+    assert done.stdout == f"typer==0.29.2\nrich==15.0.0\nmegatron-core=={newest}\n"
+
+
+# Which releases go together
+
+
+def pins_of(python: str) -> dict[str, str]:
+    """Name -> the version in constraints.txt for this Python."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = [pin for pin in map(Requirement, lines) if not pin.marker or pin.marker.evaluate({"python_version": python})]
+    assert len({pin.name for pin in pins}) == len(pins)
+    return {pin.name: str(pin.specifier).removeprefix("==") for pin in pins}
+
+
+def table_of_status(first: str) -> list[dict[str, str]]:
+    """The rows of the table in docs/status.md whose first column has this title."""
+    lines = (ROOT / "docs/status.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    start = next(i for i, row in enumerate(cells) if row[0] == first)
+    stop = next(i for i in range(start, len(lines)) if not lines[i])
+    return [dict(zip(cells[start], row, strict=True)) for row in cells[start + 2 : stop]]
+
+
+def test_each_python_gets_one_release_of_everything_within_our_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
+    for python, core in {"3.11": "0.16.1", "3.12": "0.19.2", "3.13": "0.19.2"}.items():
+        pins = pins_of(python)
+        assert pins["megatron-core"] == core
+        assert [name for name in pins if name in ranges and pins[name] not in ranges[name]] == []
+
+
+def test_the_pinned_container_is_a_pair_of_the_support_table():
+    (base,) = [stage.base for stage in read_stages(MAIN) if stage.name == "base"]
+    rows = table_of_status("tag")
+    (bold,) = [row for row in rows if row["tag"].startswith("**")]
+    assert base == f"nvcr.io/nvidia/pytorch:{bold['tag'].strip('*')}-py3"
+    assert bold["megatron-core"] == pins_of(bold["Python"])["megatron-core"]
+    (torch,) = set(re.findall(r"torch==([\d.]+)", (ROOT / "Makefile").read_text()))  # the tests ran with it
+    assert bold["torch"].startswith(f"{torch}a0+")
+    deployment = (ROOT / "docs/deployment.md").read_text()
+    assert f"PyTorch container {bold['tag'].strip('*')}: Python {bold['Python']}, torch {torch[:4]}" in deployment
+    for row in rows:
+        assert "https://" in row["sources"], row["tag"]
+
+
+def test_the_containers_of_the_support_table_satisfy_their_megatron_core():
+    ranges = {r["megatron-core"]: r["TransformerEngine that it is for"] for r in table_of_status("megatron-core")}
+    confirmed = [
+        row for row in table_of_status("tag") if row["megatron-core"] and row["TransformerEngine"][0].isdigit()
+    ]
+    assert {row["megatron-core"] for row in confirmed} >= {"0.16.1", "0.19.2"}
+    for row in confirmed:
+        (wanted,) = re.findall("`(.*)`", ranges[row["megatron-core"]])
+        assert row["TransformerEngine"] in SpecifierSet(wanted)
+    (wanted,) = re.findall("`(.*)`", ranges[version("megatron-core")])  # of the one that is installed here, by itself
+    assert te_range.needed(distribution("megatron-core"))[0] == SpecifierSet(wanted)
+
+
+DECLARED = "Requires-Dist: transformer-engine[core_cu13,pytorch]<2.12.0,>=2.9.0a0; extra == 'dev'"
+NO_RANGE = "Requires-Dist: transformer-engine[core_cu13,pytorch]; extra == 'te'"
+
+
+@pytest.mark.parametrize(
+    ("declares", "engine", "says"),
+    [
+        (DECLARED, "2.11.0+abc", None),
+        (DECLARED, "2.9.0", None),  # the code asks about 2.14.0: what is declared goes first
+        (DECLARED, "2.16.0+4220403e", "<2.12.0,>=2.9.0a0 (declared), and this image has 2.16.0+4220403e: "),
+        (NO_RANGE, "2.16.0+4220403e", None),
+        (NO_RANGE, "2.14.0", None),
+        (NO_RANGE, "2.14.0.dev0+abc", ">=2.14.0 (by its code, it declares no range), and this image has 2.14.0.dev0"),
+        (NO_RANGE, "2.9.1", ">=2.14.0 (by its code, it declares no range), and this image has 2.9.1: "),
+        (NO_RANGE, None, ">=2.14.0 (by its code, it declares no range), and this image has none: "),
+    ],
+)
+def test_a_transformer_engine_that_does_not_fit_ends_the_build(
+    declares: str, engine: str | None, says: str | None, tmp_path: Path
+):
+    code = tmp_path / "megatron/core/extensions/transformer_engine.py"
+    code.parent.mkdir(parents=True)
+    code.write_text('if is_te_min_version("2.9.0"): ...\nif not is_te_min_version(\n    "2.14.0"\n): ...\n')
+    found = {"megatron-core": ("9.9", declares)} | ({"transformer-engine": (engine, "")} if engine else {})
+    for name, (number, more) in found.items():
+        metadata = tmp_path / f"{name.replace('-', '_')}-{number}.dist-info/METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n{more}\n")
+    run = [sys.executable, ROOT / "docker/te_range.py"]
+    done = subprocess.run(run, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    if says is None:
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith(f"; here is {engine}\n")
+    else:
+        assert done.returncode == 1
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: megatron-core 9.9 is for TransformerEngine {says}")
+
+
+def test_training_images_are_asked_for_their_transformer_engine():
+    (line,) = [value for value in steps_of(MAIN, "RUN") if "te_range.py" in value]
+    commands = [command.strip() for command in line.split("&&")]
+    (install,) = [i for i, command in enumerate(commands) if "pip install" in command]
+    assert "requirements.txt" in commands[install] and commands[install + 1] == "python te_range.py"
 
 
 @pytest.mark.slow
@@ -263,22 +374,24 @@ def test_a_replaced_torch_ends_the_build(tmp_path: Path):
 def test_replay_carries_out_the_lines_of_the_file(tmp_path: Path):
     dockerfile = tmp_path / "Dockerfile"
     dockerfile.write_text(
-        "ARG BASE=python:3.11\n"
+        "ARG BASE=nvidia:26.06\n"
         "FROM ${BASE} AS first\nWORKDIR /a\nCOPY constraints.txt ./\nRUN wc -l < constraints.txt \\\n    > lines\n"
         "FROM python:3.11 AS unused\nRUN false\n"
         "FROM ${BASE} AS second\nARG WHO=you\nENV HOME=/home/x GREETING=hello\nWORKDIR /home/x\n"
         "RUN apt-get update\nCOPY --from=first /a/lines copied\n"
         'RUN echo "$GREETING $WHO" > said && python -c "import sys; print(sys.prefix)" > prefix\n'
+        "RUN python -c \"from importlib import metadata; print(metadata.version('transformer-engine'))\" > named\n"
     )
     stages = read_stages(dockerfile)
-    assert [stage.base for stage in stages] == ["python:3.11"] * 3
+    assert [stage.base for stage in stages] == ["nvidia:26.06", "python:3.11", "nvidia:26.06"]
     used = needed(stages, "second")
     assert [stage.name for stage in used] == ["first", "second"]
-    built = replay(used, tmp_path / "replayed", sys.executable, [])
+    built = replay(used, tmp_path / "replayed", sys.executable, [], ["transformer-engine==2.16.0"])
     assert isinstance(built, Replay)
     assert built.here == tmp_path / "replayed/second/home/x"
     assert int((built.here / "copied").read_text()) == len((ROOT / "constraints.txt").read_text().splitlines())
     assert (built.here / "said").read_text() == "hello you\n"
+    assert (built.here / "named").read_text() == "2.16.0\n"
     assert Path((built.here / "prefix").read_text().strip()) == tmp_path / "replayed/venv-second"
 
 
