@@ -19,8 +19,11 @@ from functools import cache
 from pathlib import Path
 
 BACKEND = Path(__file__).parents[1] / "chord_megatron" / "backend"
-# Optional, with a fallback: there from 0.18 on or so.
-OPTIONAL = {"megatron.core.inference.utils.InferenceMode"}
+# There in some releases only (chord_megatron/backend/releases.py).
+OPTIONAL = {
+    "megatron.core.inference.utils.InferenceMode",
+    "megatron.core.transformer.multi_latent_attention.MLASelfAttention._resolve_qk_norm_config",
+}
 
 
 @dataclass
@@ -157,7 +160,7 @@ def check(release: Release, backend: Path = BACKEND) -> list[str]:
             f"{path.name}: no {name}" for name in sorted(wanted) if not release.find(name) and name not in OPTIONAL
         ]
         for name, attribute in sorted(usage.attributes | usage.overrides):
-            if name in OPTIONAL or not release.find(name):
+            if not OPTIONAL.isdisjoint({name, f"{name}.{attribute}"}) or not release.find(name):
                 continue
             if not release.has_attribute(name, attribute):
                 problems.append(f"{path.name}: {name} has no {attribute}")

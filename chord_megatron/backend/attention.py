@@ -18,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
 
+from chord_megatron.backend import releases
+
 
 class SDPACoreAttention(MegatronModule):
     """Causal attention of each packed sequence by itself; with a KV cache, attention under an explicit mask."""
@@ -120,6 +122,9 @@ class CachedLatentAttention(MLASelfAttention):
             return query, key, value, None, self.attn_mask_type, None
         keys, values = _append_to_cache(inference_context, self.layer_number, key, value)
         return query, keys, values, None, AttnMaskType.arbitrary, None
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        return releases.latent_norms_of_spec(submodules)
 
 
 class LocalLatentAttention(CachedLatentAttention):

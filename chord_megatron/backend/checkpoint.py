@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -24,8 +25,11 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from chord_megatron.backend import releases
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
+from chord_megatron.backend.sharded_state import load_sharded
+from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import refuse_unsafe
 from chord_megatron.system.atomic import partial_path, replaced_directory
 from chord_megatron.system.errors import UserError
@@ -65,7 +69,7 @@ def save(
         dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(folder))
         save_file(_rng_state(), folder / f"rng_{groups.rank:05d}.safetensors")
         if groups.rank == 0:
-            document = {"state": state, "scheduler": scheduler.state_dict()}
+            document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": megatron.core.__version__}
             (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
             copy_model_files([model_dir], folder)
 
@@ -75,22 +79,25 @@ def load(
 ) -> dict[str, Any]:
     """Read what `save` wrote into the model, the optimizer and the scheduler; returns `state`. Collective."""
     refuse_unsafe(directory)
+    remedy = f"name an earlier one in {directory.parent}/latest"
     configured = [dict(group) for group in optimizer.param_groups]
     _allocate_adam_state(optimizer)
     sharded_state = _sharded_state(chunks, optimizer, is_loading=True)
     try:
         document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        loaded = dist_checkpointing.load(sharded_state, str(directory))
+        loaded = load_sharded(sharded_state, directory, read_common_state(directory, remedy))
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[
-            -1
-        ]  # torch's holds the tracebacks of all ranks before it
+        # The last line: torch's holds the tracebacks of all ranks before it.
+        cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
-            f"the checkpoint {directory} cannot be read ({cause}); name an earlier one in {directory.parent}/latest"
+            f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause}); {remedy}"
         ) from error
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])
     _restore_step_zero(optimizer, loaded["optimizer"])
+    releases.configure_saved_groups(loaded["optimizer"], {key: configured[0].get(key) for key in _CONFIGURED})
     with absent_states_kept(optimizer):
         optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(optimizer)
@@ -110,6 +117,17 @@ def _folder_of_all_ranks(directory: Path, groups: ParallelGroups) -> Iterator[Pa
         yield folder
         dist.barrier()
     dist.barrier()
+
+
+def _written_by(directory: Path) -> str:
+    """Which release wrote a checkpoint, where it is another one than reads it."""
+    try:
+        release = json.loads((directory / "state.json").read_text(encoding="utf-8")).get("megatron_core")
+    except (OSError, ValueError):
+        return ""
+    if release in (None, megatron.core.__version__):
+        return ""
+    return f" of megatron-core {release} (this is {megatron.core.__version__})"
 
 
 def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:

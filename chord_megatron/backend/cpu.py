@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from chord_megatron.backend.releases import tell_that_transformer_engine_is_missing
+
 _MODULES_NAMING_CUDA = (
     "megatron.core.pipeline_parallel.schedules",  # total_num_tokens of each schedule
     "megatron.core.optimizer.optimizer",  # overflow buffers, dtypes of parameters
@@ -42,7 +44,7 @@ _CONSTANTS = {
 
 def enable_cpu_support() -> None:
     """Prepare this process for Megatron-Core on CPU; does nothing more when called again or with CUDA."""
-    _tell_that_transformer_engine_is_missing()
+    tell_that_transformer_engine_is_missing()
     if torch.cuda.is_available() or getattr(torch.cuda.current_device, "is_cpu_support", False):
         return
     _replace_cuda_functions()
@@ -63,6 +65,7 @@ def _replace_cuda_functions() -> None:
     torch.cuda.current_device = current_device  # type: ignore[assignment]  # every allocation names it
     torch.cuda.synchronize = _nothing  # P2PCommunicator._communicate_shapes, FileSystemWriterAsync
     torch.cuda.empty_cache = _nothing
+    torch.cuda.current_stream = _nothing  # type: ignore[assignment]  # 0.19: start_grad_sync waits for CUDA graphs
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
@@ -141,18 +144,6 @@ def _use_local_results_queue() -> None:
 
     make_queue: Callable[[], queue.Queue] = queue.Queue
     filesystem_async._results_queue = make_queue()
-
-
-def _tell_that_transformer_engine_is_missing() -> None:
-    """Two modules of 0.16 misjudge it, also where there is CUDA."""
-    from megatron.core.extensions import transformer_engine
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # RouterGatingLinearFunction asks whether it is None
-    # It believes so when the wrappers can be imported, which are mocks without it.
-    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 
 
 def _use_host_splits() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
+from chord_megatron.backend.releases import inference_flag
 from chord_megatron.ops.sampling import sample_tokens, uniform_numbers
 from chord_megatron.types import SamplingParams
 
@@ -209,19 +210,10 @@ def _inference_mode(chunks: list[torch.nn.Module]) -> Iterator[None]:
         if sequence_parallel:
             set_model_to_sequence_parallel(model, False)
     try:
-        with _upstream_flag():
+        with inference_flag():
             yield
     finally:
         for model in models:
             if sequence_parallel:
                 set_model_to_sequence_parallel(model, True)
             model.train()
-
-
-def _upstream_flag() -> contextlib.AbstractContextManager[None]:
-    """Newer Megatron-Core asks a process-wide flag, and no longer the context argument, whether this is inference."""
-    try:
-        from megatron.core.inference.utils import InferenceMode
-    except ImportError:  # 0.16
-        return contextlib.nullcontext()
-    return InferenceMode.active()

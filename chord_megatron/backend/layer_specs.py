@@ -48,7 +48,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
 
 
 def _is_moe_layer(config: TransformerConfig, layer: int) -> bool:
-    return config.num_moe_experts is not None and bool(config.moe_layer_freq[layer])
+    if config.num_moe_experts is None or config.moe_layer_freq == 1:
+        return config.num_moe_experts is not None
+    return bool(config.moe_layer_freq[layer])
 
 
 def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> Any:

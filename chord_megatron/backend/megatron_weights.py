@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend.model import unwrap
+from chord_megatron.backend.sharded_state import load_sharded
 from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -31,22 +31,12 @@ def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: 
     }
     # Objects (as against tensors) are unpickled without checks; no weight is one.
     _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
+    apply_prefix_mapping(state, reader.renamed)
     try:
-        loaded = _load_tensors(state, reader.directory)
+        loaded = load_sharded(state, reader.directory, {})
     except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
         cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"the checkpoint {reader.directory} cannot be read ({cause}); copy it again") from error
     for index, chunk in enumerate(chunks):
         # What is absent is no weight: TransformerEngine's extra states.
         unwrap(chunk).load_state_dict(loaded[str(index)], strict=False)
-
-
-def _load_tensors(state: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """What dist_checkpointing.load does (serialization.py), but common.pt stays unread.
-
-    Megatron-LM pickles its command line there, and the weights need nothing of it. Up to 0.16 an argument could say
-    so; later releases have none.
-    """
-    state, _, factories = load_preprocess(state)
-    state, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
-    return apply_factory_merges(TorchDistLoadShardedStrategy().load(state, directory), factories)

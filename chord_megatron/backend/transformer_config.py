@@ -118,7 +118,10 @@ def _experts(arch: ModelArchitecture, *, grouped_gemm: bool) -> dict[str, Any]:
         return {}
     return {
         "num_moe_experts": moe.num_experts,
-        "moe_layer_freq": [int(arch.is_moe_layer(layer)) for layer in range(arch.num_layers)],
+        # Not a list where all layers have experts: with one, checkpoints that store them together cannot be read.
+        "moe_layer_freq": [int(arch.is_moe_layer(layer)) for layer in range(arch.num_layers)]
+        if moe.dense_layers
+        else 1,
         "moe_ffn_hidden_size": moe.ffn_hidden_size,
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
         "moe_router_topk": moe.experts_per_token,

@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from chord_megatron.system.errors import UserError
 
 METADATA_FILE = ".metadata"
+# Where megatron-core keeps what is no tensor, since 0.19 (checkpoints/common_state.py).
+COMMON_STATE = "common_state/shard_0_1"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _TORCH_DIST_REMEDY = "convert it with Megatron-LM's --ckpt-convert-format torch_dist"
 
@@ -73,10 +75,12 @@ def refuse_unsafe(directory: Path) -> None:
     """Raise UserError unless reading all of the checkpoint cannot run code.
 
     torch reads `.metadata` with plain pickle, and pickles any object (not tensor) that it lists: the first must
-    pass an allow-list of names, the second must not be there.
+    pass an allow-list of names, the second must not be there, but for the common state, which torch never reads
+    (checkpoints/common_state.py does, without running anything).
     """
     metadata = read_metadata(directory, f"name an earlier checkpoint in {directory.parent}/latest")
-    pickled = [key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)]
+    objects = {key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, BytesStorageMetadata)}
+    pickled = sorted(objects - {COMMON_STATE})
     if pickled:
         raise UserError(
             f"the checkpoint {directory} holds pickled objects ({', '.join(pickled[:5])}), "

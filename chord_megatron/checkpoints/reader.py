@@ -5,6 +5,7 @@ Megatron-Core writes a model in several forms, told apart by their keys:
     decoder.layers.mlp.linear_fc1.weight              all layers, [num_layers, ...]
     ...mlp.experts.experts.linear_fc1.weight          all experts of a layer, [num_experts, ...] behind the layers
     ...mlp.experts.experts.5.linear_fc1.weight_w, _v  one expert's gate and up (singleton_local_shards)
+Megatron-LM's local layers have other names for some norms (`_patterns`).
 A tensor is stored in chunks, each a `torch.save` of its own within a .distcp file.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import IO, cast
@@ -38,7 +39,7 @@ from chord_megatron.weights.schema import TensorLayout, TensorSpec
 
 # What training saves beside the model; none of it is read.
 _NOT_MODEL = re.compile(
-    r"(chained_\d+\.)?optimizer\.|(rng_state|rerun_state_machine_state|opt_param_scheduler)\b|.*\b_extra_state"
+    r"(chained_\d+\.)?optimizer\.|(common_state|rng_state|rerun_state_machine_state|opt_param_scheduler)\b|.*\b_extra_state"
 )
 
 
@@ -58,6 +59,9 @@ class _Source:
     leading: tuple[int, ...]  # layer and expert, where the stored tensor has those axes
     extents: tuple[int, ...]  # sizes of these axes
     form: CheckpointForm
+    usual_keys: tuple[
+        str, ...
+    ] = ()  # what they are called elsewhere, where these are those of Megatron-LM's local layers
 
 
 class MegatronReader:
@@ -83,6 +87,11 @@ class MegatronReader:
         return CheckpointForm(
             all(form.non_homogeneous_layers for form in forms), any(form.singleton_local_shards for form in forms)
         )
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Usual key -> key here, where Megatron-LM's local layers have another."""
+        return {usual: key for s in self._sources.values() for usual, key in zip(s.usual_keys, s.keys)}
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a full parameter, which is not read."""
@@ -230,9 +239,29 @@ def _match(tensors: dict[str, TensorStorageMetadata], arch: ModelArchitecture, d
     return sources
 
 
+def _patterns(parameter: MappedParameter) -> Iterator[str]:
+    """The keys that a parameter can have, the usual one first.
+
+    Megatron-LM's local layers map no norm of latent attention to its usual key, and those before experts to another
+    (gpt_layer_specs.py, get_gpt_layer_local_spec).
+    """
+    mapping = parameter.mapping
+    others = (mapping.megatron if parameter.expert is None else None, mapping.also_stored_as)
+    yield from dict.fromkeys([mapping.checkpoint_key, *filter(None, others)])
+
+
 def _candidates(parameter: MappedParameter, arch: ModelArchitecture) -> Iterator[_Source]:
+    """Where a parameter can be."""
+    usual, *others = _patterns(parameter)
+    yield from _sources(parameter, usual, arch)
+    for other in others:
+        for source, elsewhere in zip(_sources(parameter, other, arch), _sources(parameter, usual, arch)):
+            yield replace(source, usual_keys=elsewhere.keys)
+
+
+def _sources(parameter: MappedParameter, pattern: str, arch: ModelArchitecture) -> Iterator[_Source]:
     """Where a parameter can be, by the form of the checkpoint."""
-    pattern, axes = parameter.mapping.checkpoint_key, []
+    axes: list[tuple[int, int]] = []
     if parameter.expert is not None:
         assert arch.moe is not None
         axes = [(parameter.expert, arch.moe.num_experts)]

@@ -47,6 +47,7 @@ class ParameterMapping:
     layout: TensorLayout
     te: str | None = None  # name under the Transformer Engine spec, where it differs
     checkpoint: str | None = None  # key in a Megatron checkpoint, where it is neither of these
+    also_stored_as: str | None = None  # another key, in checkpoints of Megatron-LM's local layers
     when: Callable[[ModelArchitecture, int], bool] = every_layer  # whether a layer (0-based) has it
     is_copy: bool = False  # of a tensor that another row exports: imported, never exported
     is_float32: bool = False  # whatever the dtype of the model

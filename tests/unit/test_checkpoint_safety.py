@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 
+from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import refuse_unsafe
 from chord_megatron.system.errors import UserError
 
@@ -84,6 +88,61 @@ def test_pickled_objects_beside_the_tensors_are_refused(tmp_path: Path):
     assert refusal(checkpoint(tmp_path, metadata)) == (
         f"the checkpoint {tmp_path} holds pickled objects (rng_state), which are not read: only tensors are"
     )
+
+
+COMMON = "common_state/shard_0_1"  # what megatron-core 0.19 calls the content of common.pt
+
+
+def with_common_state(path: Path, place: str, state: object, file: str = "__0_0.distcp", **info: Any) -> Path:
+    """A checkpoint with a common state where 0.16 (common.pt) or 0.19 (an entry behind others) puts it."""
+    if place == "common.pt":
+        torch.save(state, path / "common.pt")
+        return checkpoint(path, Metadata({"decoder.weight": tensor_metadata()}))
+    content = io.BytesIO()
+    torch.save([state], content)
+    (path / "__0_0.distcp").write_bytes(b"tensors" + content.getvalue() + b"more tensors")
+    place_in_file = _StorageInfo(file, len(b"tensors"), len(content.getvalue()), **info)
+    entries = {"decoder.weight": tensor_metadata(), COMMON: BytesStorageMetadata()}
+    return checkpoint(path, Metadata(entries, storage_data={MetadataIndex(COMMON): place_in_file}))
+
+
+@pytest.mark.parametrize("place", ["common.pt", "entry"])
+def test_the_common_state_is_read_wherever_a_release_puts_it(tmp_path: Path, place: str):
+    state = {"optimizer": {"param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}], "step": torch.tensor(3.0)}}
+    directory = with_common_state(tmp_path, place, state)
+    refuse_unsafe(directory)
+    assert read_common_state(directory, "name another") == state
+
+
+@pytest.mark.parametrize("place", ["common.pt", "entry"])
+def test_code_in_the_common_state_is_refused_without_running(tmp_path: Path, place: str):
+    target = tmp_path / "ran"
+    directory = with_common_state(tmp_path, place, {"optimizer": RunsOnLoad(os.system, f"touch {target}")})
+    with pytest.raises(UserError) as error:
+        read_common_state(directory, "name another")
+    assert str(error.value).startswith(f"the common state of {directory} is damaged or could run code (")
+    assert str(error.value).endswith("; name another") and not target.exists()
+
+
+def test_a_common_state_is_one_of_this_folder(tmp_path: Path):
+    directory = with_common_state(tmp_path, "entry", {}, file="../elsewhere.distcp")
+    with pytest.raises(UserError) as error:
+        read_common_state(directory, "name another")
+    assert str(error.value) == f"the .metadata file of {directory} is damaged; name another"
+    (directory / "__0_0.distcp").unlink()
+    with_common_state(tmp_path, "entry", {}, file="missing.distcp")
+    with pytest.raises(UserError) as error:
+        read_common_state(directory, "name another")
+    assert str(error.value) == (
+        f"{directory / 'missing.distcp'} cannot be read (No such file or directory); name another"
+    )
+
+
+def test_a_checkpoint_without_a_common_state(tmp_path: Path):
+    directory = checkpoint(tmp_path, Metadata({"decoder.weight": tensor_metadata()}))
+    with pytest.raises(UserError) as error:
+        read_common_state(directory, "name another")
+    assert str(error.value) == f"{directory} has neither common.pt nor {COMMON}; name another"
 
 
 def test_a_folder_without_metadata_is_not_a_checkpoint(tmp_path: Path):

@@ -90,7 +90,12 @@ POST_ATTENTION_NORM = ParameterMapping(
 
 # Experts: never split over tensor-parallel ranks, so that GATE_UP and ROW join whole tensors.
 POST_ATTENTION_NORM_MOE = ParameterMapping(
-    POST_ATTENTION_NORM.megatron, POST_ATTENTION_NORM.hf, TensorLayout.REPLICATED, when=is_moe
+    POST_ATTENTION_NORM.megatron,
+    POST_ATTENTION_NORM.hf,
+    TensorLayout.REPLICATED,
+    # As if it were fused there, too (gpt_layer_specs.py, get_gpt_layer_local_spec).
+    also_stored_as=POST_ATTENTION_NORM.te,
+    when=is_moe,
 )
 
 

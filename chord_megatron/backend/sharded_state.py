@@ -1,0 +1,23 @@
+"""Reading the tensors of a distributed checkpoint, as every supported release of Megatron-Core wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+
+def load_sharded(state: dict[str, Any], directory: Path, common: dict[str, Any]) -> dict[str, Any]:
+    """What dist_checkpointing.load does (serialization.py), but it is handed the common state. Collective.
+
+    That function reads the common state where its own release puts it, and since 0.19 lets torch unpickle it.
+    `state` holds no objects (as against tensors): these are unpickled, too.
+    """
+    state, rest, factories = load_preprocess(state)
+    loaded = merge(common, rest)
+    state, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
+    return apply_factory_merges(merge(loaded, TorchDistLoadShardedStrategy().load(state, directory)), factories)
