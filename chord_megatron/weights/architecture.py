@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,11 @@ class ModelArchitecture:
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer (0-based) has experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
+
+    def flat(self) -> dict[str, Any]:
+        """Every field by name; in place of the parts their fields, behind `moe.` and `mla.`."""
+        parts = {"moe": self.moe, "mla": self.mla}
+        own = {name: value for name, value in vars(self).items() if name not in parts}
+        return own | {
+            f"{name}.{field}": value for name, part in parts.items() if part for field, value in vars(part).items()
+        }

@@ -154,6 +154,18 @@ def make_config(arch: ModelArchitecture) -> dict[str, Any]:
     return config
 
 
+def check_config(arch: ModelArchitecture) -> None:
+    """Raise UserError where no config.json that is read as this architecture can be written."""
+    try:
+        written = parse_config(make_config(arch)).flat()
+        different = [f"{name}={value}" for name, value in arch.flat().items() if written.get(name) != value]
+        reason = f"{', '.join(different)} is not supported for {FAMILIES[arch.family].hf_class}" if different else None
+    except _RefusedError as refused:
+        reason = str(refused)
+    if reason:
+        raise UserError(f"no config.json can describe this model: {reason}.")
+
+
 def _read_json(model_dir: Path) -> dict[str, Any]:
     if not model_dir.is_dir():
         raise UserError(f"the model folder {model_dir} is not a directory; give the folder that holds config.json.")

@@ -228,5 +228,5 @@ def test_a_megatron_lm_folder_without_a_config(model: Path, megatron: Path, tmp_
     args.rotary_base = 1234
     torch.save({"args": args}, source / "common.pt")
     result = convert("megatron-to-hf", source, tmp_path / "again", "--hf-config", model)
-    assert "was trained with rotary_base=1234, and config.json says 10000.0" in result.stderr
+    assert "was trained with rotary_base=1234 where config.json says rope_theta=10000.0" in result.stderr
     assert result.exit_code == 2 and not (tmp_path / "again").exists()

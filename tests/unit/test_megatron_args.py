@@ -1,10 +1,11 @@
-"""What Megatron-LM's arguments in common.pt say of a model; nothing in the file is executed."""
+"""What Megatron-LM's arguments in a checkpoint say of a model; nothing in the file is executed."""
 
 from __future__ import annotations
 
 import argparse
 import enum
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from tiny_families import MODELS, make_model
 
-from chord_megatron.checkpoints.megatron_args import architecture_from_args, read_megatron_args
+from chord_megatron.checkpoints.megatron_args import architecture_from_args, read_megatron_args, refuse_other_args
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import Llama3Rope, ModelArchitecture, YarnRope
 from chord_megatron.weights.hf_config import parse_config
@@ -126,6 +127,94 @@ def test_what_no_family_has_is_named(change: dict[str, Any], message: str) -> No
         architecture_from_args(as_args(architecture("qwen3")) | change)
 
 
+def test_yarn_has_the_defaults_of_megatron_core_where_nothing_is_said() -> None:
+    args = as_args(architecture("deepseek_v3")) | {"rope_type": None, "rotary_scaling_factor": 40}
+    for name in ("original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"):
+        del args[name]
+    assert architecture_from_args(args).rope_scaling == YarnRope(40, 4096, 32.0, 1.0, 1.0, mscale_all_dim=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("deepseek_v3", {"norm_epsilon": 1e-5}, "`rms_norm_eps: 1e-05` is not supported for DeepseekV3ForCausalLM"),
+        ("deepseek_v3", {"mscale_all_dim": 0.0}, "`rope_scaling.mscale_all_dim` must be a positive number, found 0.0"),
+        ("deepseek_v3", {"moe_shared_expert_intermediate_size": 50}, "moe.shared_ffn_hidden_size=50 is not supported"),
+        ("mixtral", {"moe_layer_freq": [0, 1, 1, 1]}, "moe.dense_layers=(0,) is not supported for MixtralForCausalLM"),
+        ("mixtral", {"moe_router_enable_expert_bias": True}, "moe.has_expert_bias=True is not supported"),
+        ("qwen3_moe", {"moe_shared_expert_intermediate_size": 48}, "`n_shared_experts: 2` is not supported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_no_config_can_say_is_refused(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        architecture_from_args(as_args(architecture(name)) | change)
+    assert str(error.value).startswith(f"no config.json can describe this model: {message}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_arguments_of_a_model_do_not_contradict_its_config(name: str) -> None:
+    arch = architecture(name)
+    args = as_args(arch)
+    if name == "llama":  # a scaling that Megatron-LM cannot be told
+        arch = replace(arch, rope_scaling=Llama3Rope(8.0, 1.0, 4.0, 8192))
+    refuse_other_args(args, arch)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qwen3", {"qk_layernorm": False}, "qk_layernorm=False where config.json says qk_layernorm=True"),
+        ("qwen2", {"num_experts": 4}, "num_experts=4 where config.json says num_experts=None"),
+        ("mixtral", {"num_experts": None}, "num_experts=None where config.json says num_experts=4"),
+        ("mixtral", {"moe_router_topk": 1}, "moe_router_topk=1 where config.json says experts_per_token=2"),
+        (
+            "mixtral",
+            {"moe_router_pre_softmax": True},
+            "moe_router_pre_softmax=True where config.json says normalize_top_k=True",
+        ),
+        (
+            "deepseek_v3",
+            {"moe_router_topk_scaling_factor": None},
+            "moe_router_topk_scaling_factor=None where config.json says routed_scaling_factor=2.5",
+        ),
+        ("deepseek_v3", {"moe_layer_freq": 1}, "moe_layer_freq=1 where config.json says dense_layers=(0,)"),
+        ("deepseek_v3", {"v_head_dim": 12}, "v_head_dim=12 where config.json says v_head_dim=10"),
+        (
+            "deepseek_v3-plain",
+            {"rope_type": None},
+            "rope_type=None, rotary_scaling_factor=40 where config.json says rope_scaling=None",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_every_contradiction_is_named(name: str, change: dict[str, Any], said: str) -> None:
+    arch = architecture(name)
+    with pytest.raises(UserError) as error:
+        refuse_other_args(as_args(arch) | change, arch)
+    assert str(error.value) == (
+        f"the checkpoint was trained with {said}; use the config.json that belongs to these weights"
+    )
+
+
+def test_the_scale_of_yarn_without_its_frequencies_is_refused() -> None:
+    args = as_args(architecture("deepseek_v3-plain")) | {"mscale_all_dim": 1.0}
+    with pytest.raises(UserError, match=r"rope_type=rope, rotary_scaling_factor=40, mscale_all_dim=1\.0, which no"):
+        architecture_from_args(args)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size"),
+    [
+        ({"tokenizer_type": "NullTokenizer"}, 132),  # up to 0.17 it adds an end of document
+        ({"tokenizer_type": "NullTokenizer", "null_tokenizer_eod_id": None}, 131),  # since 0.18
+        ({"tokenizer_type": "HuggingFaceTokenizer"}, 131),
+    ],
+)
+def test_the_vocabulary_of_null_tokenizer(tokenizer: dict[str, Any], vocab_size: int) -> None:
+    assert architecture_from_args(as_args(architecture("qwen3")) | tokenizer).vocab_size == vocab_size
+
+
 def test_nothing_in_the_file_is_executed(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple:
@@ -142,5 +231,5 @@ def test_checkpoints_without_arguments_and_damaged_ones(tmp_path: Path) -> None:
     torch.save({"content_metadata": {}}, tmp_path / "common.pt")
     assert read_megatron_args(tmp_path) is None
     (tmp_path / "common.pt").write_bytes((tmp_path / "common.pt").read_bytes()[:100])
-    with pytest.raises(UserError, match=r"common\.pt is damaged"):
+    with pytest.raises(UserError, match=r"the common state of .* is damaged"):
         read_megatron_args(tmp_path)
