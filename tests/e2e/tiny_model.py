@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_model(directory: Path, *, with_experts: bool = False, head_dim: int = 8) -> None:
+def write_tiny_model(directory: Path, *, with_experts: bool = False, head_dim: int = 8, hidden_size: int = 32) -> None:
     """Save the model and its tokenizer; always the same files."""
     tokenizer = byte_tokenizer()
     model_class, config_class = (
@@ -35,8 +35,8 @@ def write_tiny_model(directory: Path, *, with_experts: bool = False, head_dim: i
             config_class(
                 **experts,
                 vocab_size=len(tokenizer),  # 261: not a multiple of 2, so that TP 2 pads it
-                hidden_size=32,
-                intermediate_size=64,
+                hidden_size=hidden_size,
+                intermediate_size=2 * hidden_size,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 num_key_value_heads=2,

@@ -1,0 +1,54 @@
+"""A run that another release of megatron-core started goes on as the uninterrupted one, to 1e-6."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from harness import read_metrics
+from packaging.version import Version
+from release_runs import RECORDINGS, RESUMED_STEP, RUNS, STEPS, prepare, run
+
+from chord_megatron.checkpoints.common_state import read_common_state
+from chord_megatron.system.versions import installed_version
+
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+
+ARCHIVES = sorted(RECORDINGS.glob("*.tar.gz"))
+
+
+@pytest.mark.parametrize("archive", ARCHIVES, ids=lambda path: path.name.removesuffix(".tar.gz"))
+def test_a_run_of_another_release_goes_on(archive: Path, tmp_path: Path):
+    release, name = archive.name.removesuffix(".tar.gz").split("_")
+    config, overrides, processes = prepare(tmp_path, name)
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    recorded = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in recorded] == list(range(STEPS))
+
+    run(config, overrides, processes)
+
+    resumed = read_metrics(tmp_path / "run")
+    assert resumed[:RESUMED_STEP] == recorded[:RESUMED_STEP]
+    for key in ("loss", "grad_norm", "lr"):
+        ours, theirs = (
+            torch.tensor([line[key] for line in lines], dtype=torch.float64) for lines in (resumed, recorded)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for step, writer in ((RESUMED_STEP, release), (STEPS, installed_version("megatron-core"))):
+        document = json.loads((tmp_path / "run" / "checkpoints" / f"step_{step}" / "state.json").read_text())
+        assert document["megatron_core"] == writer
+
+
+def test_both_ends_are_recorded_and_put_their_common_state_elsewhere(tmp_path: Path):
+    for archive in ARCHIVES:
+        release, name = archive.name.removesuffix(".tar.gz").split("_")
+        assert name in RUNS
+        with tarfile.open(archive) as file:
+            file.extractall(tmp_path / archive.stem, filter="data")
+        checkpoint = tmp_path / archive.stem / "run" / "checkpoints" / f"step_{RESUMED_STEP}"
+        assert (checkpoint / "common.pt").exists() == (Version(release) < Version("0.19"))
+        assert read_common_state(checkpoint, "record it again")["optimizer"]
