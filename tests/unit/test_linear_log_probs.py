@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chord_megatron.ops import linear_log_probs, token_blocks, vocab_parallel
+from chord_megatron.ops import linear_log_probs, linear_log_probs_torch, token_blocks, vocab_parallel
 
 FP64 = {"rtol": 0.0, "atol": 1e-12}
 
@@ -283,14 +283,17 @@ def test_logits_are_saved_within_the_budget_only():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returned."""
+    """Elements of the largest tensor that any operation returned, but for those in the memory of `given`."""
 
-    elements = 0
+    def __init__(self, *given: Tensor) -> None:
+        super().__init__()
+        self.elements = 0
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.untyped_storage().data_ptr() not in self._given:
                 self.elements = max(self.elements, value.numel())
         return out
 
@@ -303,6 +306,27 @@ def test_no_tensor_of_the_size_of_the_logits():
     with LargestTensor() as largest:
         results(reference, x)
     assert largest.elements == 512 * 1000
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_the_torch_kernels_work_in_the_memory_of_the_tile(entropy: bool):
+    logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (tile, scratch), targets, ones = torch.zeros(2, 4, 50, dtype=torch.float64), torch.arange(4), torch.ones(4).double()
+    statistics = torch.zeros(4, 4, dtype=torch.float64)
+    statistics[0] = -torch.inf
+    coefficients = (ones, ones if entropy else None, ones)
+    with LargestTensor(tile, scratch) as largest:
+        tile.copy_(logits)
+        linear_log_probs_torch.add_statistics(tile, statistics, targets, ones, scratch, entropy=entropy)
+        tile.copy_(logits)
+        gradients = linear_log_probs_torch.logit_gradients(
+            tile, statistics[0], coefficients, targets, ones, scratch, torch.float64
+        )
+    assert largest.elements == 4  # numbers of the rows
+    shifted = logits - logits.amax(1, keepdim=True)
+    expected = shifted.exp() * (1 - shifted if entropy else 1) + torch.eye(4, 50)
+    torch.testing.assert_close(gradients, expected, **FP64)
+    torch.testing.assert_close(statistics[1], shifted.exp().sum(1), **FP64)
 
 
 def test_without_entropy():
