@@ -585,3 +585,33 @@ def test_the_ratio_level_reaches_the_policy_loss():
             clipped = ratio.clamp(1 - EPSILON, 1 + EPSILON_HIGH)
             expected = expected - int(sample.loss_mask.sum()) / 16 * torch.min(ratio * advantage, clipped * advantage)
     torch.testing.assert_close(loss, expected, **FP64_SUM)
+
+
+def test_an_expert_weight_sees_the_entropy_of_its_token():
+    """A weight of the user's, without gradient whatever it is made of."""
+    samples = make_samples(off_policy=False, with_ref=False)
+    batch = one_rank(samples).micro_batches[0]
+    values = place(batch, make_log_probs(samples))
+    entropy = (1 + torch.arange(len(values), dtype=torch.float64)).requires_grad_()
+    objective = dataclasses.replace(
+        make_objective(beta=0.0, use_phi=False), expert_weight=lambda log_probs, entropy: entropy - log_probs
+    )
+    loss = chord_loss(values, entropy, batch, objective=objective, mu=1.0).loss
+    weights = batch.expert_weights.double() * (entropy - values).detach()
+    torch.testing.assert_close(loss, -(weights * values).sum(), **FP64_SUM)
+    by_values, by_entropy = torch.autograd.grad(loss, (values, entropy), allow_unused=True)
+    assert by_entropy is None
+    torch.testing.assert_close(by_values, -weights, **FP64_SUM)
+
+
+@pytest.mark.parametrize("mu", [0.0, 1.0])
+def test_losses_in_float32_are_summed_in_float64(mu: float):
+    samples = make_samples(off_policy=False, with_ref=False)
+    batch = one_rank(samples).micro_batches[0]
+    log_probs = place(batch, make_log_probs(samples)).float().detach()
+    objective = make_objective(beta=0.0, use_phi=False)
+    loss = chord_loss(log_probs, -log_probs, batch, objective=objective, mu=mu).loss
+    # On-policy: the ratio is 1.
+    products = batch.rollout_weights * -batch.advantages if mu == 0 else batch.expert_weights * -log_probs
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(products.double().sum().item(), rel=0, abs=1e-16 * len(products))
