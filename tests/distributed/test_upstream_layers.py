@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
+from forked import launch
 from safetensors.torch import load_file
 from tiny_families import write_model
 
