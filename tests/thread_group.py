@@ -84,10 +84,12 @@ def reduce(tensor: Tensor, target: int, *, group: Group, async_op: bool) -> Work
     return Work(lambda: tensor.copy_(total) if is_target else tensor.fill_(torch.nan))  # of no use elsewhere
 
 
-def all_reduce(tensor: Tensor, *, group: Group, async_op: bool) -> Work:
+def all_reduce(tensor: Tensor, *, group: Group, async_op: bool = False) -> Work | None:
     total = torch.stack(group.exchange(tensor)).sum(0)
-    assert async_op
-    return Work(lambda: tensor.copy_(total))
+    if async_op:
+        return Work(lambda: tensor.copy_(total))
+    tensor.copy_(total)
+    return None
 
 
 def all_gather(tensors: list[Tensor], tensor: Tensor, *, group: Group) -> None:

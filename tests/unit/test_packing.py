@@ -51,6 +51,7 @@ def all_ranks(samples: list[TrainingSample], layout: BatchLayout, **settings) ->
 def test_every_field_by_hand():
     rollout = dataclasses.replace(
         sample([11, 12, 13, 14], [0, 0, 1, 1], advantage=1.5, temperature=0.5),
+        tokens=torch.tensor([11, 12, 13, 14], dtype=torch.int32),
         rollout_log_probs=torch.tensor([0.0, 0.0, -0.25, -0.5]),
         old_log_probs=torch.tensor([0.0, 0.0, -1.0, -2.0]),
         ref_log_probs=torch.tensor([0.0, 0.0, -3.0, -4.0]),
@@ -62,6 +63,9 @@ def test_every_field_by_hand():
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 0, 0]
     assert batch.labels.tolist() == [12, 13, 14, 0, 22, 23, 0, 0, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 4, 7, 10] and batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == 4
+    integers = (batch.input_ids, batch.position_ids, batch.labels)
+    assert all(values.dtype == torch.int64 for values in integers)  # of int32 samples, too
     assert batch.rollout_weights.tolist() == [0, 0.25, 0.25, 0, 0, 0, 0, 0, 0, 0]
     assert batch.expert_weights.tolist() == [0, 0, 0, 0, 0.125, 0.125, 0, 0, 0, 0]
     assert batch.advantages.tolist() == [0, 1.5, 1.5, 0, 0, 0, 0, 0, 0, 0]
