@@ -70,7 +70,7 @@ def _policy_losses(
     # Outside its mask a stream sees its own log-probs, so that exp() never overflows into 0 * inf.
     old_log_probs = detached if batch.old_log_probs is None else torch.where(mask, batch.old_log_probs, detached)
     log_ratios = objective.ratio_level(log_probs, old_log_probs, mask, sequences)
-    loss, is_clipped = objective.policy_loss(PolicyTokens(log_probs, log_ratios, batch.advantages, mask))
+    loss, is_clipped = objective.policy_loss(PolicyTokens(log_probs, log_ratios, batch.advantages, mask, sequences))
 
     log_weights = log_importance_ratios(old_log_probs, batch.rollout_log_probs, mask)
     loss, is_weight_clipped = _weighted(loss, log_weights, mask, sequences, objective.importance)

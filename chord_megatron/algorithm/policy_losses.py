@@ -22,6 +22,7 @@ class PolicyTokens(NamedTuple):
     log_ratios: Tensor  # log(pi / pi_old) at the level of the objective, with gradient
     advantages: Tensor
     mask: Tensor  # bool
+    sequences: Sequences  # of these tokens, for quantities of whole completions
 
 
 class TokenLoss(NamedTuple):

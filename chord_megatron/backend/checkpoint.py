@@ -97,7 +97,8 @@ def load(
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])
     _restore_step_zero(optimizer, loaded["optimizer"])
-    releases.configure_saved_groups(loaded["optimizer"], {key: configured[0].get(key) for key in _CONFIGURED})
+    settings_of_all = {key: configured[0][key] for key in _CONFIGURED if key in configured[0]}
+    releases.configure_saved_groups(loaded["optimizer"], settings_of_all)
     with absent_states_kept(optimizer):
         optimizer.load_state_dict(loaded["optimizer"])
     _unshare_steps(optimizer)

@@ -118,10 +118,11 @@ class MegatronEngine:
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=False)
         if reference:
             self._swap_reference()
-        rows = torch.zeros(sum(batch.lengths), device=self.groups.device).split(batch.lengths)
+        log_probs = torch.zeros(sum(batch.lengths), device=self.groups.device)
+        rows = log_probs.split(batch.lengths)
         for index, row in (item for output in outputs for item in output.items()):
             rows[index].copy_(row)
-        return self._gather(rows)
+        return list(self._gather(log_probs).cpu().split(batch.lengths))
 
     def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
         """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""
@@ -247,14 +248,13 @@ class MegatronEngine:
             forward_only=forward_only,
         )
 
-    def _gather(self, rows: Sequence[Tensor]) -> list[Tensor]:
-        """Rows that the last stages of the data-parallel ranks have filled in, zeros elsewhere, on every host."""
-        flat = torch.cat(list(rows))
+    def _gather(self, values: Tensor) -> Tensor:
+        """On every rank what the last stages of the data-parallel ranks filled in, with zeros elsewhere. In place."""
         if self.groups.is_last_stage:
-            dist.all_reduce(flat, group=self.groups.dp_group)
+            dist.all_reduce(values, group=self.groups.dp_group)
         if self.groups.pp_size > 1:
-            dist.broadcast(flat, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return list(flat.cpu().split([len(row) for row in rows]))
+            dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
+        return values
 
     def _reduce(self, outputs: Sequence[LossResult]) -> LossTotals:
         """Add sums and compare maxima of the last stages over micro-batches and ranks, then tell every stage."""

@@ -27,7 +27,7 @@ def validate(
 def _plan_table(config: Config, plan: Plan) -> Table:
     from rich.table import Table
 
-    from chord_megatron.planning.streams import mu_at
+    from chord_megatron.planning.schedule import mu_at
 
     parallel, train = config.parallel, config.train
     last = train.train_iters - 1

@@ -1,1 +1,1 @@
-"""From data sets to token sequences: sources, prompts, expert answers, resumable cursors, packing."""
+"""Rows of files and data sets: prompts, expert answers, tokens, and the order in which they come."""

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps
 from chord_megatron.planning.layout import check_layout
-from chord_megatron.planning.streams import check_rollouts, check_streams
+from chord_megatron.planning.rollouts import check_rollouts
+from chord_megatron.planning.streams import check_streams
 from chord_megatron.weights.architecture import ModelArchitecture
 
 

@@ -21,13 +21,17 @@ from chord_megatron.rollout.updates.agreement import identity, read_token
 def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:
     """Raises UserError where the engine is not installed or cannot be reached. A collective call of all ranks."""
     rollout = config.rollout
-    if rollout.replay_from is not None:
-        return ReplayRollout(Path(rollout.replay_from))
-    if rollout.vllm_mode == "colocate":
-        return _build_colocate(config, engine)
-    if rollout.vllm_mode == "server":
-        return _build_servers(config, groups)
-    return build_embedded(config, engine, groups)
+    match rollout.engine, rollout.vllm_mode:
+        case "megatron", _:
+            return build_embedded(config, engine, groups)
+        case "replay", _:
+            assert rollout.replay_from is not None
+            return ReplayRollout(Path(rollout.replay_from))
+        case "vllm", "colocate":
+            return _build_colocate(config, engine)
+        case "vllm", "server":
+            return _build_servers(config, groups)
+    raise AssertionError(f"rollout.engine={rollout.engine} with vllm_mode={rollout.vllm_mode} has no builder")
 
 
 def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> EmbeddedRollout:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 
 from chord_megatron.rollout.protocol import WeightSource
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.files import JsonLines, filter_json_lines
+from chord_megatron.system.files import JsonLines, filter_json_lines, read_json_lines
 from chord_megatron.types import RolloutRequest, RolloutSample
 
 _DTYPES = {"tokens": torch.int32, "response_mask": torch.bool, "rollout_log_probs": torch.float32}
@@ -84,16 +83,16 @@ class ReplayRollout:
 def _read_recording(path: Path) -> Iterator[tuple[int, RolloutSample]]:
     if not path.is_file():
         raise UserError(f"rollout.replay_from: {path} does not exist; record one with rollout.record_to")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                record = json.loads(line)
-                yield record["step"], _as_sample(record)
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{number} is not a recorded rollout ({error!r})") from None
+    for number, record in enumerate(read_json_lines(path), start=1):
+        try:
+            yield record["step"], _as_sample(record)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"{path}:{number} is not a recorded rollout ({error!r})") from None
 
 
 def _as_sample(record: dict[str, Any]) -> RolloutSample:
     values = {name: record[name] for name in RolloutSample.__dataclass_fields__}
     rows = {name: torch.tensor(values[name], dtype=dtype) for name, dtype in _DTYPES.items()}
+    if len({len(row) for row in rows.values()}) > 1:
+        raise ValueError(f"{', '.join(rows)} are of different lengths")
     return RolloutSample(**{**values, **rows})

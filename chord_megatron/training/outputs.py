@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chord_megatron.config import Config, to_yaml
+from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.rollout.replay import RolloutRecorder
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.tracking.report import write_report
@@ -73,7 +74,7 @@ class RunOutputs:
             {
                 "prompt_id": scored.rollouts[i].prompt_id,
                 "prompt": scored.prompts[i].text,
-                "completion": self._tokenizer.decode(scored.rollouts[i].response_tokens, skip_special_tokens=True),
+                "completion": completion_text(scored.rollouts[i], self._tokenizer),
                 "reference": scored.prompts[i].reference,
                 "reward": scored.rewards[i],
                 "finish_reason": scored.rollouts[i].finish_reason,

@@ -14,7 +14,7 @@ from chord_megatron.batching.samples import rollout_training_samples
 from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.planning.plan import Plan
-from chord_megatron.planning.streams import mu_at
+from chord_megatron.planning.schedule import mu_at
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.types import Prompt, SamplingParams, ScoredRollouts, TrainingSample
@@ -81,11 +81,6 @@ class RolloutStream:
     def generation_seconds(self) -> float | None:
         """Of the last batch, from its first request to its last answer; None where the trainer waits all the while."""
         return self._sampler.rollout.generation_seconds
-
-    def finish_drawing(self) -> None:
-        """Wait for completions that are being drawn ahead: the sampler's weights are about to change."""
-        if self._ahead:
-            self._ahead.drawing.result()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as plain JSON values."""

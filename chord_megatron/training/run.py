@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
 from chord_megatron.data.load import RunData, load_run_data, load_tokenizer, stop_token_ids
-from chord_megatron.planning.plan import make_plan
+from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
+from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
@@ -30,10 +32,10 @@ from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.training.trainer import ChordTrainer, StepResult
-from chord_megatron.types import SamplingParams
+from chord_megatron.types import Prompt, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
-_NUM_PROBES = 8  # prompts that trainer and sampler both score after an update
+_NUM_PROBES = 8
 
 
 class Run:
@@ -52,45 +54,37 @@ class Run:
             }
         )
         plan = make_plan(config, read_architecture(model_dir), int(os.environ.get("WORLD_SIZE", 1)))
+        self._refuse_inside_generation(plan)
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer)
-        reward_function = build_reward_function(**config.rewards.model_dump())
-        self.groups = initialize_distributed(config.parallel, config.train.seed)
-        self.engine = MegatronEngine(
-            config.model,
-            config.parallel,
-            config.optimizer,
-            self.groups,
-            train_iters=config.train.train_iters,
-            keep_reference=config.grpo.beta > 0,
-        )
-        rollout = build_rollout(config, self.engine, self.groups)
-        self._outside = ExitStack()  # what runs outside this process
-        self._outside.callback(reward_function.close)
-        self._outside.callback(rollout.close)
-        timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
-        scorer = Scorer(tokenizer, reward_function, timer)
-        params = _sampling_params(config, stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids))
-        is_checked = config.rollout.vllm_mode is not None and config.rollout.consistency_threshold is not None
-        sampler = Sampler(self.engine, rollout, config.rollout, data.prompts[:_NUM_PROBES] if is_checked else (), timer)
-        self.evaluator = self._build_evaluator(data, params, sampler, scorer)
-        # Two streams of numbers, so that the two data sets are not shuffled alike.
-        seed = 2 * config.train.seed
-        self.trainer = ChordTrainer(
-            config=config,
-            objective=build_objective(config.grpo, config.chord),
-            engine=self.engine,
-            rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
-            expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
-            timer=timer,
-        )
-        self.skipped_steps = self.skipped_in_row = 0
-        self.next_step = self._resume()
-        # Rank 0 writes; `None` elsewhere.
-        notes = [self.engine.acceleration_note, *data.notes]
-        self.outputs = (
-            RunOutputs(config, self.run_dir, tokenizer, self.next_step, notes) if self.groups.rank == 0 else None
-        )
+        with ExitStack() as opened:  # closed in reverse order, here where something fails
+            reward_function = build_reward_function(**config.rewards.model_dump())
+            opened.callback(reward_function.close)
+            self.groups = initialize_distributed(config.parallel, config.train.seed)
+            self.engine = MegatronEngine(
+                config.model,
+                config.parallel,
+                config.optimizer,
+                self.groups,
+                train_iters=config.train.train_iters,
+                keep_reference=config.grpo.beta > 0,
+            )
+            rollout = build_rollout(config, self.engine, self.groups)
+            opened.callback(rollout.close)
+            timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+            scorer = Scorer(tokenizer, reward_function, timer)
+            params = _sampling_params(config, stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids))
+            sampler = Sampler(self.engine, rollout, config.rollout, _probes(config, rollout, data), timer)
+            self.evaluator = self._build_evaluator(data, params, sampler, scorer)
+            self.trainer = _build_trainer(config, plan, data, params, sampler, scorer)
+            self.skipped_steps = self.skipped_in_row = 0
+            self.next_step = self._resume()
+            self.outputs: RunOutputs | None = None  # rank 0 writes
+            if self.groups.rank == 0:
+                notes = [self.engine.acceleration_note, *data.notes]
+                self.outputs = RunOutputs(config, self.run_dir, tokenizer, self.next_step, notes)
+                opened.callback(self.outputs.close)
+            self._opened = opened.pop_all()
 
     def _build_evaluator(self, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer) -> Evaluator:
         """Held-out prompts at train.eval_temperature, out of the whole distribution."""
@@ -102,7 +96,7 @@ class Run:
 
     def train(self) -> None:
         """Evaluate, step, log and save until train_iters."""
-        try:
+        with self._opened:
             while self.next_step < self.config.train.train_iters:
                 self._evaluate()
                 result = self.trainer.step(self.next_step)
@@ -111,10 +105,6 @@ class Run:
                 self._save()
                 self._stop_if_diverged()
             self._evaluate()
-        finally:
-            self._outside.close()
-            if self.outputs:
-                self.outputs.close()
         if self.outputs:
             self.outputs.finish(self.next_step)
 
@@ -123,18 +113,17 @@ class Run:
         step = self.run_dir.latest_step()
         if step is None:
             return 0
-        self._refuse_inside_generation(step)
         state = self.engine.load(self.run_dir.checkpoint(step))
         self.trainer.load_state_dict(state["trainer"])
         self.skipped_steps, self.skipped_in_row = state["skipped_steps"], state["skipped_in_row"]
         return step
 
-    def _refuse_inside_generation(self, step: int) -> None:
-        grpo = self.config.grpo
-        if step % (steps := grpo.steps_per_generation * grpo.num_iterations):
+    def _refuse_inside_generation(self, plan: Plan) -> None:
+        step = self.run_dir.latest_step() or 0
+        if step % plan.steps_per_rollout:
             raise UserError(
                 f"the checkpoint of step {step} lies inside a generation batch of grpo.steps_per_generation x "
-                f"num_iterations = {steps} steps, which is not kept; restore the values that the run had"
+                f"num_iterations = {plan.steps_per_rollout} steps, which is not kept; restore what the run had"
             )
 
     def _evaluate(self) -> None:
@@ -144,7 +133,6 @@ class Run:
         answer = [is_due and self.outputs is not None and self.outputs.log.last_eval_step != step]
         dist.broadcast_object_list(answer, src=0)
         if answer[0]:
-            self.trainer.rollout_stream.finish_drawing()
             metrics, scored = self.evaluator.evaluate()
             if self.outputs:
                 self.outputs.evaluation(step, metrics, scored)
@@ -185,6 +173,27 @@ class Run:
                 f"stopped after {self.skipped_in_row} steps in a row with a non-finite loss or gradient norm; "
                 "lower optimizer.lr, or look at the last completions in completions.jsonl"
             )
+
+
+def _build_trainer(
+    config: Config, plan: Plan, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer
+) -> ChordTrainer:
+    # Two streams of numbers, so that the two data sets are not shuffled alike.
+    seed = 2 * config.train.seed
+    return ChordTrainer(
+        config=config,
+        objective=build_objective(config.grpo, config.chord),
+        engine=sampler.engine,
+        rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
+        expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
+        timer=sampler.timer,
+    )
+
+
+def _probes(config: Config, rollout: RolloutEngine, data: RunData) -> Sequence[Prompt]:
+    """What trainer and sampler both score after an update; none where they share their weights."""
+    is_checked = isinstance(rollout, ScoringEngine) and config.rollout.consistency_threshold is not None
+    return data.prompts[:_NUM_PROBES] if is_checked else ()
 
 
 def _sampling_params(config: Config, stop: tuple[int, ...]) -> SamplingParams:

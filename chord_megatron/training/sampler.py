@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch.distributed as dist
@@ -32,7 +32,7 @@ class Drawing:
         return self._samples
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sampler:
     """Every method is a collective call of all ranks."""
 
@@ -41,15 +41,19 @@ class Sampler:
     config: RolloutConfig
     probes: Sequence[Prompt]  # what both sides score after an update; none where they share their weights
     timer: PhaseTimer
+    _ahead: Drawing | None = field(default=None, init=False)  # must be done before the weights change
 
     def draw(self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int) -> Drawing:
         """Completions by the policy as it is now; under max_staleness 1 they come while the caller goes on."""
         request = RolloutRequest(prompts, params, num_generations, step, self.engine.policy_version)
-        if self.config.max_staleness:
-            assert isinstance(self.rollout, AsynchronousEngine)
-            self._synchronize(request.policy_version)
-            return Drawing(partial(self._collect, self.rollout.submit(request)))
-        return Drawing(partial(self._draw_now, request))
+        if not self.config.max_staleness:
+            return Drawing(partial(self._draw_now, request))
+        assert isinstance(self.rollout, AsynchronousEngine)
+        if self._ahead is not None:
+            self._ahead.result()
+        self._synchronize(request.policy_version)
+        self._ahead = Drawing(partial(self._collect, self.rollout.submit(request)))
+        return self._ahead
 
     def _collect(self, collect: Callable[[], list[RolloutSample]]) -> list[RolloutSample]:
         with self.timer("rollout"):

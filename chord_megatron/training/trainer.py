@@ -14,7 +14,7 @@ from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import Config
-from chord_megatron.planning.streams import mu_at
+from chord_megatron.planning.schedule import mu_at
 from chord_megatron.tracking.step_metrics import loss_metrics, rollout_metrics
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream

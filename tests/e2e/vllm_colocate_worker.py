@@ -46,7 +46,7 @@ def trained(arguments: list[str]) -> dict[str, Any]:
 
     sampler._synchronize(run.engine.policy_version)
     after = random.getstate(), torch.get_rng_state().tolist()
-    run._outside.callback(describe_before_the_end)
+    run._opened.callback(describe_before_the_end)
     run.train()
     kept = before == after and torch.get_num_threads() == threads and torch.set_num_threads is setter
     return {**found, "settings_kept": kept}

@@ -186,6 +186,7 @@ def test_clipped_policy_loss_by_hand(advantage, ratio, loss, gradient, is_clippe
         log_ratios=log_probs + 1,  # pi_old has a log-prob of -1
         advantages=torch.tensor([advantage], dtype=torch.float64),
         mask=torch.tensor([True]),
+        sequences=Sequences(torch.tensor([0, 1])),
     )
     value, clipped = clipped_policy_loss(tokens, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
     value.sum().backward()

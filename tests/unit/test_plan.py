@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from chord_megatron.cli import app
 from chord_megatron.config import Config
 from chord_megatron.planning.plan import Plan, make_plan
-from chord_megatron.planning.streams import mu_at
+from chord_megatron.planning.schedule import mu_at
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
 from chord_megatron.weights.hf_config import read_architecture

@@ -1,0 +1,18 @@
+"""What follows the step number, as the configuration has it."""
+
+from __future__ import annotations
+
+from chord_megatron.algorithm.mu import mu_schedule
+from chord_megatron.config import Config
+
+
+def mu_at(config: Config, step: int) -> float:
+    """mu of the configured schedule at a 0-based optimizer step."""
+    chord = config.chord
+    return mu_schedule(
+        step,
+        peak=chord.chord_mu_peak,
+        valley=chord.chord_mu_valley,
+        warmup_steps=chord.chord_mu_warmup_steps,
+        decay_steps=chord.chord_mu_decay_steps,
+    )
