@@ -150,7 +150,7 @@ def run_tests(python: str, *, with_slow: bool) -> tuple[int, dict[str, dict[str,
 
 
 def count(report: ElementTree.ElementTree) -> dict[str, dict[str, int]]:
-    """Of a JUnit report: part -> kind -> number of tests; a file that cannot be imported is one that failed."""
+    """Of pytest's report for JUnit: part -> kind -> number of tests; one that cannot be imported failed."""
     parts = {f"tests/{file}"[:-3].replace("/", "."): part for part, files in PARTS.items() for file in files}
     counts = Counter()
     for case in report.iter("testcase"):

@@ -24,7 +24,7 @@ _TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-cu12", "transfo
 def check_python() -> Check:
     meaning = "used"
     if sys.version_info < (3, 12):
-        meaning = "used; megatron-core from 0.17 on asks for 3.12"
+        meaning = "used; megatron-core after 0.16.1 needs 3.12 or 3.13, where this package runs with 0.19 too"
     return Check("Python", platform.python_version(), "ok", meaning)
 
 

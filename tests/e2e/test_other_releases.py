@@ -13,6 +13,7 @@ from packaging.version import Version
 from release_runs import RECORDINGS, RESUMED_STEP, RUNS, STEPS, prepare, run
 
 from chord_megatron.checkpoints.common_state import read_common_state
+from chord_megatron.checkpoints.conversion import megatron_to_hf
 from chord_megatron.system.versions import installed_version
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
@@ -41,6 +42,19 @@ def test_a_run_of_another_release_goes_on(archive: Path, tmp_path: Path):
     for step, writer in ((RESUMED_STEP, release), (STEPS, installed_version("megatron-core"))):
         document = json.loads((tmp_path / "run" / "checkpoints" / f"step_{step}" / "state.json").read_text())
         assert document["megatron_core"] == writer
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_checkpoints_of_all_releases_become_the_same_model(name: str, tmp_path: Path):
+    """The recordings are of one run, whose weights both ends computed alike."""
+    written = set()
+    for archive in RECORDINGS.glob(f"*_{name}.tar.gz"):
+        with tarfile.open(archive) as file:
+            file.extractall(tmp_path / archive.stem, filter="data")
+        source, target = tmp_path / archive.stem / "run" / "checkpoints" / f"step_{RESUMED_STEP}", tmp_path / "hf"
+        megatron_to_hf(source, target / archive.stem, verify=True)
+        written.add((target / archive.stem / "model.safetensors").read_bytes())
+    assert len(written) == 1
 
 
 def test_both_ends_are_recorded_and_put_their_common_state_elsewhere(tmp_path: Path):
