@@ -172,10 +172,29 @@ def test_a_vocabulary_of_one_token_is_certain():
 def test_all_memory_is_on_the_device_of_the_inputs(save_logits_bytes: int):
     """Whatever the default device is: a tensor on "meta" has no numbers to compute with."""
     x = make_inputs(20, 8, 50, 47)
-    expected = results(fused, x, save_logits_bytes=save_logits_bytes, temperature=0.7)
+    options = {"save_logits_bytes": save_logits_bytes, "temperature": 0.7}
+    hidden, weight = x.hidden.clone().requires_grad_(), x.weight.clone().requires_grad_()
     with torch.device("meta"):
-        actual = results(fused, x, save_logits_bytes=save_logits_bytes, temperature=0.7)
-    assert_equal(actual, expected)
+        outputs = fused(x, hidden, weight, **options)
+        node = outputs[0].grad_fn  # asked without autograd, which would restore the default device
+        gradients = node._forward_cls.backward(node, *x.upstream)[:2]
+    assert_equal([*outputs, *gradients], results(fused, x, **options))
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_keep_the_sums_dtype(dtype: torch.dtype, add: bool, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, which multiplies bfloat16 into float32 where it is told to."""
+
+    def addmm(summand: Tensor, left: Tensor, right: Tensor, *, beta: float, out: Tensor, **options: Any) -> None:
+        assert options == ({} if left.dtype == out.dtype else {"out_dtype": out.dtype})
+        out.copy_(left.to(out.dtype) @ right.to(out.dtype) + (beta * summand if beta else 0.0))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    left, right = torch.tensor([[1.5, -2.0]], dtype=dtype), torch.tensor([[3.0], [0.25]], dtype=dtype)
+    out = torch.tensor([[100.0 if add else torch.nan]])
+    import_module("chord_megatron.ops.linear_log_probs")._multiply(out, left, right, add=add)
+    assert out.item() == 4.0 + 100.0 * add
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
