@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from megatron.core.transformer import utils as transformer_utils
 from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
@@ -208,12 +208,18 @@ def _inference_mode(chunks: list[torch.nn.Module]) -> Iterator[None]:
     for model in models:
         model.eval()
         if sequence_parallel:
-            set_model_to_sequence_parallel(model, False)
+            _set_sequence_parallel(model, False)
     try:
         with inference_flag():
             yield
     finally:
         for model in models:
             if sequence_parallel:
-                set_model_to_sequence_parallel(model, True)
+                _set_sequence_parallel(model, True)
             model.train()
+
+
+def _set_sequence_parallel(model: torch.nn.Module, value: bool) -> None:
+    """Leaves nothing in the cache that upstream keeps by `id(model)`: another model may get that id later."""
+    transformer_utils.set_model_to_sequence_parallel(model, value)
+    transformer_utils._sequence_parallel_attr_cache.pop(id(model))  # noqa: SLF001

@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.transformer import utils as transformer_utils
 from torch import Tensor
 
 from chord_megatron.algorithm.objective import Objective, chord_loss
@@ -58,6 +59,10 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     prompts, params = questions["prompts"], SamplingParams(**questions["sampling"])
     seeds = [(0, index) for index in range(len(prompts))]
     answers["sampled"] = generate(engine, prompts, seeds, params)
+    # Left there, it would be taken for another model's that gets the same address, and keep this one alive.
+    assert not transformer_utils._sequence_parallel_attr_cache, (
+        "generation leaves Megatron-Core's cache of modules behind"
+    )
     if groups.tp_size > 1 and engine.arch.moe is not None:
         answers["sampled_astray"] = generate_astray(engine, prompts, seeds, params)
     completed = [as_sample([*p, *c], params.temperature) for p, (c, _) in zip(prompts, answers["sampled"])]
