@@ -55,7 +55,15 @@ PARTS: dict[str, tuple[str, ...]] = {
     "offload": ("distributed/test_offload.py",),
     "head": ("distributed/test_head_memory.py", "distributed/test_linear_log_probs_sharded.py"),
     "bfloat16": ("e2e/test_bfloat16.py",),
-    "runs": ("e2e/test_recorded_numbers.py", "unit/test_check_megatron_core.py", "unit/test_cpu_support.py"),
+    "runs": (
+        "e2e/test_non_finite.py",
+        "e2e/test_recorded_numbers.py",
+        "e2e/test_streams.py",
+        "unit/test_acceleration.py",
+        "unit/test_check_megatron_core.py",
+        "unit/test_cpu_support.py",
+        "unit/test_rope.py",
+    ),
 }
 
 

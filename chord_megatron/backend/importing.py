@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ def import_megatron_core() -> None:
     """
     if torch.cuda.is_available():
         return
-    with warnings.catch_warnings(), _megatron_left_uncompiled():
+    with warnings.catch_warnings(), _megatron_left_uncompiled(), _errors_only("torch.utils.cpp_extension"):
         silence_cuda_advice()
         from megatron.core import jit
 
@@ -30,6 +31,18 @@ def silence_cuda_advice() -> None:
     if not torch.cuda.is_available():
         warnings.filterwarnings("ignore", module=r"megatron\.core")
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+@contextmanager
+def _errors_only(name: str) -> Iterator[None]:
+    """Of a logger: that one tells of a CUDA compiler without a GPU, when it is imported."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager

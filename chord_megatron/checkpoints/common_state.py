@@ -42,7 +42,9 @@ def common_state_bytes(directory: Path, remedy: str) -> bytes | None:
             file.seek(info.offset)
             return file.read(info.length)
     except OSError as error:
-        raise UserError(f"{directory / info.relative_path} cannot be read ({error.strerror}); {remedy}") from error
+        raise UserError(
+            f"the checkpoint {directory} cannot be read ({info.relative_path}: {error.strerror}); {remedy}"
+        ) from error
 
 
 def read_common_state(directory: Path, remedy: str) -> dict[str, Any]:

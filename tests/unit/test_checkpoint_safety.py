@@ -134,7 +134,7 @@ def test_a_common_state_is_one_of_this_folder(tmp_path: Path):
     with pytest.raises(UserError) as error:
         read_common_state(directory, "name another")
     assert str(error.value) == (
-        f"{directory / 'missing.distcp'} cannot be read (No such file or directory); name another"
+        f"the checkpoint {directory} cannot be read (missing.distcp: No such file or directory); name another"
     )
 
 
