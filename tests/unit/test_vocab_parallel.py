@@ -166,6 +166,18 @@ def test_bfloat16_logits_are_worked_on_in_float32():
     assert half.grad.dtype == torch.bfloat16 and torch.equal(half.grad, full.grad.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_temperatures_dtype_does_not_matter(dtype: torch.dtype):
+    logits, targets, _ = make_inputs(4, 30, 30)
+    logits, temperatures = logits.bfloat16(), torch.tensor([0.5, 0.75, 1.0, 1.5])  # bfloat16 has all of them
+    same, other = (
+        vocab_parallel_log_probs(logits, targets, values, vocab_size=30)
+        for values in (temperatures, temperatures.to(dtype))
+    )
+    for value, expected in zip(other, same):
+        assert value.dtype == torch.float32 and torch.equal(value, expected)
+
+
 def test_only_one_output_used():
     """The upstream gradient of the unused output counts as zero."""
     logits, targets, temperatures = make_inputs(5, 11, 11)
