@@ -181,6 +181,15 @@ def test_all_memory_is_on_the_device_of_the_inputs(save_logits_bytes: int):
     assert_equal([*outputs, *gradients], results(fused, x, **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_temperatures_dtype_does_not_matter(dtype: torch.dtype):
+    x = make_inputs(4, 8, 50).to(torch.float32)
+    temperatures = torch.tensor([0.5, 0.75, 1.0, 1.5])  # bfloat16 has all of them
+    same, other = (results(fused, x, temperature=each) for each in (temperatures, temperatures.to(dtype)))
+    assert all(value.dtype == torch.float32 for value in other)
+    assert_equal(other, same)
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_keep_the_sums_dtype(dtype: torch.dtype, add: bool, monkeypatch: pytest.MonkeyPatch):
