@@ -98,6 +98,13 @@ def test_absent_log_probs_stay_absent():
     assert batch.old_log_probs is None and batch.ref_log_probs is None
 
 
+@pytest.mark.parametrize("name", ["rollout_log_probs", "old_log_probs", "ref_log_probs"])
+def test_log_probs_of_some_rollouts_only_are_refused(name: str):
+    rollouts = [sample([1, 2], [0, 1]), dataclasses.replace(sample([3, 4], [0, 1]), **{name: torch.zeros(2)})]
+    with pytest.raises(AssertionError, match=r"^some rollouts have these log-probs and some do not$"):
+        pack(rollouts, [0, 1], [0.5, 0.5], pad_to_multiple=1)
+
+
 @pytest.mark.parametrize("pad_to_multiple", [1, 4, 7, 64])
 def test_the_token_count_is_the_next_multiple(pad_to_multiple: int):
     samples = step()

@@ -121,6 +121,12 @@ def test_top_k_and_top_p_by_hand(settings: dict[str, float], allowed: list[int])
         assert abs(tokens[:count].count(token) / count - PROBABILITIES[token] / mass) <= 1.01 / count
 
 
+def test_tokens_after_a_mass_of_exactly_top_p_are_dropped():
+    half = torch.log_softmax(torch.zeros(2), 0)[0].double().exp().item()
+    assert draw(torch.zeros(1, 2), [LAST], temperature=1.0, top_p=half)[0] == [0]
+    assert draw(torch.zeros(1, 2), [LAST], temperature=1.0, top_p=half + 2**-40)[0] == [1]
+
+
 def test_log_probs_are_those_before_top_p_and_top_k():
     tokens, log_probs = draw(
         logits_of(PROBABILITIES, temperature=0.7), [0.0, LAST], temperature=0.7, top_p=0.5, top_k=3
