@@ -355,7 +355,7 @@ def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
                 kill_children(servers[victim])
             yield item
 
-    rollout = ServerRollout(pool, broadcast(), seed=0)
+    rollout = ServerRollout(pool, broadcast(), torch.device("cpu"), seed=0)
     rollout.update_weights(weights, 2)
     assert passes == [0, 1] and rollout.weights_version == 2
     assert tokens(pool.submit(requests(8), 2).result()) == expected
