@@ -44,7 +44,7 @@ $(DEMO)/assets/model/model.safetensors: examples/quickstart/make_quickstart.py |
 	$(BIN)/python $< --output-dir $(DEMO)/assets
 
 .venv/run: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(not 11 <= sys.version_info[1] <= 13 and "Python 3.11 to 3.13 is needed: set PYTHON=")'
+	$(PYTHON) -c 'import sys; sys.exit(not 11 <= sys.version_info[1] <= 13 and "Python 3.11 to 3.13: set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
 	$(PIP) "$(TORCH)"
