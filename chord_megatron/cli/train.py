@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
+from chord_megatron.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ def train(
     from chord_megatron.tracking.run_dir import RunDir
 
     launch = Launch(nproc_per_node, nnodes, node_rank, master_addr, master_port)
+    if node_rank >= nnodes:
+        raise UserError(f"--node-rank {node_rank} is not one of {nnodes} nodes; they count from 0 to {nnodes - 1}")
     resolved, _ = validated(config, overrides, launch.world_size)  # here: a mistake shows before any process starts
     if RunDir(Path(resolved.train.output_dir)).is_finished(resolved.train.train_iters):
         print(f"{resolved.train.output_dir} is finished; raise train.train_iters to train on")

@@ -222,3 +222,10 @@ def test_only_rank_0_reports_before_the_ranks_have_met(monkeypatch: pytest.Monke
     assert train_main._is_first_to_fail() and waits == []
     monkeypatch.setenv("RANK", "1")
     assert train_main._is_first_to_fail() and waits == [60]
+
+
+def test_a_node_that_is_not_one_of_them_is_refused(config: Path):
+    """It would wait for a place that nobody has."""
+    outcome = train_here(config, "--nnodes", "2", "--node-rank", "2")
+    assert outcome.code == 2
+    assert outcome.errors == ["error: --node-rank 2 is not one of 2 nodes; they count from 0 to 1"]

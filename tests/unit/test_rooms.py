@@ -1,7 +1,4 @@
-"""The rooms of the package: what each may import, how long its functions and files are, and that each says what it is.
-
-Who may import megatron and vllm, ruff knows (pyproject.toml).
-"""
+"""The rooms of the package: what each may import, how long functions and files are, that each file says what it is."""
 
 from __future__ import annotations
 
@@ -115,6 +112,24 @@ def test_a_room_imports_what_it_may(room: str):
     assert own, "the room is gone; remove it here"
     wrong = [(name_of(path), other) for path in own for other in imports(path) if other not in allowed]
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [("megatron", "chord_megatron/backend/**/*.py"), ("vllm", "chord_megatron/rollout/**/vllm_*.py")],
+)
+def test_only_its_own_files_import_a_package(package: str, allowed: str):
+    """Ruff refuses it, too, but for files that may import the other one."""
+    own = set(PACKAGE.parent.glob(allowed))
+    importers = {
+        path
+        for path in FILES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+        if module.split(".")[0] == package
+    }
+    assert importers and importers <= own, [name_of(path) for path in importers - own]
 
 
 def test_every_file_is_in_a_room():
