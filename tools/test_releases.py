@@ -5,8 +5,9 @@
     python tools/test_releases.py installed              # what this interpreter has, as it is
 
 Each takes the oldest Python that it runs on of those found here: by `uv python find`, among pyenv's versions, on PATH.
---all adds the tests marked slow, --output benchmarks/results/releases.json keeps the counts. Without a Python for a
-release there is nothing to test, which the last lines say; that is no failure. Needs no package itself.
+--all adds the tests marked slow, --output benchmarks/results/releases.json keeps the counts and prints the table of
+docs/status.md. Without a Python for a release there is nothing to test, which the last lines say; that is no failure.
+Needs no package itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 Python = tuple[int, int]
 NEWEST_PYTHON: Python = (3, 13)  # of any release so far
-LATEST = re.search(r"^megatron-core==(\S+); python_version >=", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 # As the Makefile says it: without an NVIDIA driver pip prefers this release's CPU build wherever one is offered.
 TORCH = "torch" if shutil.which("nvidia-smi") else "torch==2.13.0"
 TEST_PACKAGES = ("pytest", "pytest-xdist", "filelock")
@@ -123,23 +123,30 @@ def choose_python(release: str, pythons: dict[Python, str]) -> str | None:
 # Environments
 
 
+def latest_release() -> str:
+    """What constraints.txt has for the newest Pythons."""
+    (release,) = re.findall(r"(?m)^megatron-core==(\S+); python_version >=", (ROOT / "constraints.txt").read_text())
+    return release
+
+
 def make_environment(release: str, python: str, folder: Path) -> str:
     """The interpreter of an environment with this release and what its tests need; installs only what has changed."""
     constraints = re.sub(r"(?m)^megatron-core==.*\n", "", (ROOT / "constraints.txt").read_text())
     constraints += f"megatron-core=={release}\n"
-    wanted = "\n".join([python, TORCH, *TEST_PACKAGES, constraints, (ROOT / "pyproject.toml").read_text()])
-    stamp, inside = folder / "installed", str(folder / "bin" / "python")
-    digest = hashlib.sha256(wanted.encode()).hexdigest()
-    if stamp.is_file() and stamp.read_text() == digest:
+    wanted = "\n".join([TORCH, *TEST_PACKAGES, constraints, (ROOT / "pyproject.toml").read_text()])
+    digest, stamp = hashlib.sha256(wanted.encode()).hexdigest(), folder / "installed"
+    of_python, installed = stamp.read_text().splitlines() if stamp.is_file() else ("", "")
+    inside = str(folder / "bin" / "python")
+    if (of_python, installed) == (python, digest):
         return inside
     print(f"installing megatron-core {release} into {folder.name} (a few minutes the first time)", flush=True)
-    subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
+    subprocess.run([python, "-m", "venv", *(["--clear"] if of_python != python else []), str(folder)], check=True)
     (folder / "constraints.txt").write_text(constraints)
     pip = [inside, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pip += ["--constraint", str(folder / "constraints.txt")]
     subprocess.run([*pip, TORCH], check=True)
     subprocess.run([*pip, *TEST_PACKAGES, "--editable", str(ROOT)], check=True)
-    stamp.write_text(digest)
+    stamp.write_text(f"{python}\n{digest}\n")
     return inside
 
 
@@ -179,17 +186,27 @@ print(json.dumps(dict(python=p.python_version(), **{{n: v(n) for n in {names}}})
 def report_of(row: dict[str, Any]) -> str:
     """One line for each part."""
     lines = [f"megatron-core {row['megatron-core']}, Python {row['python']}, torch {row['torch']}: {row['seconds']} s"]
-    for part, numbers in row["parts"].items():
-        lines.append(f"  {part:12}" + ", ".join(f"{numbers[kind]} {kind}" for kind in KINDS if numbers[kind]))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {part:12}{_text(numbers)}" for part, numbers in row["parts"].items())])
 
 
-def keep(rows: list[dict[str, Any]], output: Path) -> None:
-    """Put the rows among those of other releases."""
+def _text(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{numbers[kind]} {kind}" for kind in KINDS if numbers[kind])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """In Markdown: parts by releases."""
+    lines = [["", *(f"{row['megatron-core']}, Python {row['python']}" for row in rows)], ["---"] * (len(rows) + 1)]
+    lines += [[part, *(_text(row["parts"][part]) for row in rows)] for part in PARTS]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def keep(rows: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:
+    """Put the rows among those of other releases; returns all."""
     kept = json.loads(output.read_text())["releases"] if output.exists() else []
     kept = [row for row in kept if row["megatron-core"] not in {new["megatron-core"] for new in rows}]
-    document = {"releases": sorted(kept + rows, key=lambda row: row["megatron-core"])}
-    output.write_text(json.dumps(document, indent=2) + "\n")
+    kept = sorted(kept + rows, key=lambda row: row["megatron-core"])
+    output.write_text(json.dumps({"releases": kept}, indent=2) + "\n")
+    return kept
 
 
 NO_PYTHON = """
@@ -211,8 +228,7 @@ def main() -> int:
     pythons = {} if options.python else find_pythons()
     rows, lacking, failed = [], [], False
     for name in options.releases:
-        assert LATEST is not None
-        release = LATEST[1] if name == "latest" else name
+        release = latest_release() if name == "latest" else name
         python = sys.executable if name == "installed" else options.python or choose_python(release, pythons)
         if python is None:
             lacking.append(release)
@@ -226,7 +242,7 @@ def main() -> int:
         failed |= code != 0
     print(*map(report_of, rows), sep="\n")
     if options.output and rows:
-        keep(rows, options.output)
+        print(table(keep(rows, options.output)))
     if lacking:
         print(NO_PYTHON.format(releases=", ".join(lacking)))
     return int(failed)

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -69,7 +68,7 @@ def save(
         dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(folder))
         save_file(_rng_state(), folder / f"rng_{groups.rank:05d}.safetensors")
         if groups.rank == 0:
-            document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": megatron.core.__version__}
+            document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": releases.installed()}
             (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
             copy_model_files([model_dir], folder)
 
@@ -126,9 +125,9 @@ def _written_by(directory: Path) -> str:
         release = json.loads((directory / "state.json").read_text(encoding="utf-8")).get("megatron_core")
     except (OSError, ValueError):
         return ""
-    if release in (None, megatron.core.__version__):
+    if release in (None, releases.installed()):
         return ""
-    return f" of megatron-core {release} (this is {megatron.core.__version__})"
+    return f" of megatron-core {release} (this is {releases.installed()})"
 
 
 def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:

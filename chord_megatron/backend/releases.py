@@ -10,6 +10,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
+import megatron.core
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -62,7 +64,17 @@ DIFFERENCES = (
         "backend/cpu.py, _replace_cuda_functions",
         since="0.19",
     ),
+    Difference(
+        "`megatron.core.__version__` ends with the commit of whichever Git repository the package lies in",
+        "backend/releases.py, installed",
+        since="0.18",
+    ),
 )
+
+
+def installed() -> str:
+    """The release at hand, also where it is not installed but on the path."""
+    return megatron.core.__version__.partition("+")[0]
 
 
 def tell_that_transformer_engine_is_missing() -> None:
