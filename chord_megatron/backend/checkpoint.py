@@ -29,7 +29,7 @@ from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.sharded_state import load_sharded
 from chord_megatron.checkpoints.common_state import read_common_state
-from chord_megatron.checkpoints.metadata import refuse_unsafe
+from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
 from chord_megatron.system.atomic import partial_path, replaced_directory
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.model_files import copy_model_files
@@ -88,10 +88,8 @@ def load(
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        # The last line: torch's holds the tracebacks of all ranks before it.
-        cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(
-            f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause}); {remedy}"
+            f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause_of(error)}); {remedy}"
         ) from error
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.sharded_state import load_sharded
+from chord_megatron.checkpoints.metadata import cause_of
 from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -35,8 +36,9 @@ def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: 
     try:
         loaded = load_sharded(state, reader.directory, {})
     except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise UserError(f"the checkpoint {reader.directory} cannot be read ({cause}); copy it again") from error
+        raise UserError(
+            f"the checkpoint {reader.directory} cannot be read ({cause_of(error)}); copy it again"
+        ) from error
     for index, chunk in enumerate(chunks):
         # What is absent is no weight: TransformerEngine's extra states.
         unwrap(chunk).load_state_dict(loaded[str(index)], strict=False)

@@ -139,3 +139,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         if full_name not in self._ALLOWED and not is_dtype:
             raise UserError(f"refusing a checkpoint whose .metadata names {full_name}: it could run code")
         return super().find_class(module, name)
+
+
+def cause_of(error: BaseException) -> str:
+    """What torch says of a damaged file, in a few words: the last line, behind the tracebacks of all ranks.
+
+    Not its advice to load without `weights_only`, which would run what the file says.
+    """
+    text = str(error).strip()
+    if "weights_only" in text:
+        return "it holds something else than tensors"
+    return (text or type(error).__name__).splitlines()[-1][:200]

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from chord_megatron.checkpoints.metadata import find_checkpoint, read_metadata
+from chord_megatron.checkpoints.metadata import cause_of, find_checkpoint, read_metadata
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import MappedParameter, hf_shapes, mapped_parameters
@@ -152,8 +152,7 @@ class MegatronReader:
         try:
             tensor = _map_tensor(path, info)
         except Exception as error:  # torch and zip report damage as RuntimeError, ValueError, EOFError, ...
-            reason = str(error).strip().split("\n")[0][:200]
-            raise UserError(f"{path} is damaged at {key} ({reason}); copy the checkpoint again") from error
+            raise UserError(f"{path} is damaged at {key} ({cause_of(error)}); copy the checkpoint again") from error
         dtype = self._tensors[key].properties.dtype
         if not isinstance(tensor, Tensor) or tensor.shape != chunk.sizes or tensor.dtype != dtype:
             raise UserError(f"{path} does not hold {key} as .metadata describes it; copy the checkpoint again")
