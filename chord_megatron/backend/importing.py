@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+# Their kernels take CUDA tensors, and Megatron-Core takes the kernels wherever it can import them.
+_PACKAGES_FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+
 
 def import_megatron_core() -> None:
     """Import Megatron-Core. Without CUDA nothing of it is compiled, now or when more of it is imported.
 
-    As it is imported it compiles functions, for fusions that only GPUs have: a third of the time to start.
+    As it is imported it compiles functions, for fusions that only GPUs have: a third of the time to start. Nor does it
+    find packages for GPUs, in an image that has them.
     """
     if torch.cuda.is_available():
         return
-    with warnings.catch_warnings(), _megatron_left_uncompiled(), _errors_only("torch.utils.cpp_extension"):
+    with (
+        warnings.catch_warnings(),
+        _megatron_left_uncompiled(),
+        _errors_only("torch.utils.cpp_extension"),
+        _not_importable(_PACKAGES_FOR_GPUS),
+    ):
         silence_cuda_advice()
         from megatron.core import jit
 
         jit.disable_jit_fuser()
-        from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401 - warns as it is imported
+        from megatron.core import optimizer  # noqa: F401 - warns as it is imported, like the next
+        from megatron.core.models.gpt import gpt_layer_specs  # noqa: F401
 
 
 def silence_cuda_advice() -> None:
@@ -59,3 +70,15 @@ def _megatron_left_uncompiled() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_any
+
+
+@contextmanager
+def _not_importable(packages: Iterable[str]) -> Iterator[None]:
+    """Within, as if these were not installed, unless they are imported already."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type] # None: import raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]

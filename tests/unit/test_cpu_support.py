@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,36 @@ assert (torch.compile, torch.Tensor.cuda, warnings.filters) == before
 def test_importing_the_backend_changes_nothing_and_says_nothing():
     done = subprocess.run([sys.executable, "-c", _IMPORT], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+_IMPORT_BESIDE_KERNELS = """
+import chord_megatron.backend.engine
+from megatron.core import optimizer
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+print(optimizer.Adam.__module__, distrib_optimizer.HAVE_APEX_OR_TE, clip_grads.l2_norm_impl.__module__, HAVE_TE)
+import transformer_engine
+print(transformer_engine.__name__)
+"""
+
+
+def test_kernels_for_gpus_are_not_taken_where_there_is_none(tmp_path: Path):
+    """Megatron-Core takes TransformerEngine's Adam and gradient norms wherever it can import them."""
+    package = tmp_path / "transformer_engine" / "pytorch"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    kernels = ("applier", "l2norm", "scale", "scale_tensor")
+    code = "class FusedAdam: pass\nFusedSGD = FusedAdam\n" + "".join(
+        f"multi_tensor_{name} = print\n" for name in kernels
+    )
+    (package / "optimizers.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT_BESIDE_KERNELS], capture_output=True, text=True, env=environment
+    )
+    expected = "torch.optim.adamw False megatron.core.utils False\ntransformer_engine\n"
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 @pytest.mark.parametrize(
