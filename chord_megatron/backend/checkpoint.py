@@ -93,7 +93,7 @@ def load(
         ) from error
     for name, chunk in _named_chunks(chunks):
         unwrap(chunk).load_state_dict(loaded[name])
-    _restore_step_zero(optimizer, loaded["optimizer"])
+    _translate_steps(loaded["optimizer"], by_parameter=_counts_by_parameter(optimizer))
     settings_of_all = {key: configured[0][key] for key in _CONFIGURED if key in configured[0]}
     releases.configure_saved_groups(loaded["optimizer"], settings_of_all)
     with absent_states_kept(optimizer):
@@ -101,6 +101,8 @@ def load(
     _unshare_steps(optimizer)
     for group, settings in zip(optimizer.param_groups, configured, strict=True):
         group.update({key: settings[key] for key in _CONFIGURED if key in settings})
+        # The groups are those that were saved, in which another Adam has not said what only this one reads.
+        group.update({key: value for key, value in settings.items() if key not in group and key != "step"})
     scheduler.load_state_dict(document["scheduler"])
     _restore_rng(directory / f"rng_{groups.rank:05d}.safetensors")
     return document["state"]
@@ -147,18 +149,14 @@ def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading:
 
 
 def _allocate_adam_state(optimizer: Any) -> None:
-    """Give every parameter the state of a first step: torch's Adam has none before, so nothing would load."""
+    """Give every parameter the state of a first step: no Adam has any before, so nothing would be saved or loaded."""
     for inner in optimizer.chained_optimizers:
-        if not isinstance(inner.optimizer, torch.optim.Adam | torch.optim.AdamW):
-            continue  # the fused optimizers allocate their own
         for group in inner.optimizer.param_groups:
             for parameter in group["params"]:
                 if not inner.optimizer.state[parameter]:
-                    inner.optimizer.state[parameter] = {
-                        "step": torch.zeros((), dtype=torch.float32),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                    steps = {"step": torch.zeros((), dtype=torch.float32)} if _counts_by_parameter(optimizer) else {}
+                    inner.optimizer.state[parameter] = {**steps, **moments}
 
 
 @contextlib.contextmanager
@@ -185,11 +183,34 @@ def _set_present_states(
     set_all(inner, model_param, {**present, **tensors})
 
 
-def _restore_step_zero(optimizer: Any, state: dict[str, Any]) -> None:
-    """FP32Optimizer.sharded_state_dict leaves out a step of zero, which torch's Adam then misses."""
-    state = state.get("optimizer", state)  # the mixed-precision optimizer has the inner one's below this key
-    if "state" in state and isinstance(optimizer.optimizer, torch.optim.Adam | torch.optim.AdamW):
-        state["state"].setdefault("common_step", torch.zeros((), dtype=torch.float32))
+def _counts_by_parameter(optimizer: Any) -> bool:
+    """Torch's Adam does; TransformerEngine's and Apex's count by group."""
+    return any(
+        isinstance(each.optimizer, torch.optim.Adam | torch.optim.AdamW) for each in optimizer.chained_optimizers
+    )
+
+
+def _translate_steps(state: dict[str, Any], *, by_parameter: bool) -> None:
+    """Write the steps of a saved optimizer as the Adam that loads it reads them, whichever Adam has saved them.
+
+    It would otherwise count from 0, or from 1, and correct the bias of its moments once more. The optimizers that are
+    not distributed leave a step of zero out, too, which torch's Adam then misses (FP32Optimizer.sharded_state_dict).
+    """
+    if "param_groups" not in state:
+        for value in state.values():
+            if isinstance(value, dict):
+                _translate_steps(value, by_parameter=by_parameter)
+        return
+    groups, states = state["param_groups"], state.get("state", {})
+    by_groups = max((int(group.get("step") or 0) for group in groups), default=0)
+    count = int(states.pop("common_step", by_groups))
+    if by_parameter and "state" in state:
+        states["common_step"] = torch.tensor(float(count))
+        for group in groups:
+            group.pop("step", None)
+    else:  # DistributedOptimizer's are with the groups, whichever Adam it has
+        for group in groups:
+            group["step"] = count
 
 
 def _unshare_steps(optimizer: Any) -> None:
