@@ -6,7 +6,7 @@
 The changes are mutmut's: a sample of all that it makes inside functions, drawn uniformly. Each is written into a copy
 of the project, whose tests then run until one fails, in a fork of this process, which has imported torch already.
 Prints the score and what survived; the JSON has every change of the sample, what became of it and the test that failed.
-`--survivors-of` runs again only the part of the sample that survived in an earlier result.
+`--survivors-of` runs again what survived in an earlier result and is still to be had.
 """
 
 from __future__ import annotations
@@ -272,10 +272,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    mutants, population = draw_mutants(arguments.paths, arguments.sample, arguments.seed)
     if arguments.survivors_of:
         left = survivors(arguments.survivors_of)
+        mutants, population = draw_mutants(sorted({path for path, _ in left}), sys.maxsize, seed=0)
         mutants = [mutant for mutant in mutants if (mutant.path, mutant.diff) in left]
+    else:
+        mutants, population = draw_mutants(arguments.paths, arguments.sample, arguments.seed)
     results = []
     for result in test_mutants(mutants):
         results.append(result)
