@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from chord_megatron.backend import releases
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
-from chord_megatron.backend.sharded_state import load_sharded
+from chord_megatron.backend.sharded_state import load_sharded, set_weights
 from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
 from chord_megatron.system.atomic import partial_path, replaced_directory
@@ -92,7 +92,7 @@ def load(
             f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause_of(error)}); {remedy}"
         ) from error
     for name, chunk in _named_chunks(chunks):
-        unwrap(chunk).load_state_dict(loaded[name])
+        set_weights(unwrap(chunk), loaded[name])
     _translate_steps(loaded["optimizer"], by_parameter=_counts_by_parameter(optimizer))
     settings_of_all = {key: configured[0][key] for key in _CONFIGURED if key in configured[0]}
     releases.configure_saved_groups(loaded["optimizer"], settings_of_all)

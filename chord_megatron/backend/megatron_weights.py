@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend.model import unwrap
-from chord_megatron.backend.sharded_state import load_sharded
+from chord_megatron.backend.sharded_state import load_sharded, set_weights
 from chord_megatron.checkpoints.metadata import cause_of
 from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.system.errors import UserError
@@ -40,5 +40,4 @@ def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: 
             f"the checkpoint {reader.directory} cannot be read ({cause_of(error)}); copy it again"
         ) from error
     for index, chunk in enumerate(chunks):
-        # What is absent is no weight: TransformerEngine's extra states.
-        unwrap(chunk).load_state_dict(loaded[str(index)], strict=False)
+        set_weights(unwrap(chunk), loaded[str(index)])

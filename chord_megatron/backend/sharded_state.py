@@ -1,10 +1,11 @@
-"""Reading the tensors of a distributed checkpoint, as every supported release of Megatron-Core wrote it."""
+"""Reading the tensors of a distributed checkpoint, whichever release of Megatron-Core wrote it, and setting them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -21,3 +22,10 @@ def load_sharded(state: dict[str, Any], directory: Path, common: dict[str, Any])
     loaded = merge(common, rest)
     state, _ = extract_matching_values(state, lambda value: isinstance(value, ShardedBase))
     return apply_factory_merges(merge(loaded, TorchDistLoadShardedStrategy().load(state, directory)), factories)
+
+
+def set_weights(model: torch.nn.Module, weights: dict[str, Any]) -> None:
+    """Load a state dict without TransformerEngine's extra states, which are objects: neither written nor read."""
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    wrong = [name for name in missing if not name.endswith("_extra_state")] + unexpected
+    assert not wrong, wrong

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import dist_checkpointing
@@ -54,12 +54,15 @@ def main(questions: dict[str, Any], results: Path) -> None:
     shut_down_distributed()
 
 
-def build_upstream(arch: ModelArchitecture, parallel: ParallelConfig) -> GPTModel:
-    config = transformer_config(arch, MODEL, parallel, Acceleration("local", False, False))
+def build_upstream(
+    arch: ModelArchitecture, parallel: ParallelConfig, layers: Literal["transformer_engine", "local"] = "local"
+) -> GPTModel:
+    config = transformer_config(arch, MODEL, parallel, Acceleration(layers, False, False))
     if arch.moe and not arch.moe.dense_layers:
         config.moe_layer_freq = 1  # as Megatron-LM says it by default: layers are then stored together
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
-    if arch.mla:  # 0.16's DotProductAttention takes no keys and values of different sizes
+    on_te = layers == "transformer_engine"
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=on_te, normalization="RMSNorm")
+    if arch.mla and not on_te:  # 0.16's DotProductAttention takes no keys and values of different sizes
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     return GPTModel(

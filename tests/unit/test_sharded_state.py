@@ -1,0 +1,33 @@
+"""Weights of a checkpoint into modules that have more state than weights, as TransformerEngine's do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chord_megatron.backend.sharded_state import set_weights
+
+
+class LinearWithExtraState(torch.nn.Linear):
+    """Of TransformerEngine's modules each has such an object, for FP8; a checkpoint of ours holds none."""
+
+    def get_extra_state(self) -> torch.Tensor:
+        return torch.zeros(0)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        raise AssertionError("there is none")
+
+
+def test_weights_are_set_without_the_extra_states():
+    model = torch.nn.Sequential(LinearWithExtraState(2, 2), torch.nn.Linear(2, 1))
+    weights = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    assert "0._extra_state" in model.state_dict()
+    set_weights(model, weights)
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(("names", "wrong"), [(["weight"], "bias"), (["weight", "bias", "other"], "other")])
+def test_a_missing_or_unknown_weight_is_an_error(names: list[str], wrong: str):
+    tensors = {"weight": torch.ones(1, 1), "bias": torch.ones(1), "other": torch.ones(1)}
+    with pytest.raises(AssertionError, match=rf"\['{wrong}'\]"):
+        set_weights(LinearWithExtraState(1, 1), {name: tensors[name] for name in names})
