@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer import utils as transformer_utils
 from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
@@ -22,6 +21,9 @@ from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.releases import inference_flag
 from chord_megatron.ops.sampling import sample_tokens, uniform_numbers
 from chord_megatron.types import SamplingParams
+
+# What makes a module of Megatron-Core split sequences over TP (transformer/utils.py, _init_sequence_parallel_cache).
+_SPLITTING = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
 
 
 @torch.no_grad()
@@ -204,22 +206,29 @@ def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[T
 def _inference_mode(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """Evaluation mode without sequence parallelism: single tokens cannot be split over TP."""
     models = [unwrap(chunk) for chunk in chunks]
-    sequence_parallel = models[0].config.sequence_parallel
     for model in models:
         model.eval()
-        if sequence_parallel:
-            _set_sequence_parallel(model, False)
     try:
-        with inference_flag():
+        with inference_flag(), _sequence_parallelism_off(models):
             yield
     finally:
         for model in models:
-            if sequence_parallel:
-                _set_sequence_parallel(model, True)
             model.train()
 
 
-def _set_sequence_parallel(model: torch.nn.Module, value: bool) -> None:
-    """Leaves nothing in the cache that upstream keeps by `id(model)`: another model may get that id later."""
-    transformer_utils.set_model_to_sequence_parallel(model, value)
-    transformer_utils._sequence_parallel_attr_cache.pop(id(model))  # noqa: SLF001
+@contextlib.contextmanager
+def _sequence_parallelism_off(models: list[torch.nn.Module]) -> Iterator[None]:
+    """Within, no module splits sequences.
+
+    Megatron-Core's set_model_to_sequence_parallel finds modules in a cache by the id of their model, which another one
+    may have that was made after it; and it switches on what was off.
+    """
+    owners = [owner for model in models for owner in (model.config, *model.modules())]
+    on = [(owner, name) for owner in owners for name in _SPLITTING if getattr(owner, name, False)]
+    for owner, name in on:
+        setattr(owner, name, False)
+    try:
+        yield
+    finally:
+        for owner, name in on:
+            setattr(owner, name, True)
