@@ -217,7 +217,7 @@ def _inference_mode(chunks: list[torch.nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sequence_parallelism_off(models: list[torch.nn.Module]) -> Iterator[None]:
+def _sequence_parallelism_off(models: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Within, no module splits sequences.
 
     Megatron-Core's set_model_to_sequence_parallel finds modules in a cache by the id of their model, which another one
