@@ -75,9 +75,8 @@ def make_environment(directory: Path) -> None:
         subprocess.run(command, check=True, env={**os.environ, **env})
 
     subprocess.run([sys.executable, "-m", "venv", directory], check=True)
-    constraints = ("--constraint", ROOT / "constraints.txt")
     pip(f"torch=={TORCH}")
-    pip(*constraints, "--editable", f"{ROOT}[dev]")
+    pip("--constraint", ROOT / "constraints.txt", "--editable", ROOT)
     pip(*BUILD_PACKAGES)
     te = f"=={TRANSFORMER_ENGINE}"
     pip("--no-deps", f"transformer-engine{te}", f"transformer-engine-cu13{te}")
@@ -85,11 +84,13 @@ def make_environment(directory: Path) -> None:
 
 
 def cuda_home() -> Path:
-    """The toolkit that holds nvcc."""
+    """The toolkit that holds nvcc and its headers."""
     nvcc = shutil.which("nvcc")
-    if "CUDA_HOME" not in os.environ and nvcc is None:
-        sys.exit("nvcc is not there: install NVIDIA's CUDA toolkit 13.0, and set CUDA_HOME or PATH")
-    return Path(os.environ["CUDA_HOME"]) if "CUDA_HOME" in os.environ else Path(nvcc or "").resolve().parents[1]
+    places = [os.environ.get("CUDA_HOME"), Path(nvcc).resolve().parents[1] if nvcc else None, "/usr/local/cuda"]
+    for place in map(Path, filter(None, places)):
+        if (place / "bin" / "nvcc").is_file() and (place / "include" / "cuda_runtime.h").is_file():
+            return place
+    sys.exit("there is no nvcc: install NVIDIA's CUDA toolkit 13.0, and set CUDA_HOME")
 
 
 def build_settings(python: Path, cuda: Path) -> dict[str, str]:
