@@ -106,9 +106,13 @@ def source_files(paths: Sequence[str]) -> list[str]:
     return sorted(file.relative_to(ROOT).as_posix() for file in files if file.name not in LEFT_OUT)
 
 
+def parse(path: str) -> MetadataWrapper:
+    return MetadataWrapper(libcst.parse_module((ROOT / path).read_text()))
+
+
 def draw_mutants(paths: Sequence[str], sample: int, seed: int) -> tuple[list[Mutant], int]:
     """A uniform sample in the order of the files, and how many changes there are in all."""
-    modules = {path: MetadataWrapper(libcst.parse_module((ROOT / path).read_text())) for path in source_files(paths)}
+    modules = {path: parse(path) for path in source_files(paths)}
     population = [(path, mutation) for path, module in modules.items() for mutation in mutations_of(module)]
     chosen: dict[tuple[str, str], Mutant] = {}  # by code, which two changes may have in common
     for path, mutation in random.Random(seed).sample(population, len(population)):
@@ -117,6 +121,22 @@ def draw_mutants(paths: Sequence[str], sample: int, seed: int) -> tuple[list[Mut
         if mutant := make_mutant(path, modules[path], mutation):
             chosen[path, mutant.code] = mutant
     return sorted(chosen.values(), key=lambda mutant: (mutant.path, mutant.line, mutant.diff)), len(population)
+
+
+def find_mutants(wanted: set[tuple[str, str]]) -> list[Mutant]:
+    """Those of the wanted paths and diffs that the code still allows."""
+    found = []
+    for path in sorted({path for path, _ in wanted}):
+        module = parse(path)
+        spans, lines = module.resolve(PositionProvider), module.module.code.splitlines()
+        removed = {text for other, diff in wanted if other == path for text in diff.splitlines() if text[0] == "-"}
+        for mutation in mutations_of(module):
+            span = spans[mutation.original_node]
+            # Making a mutant takes its time: only where the diff has a line of the node.
+            if removed & {f"-{line}" for line in lines[span.start.line - 1 : span.end.line]}:
+                mutant = make_mutant(path, module, mutation)
+                found += [mutant] if mutant and (path, mutant.diff) in wanted else []
+    return found
 
 
 # --- tests ----------------------------------------------------------------------------------------------------------
@@ -273,9 +293,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     if arguments.survivors_of:
-        left = survivors(arguments.survivors_of)
-        mutants, population = draw_mutants(sorted({path for path, _ in left}), sys.maxsize, seed=0)
-        mutants = [mutant for mutant in mutants if (mutant.path, mutant.diff) in left]
+        mutants = find_mutants(survivors(arguments.survivors_of))
+        population = len(mutants)
     else:
         mutants, population = draw_mutants(arguments.paths, arguments.sample, arguments.seed)
     results = []
