@@ -161,7 +161,9 @@ def run_tests(python: str, *, with_slow: bool) -> tuple[int, dict[str, dict[str,
         command = [python, "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", f"--junitxml={report}"]
         command += ["-m", "not vllm" if with_slow else "not slow and not vllm", *files]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}).returncode
-        return code, count(ElementTree.parse(report)) if report.exists() else {}
+        if not report.exists():
+            sys.exit(f"pytest ended with {code} and left no report")
+        return code, count(ElementTree.parse(report))
 
 
 def count(report: ElementTree.ElementTree) -> dict[str, dict[str, int]]:
@@ -194,10 +196,12 @@ def _text(numbers: dict[str, int]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """In Markdown: parts by releases."""
-    lines = [["", *(f"{row['megatron-core']}, Python {row['python']}" for row in rows)], ["---"] * (len(rows) + 1)]
-    lines += [[part, *(_text(row["parts"][part]) for row in rows)] for part in PARTS]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """In Markdown: parts by releases, numbers alone where all tests of a part passed."""
+    columns = [f"{row['megatron-core']}, Python {'.'.join(row['python'].split('.')[:2])}" for row in rows]
+    lines = [" | ".join([part, *(_text(row["parts"][part]).removesuffix(" passed") for row in rows)]) for part in PARTS]
+    return "\n".join(
+        [f"| | {' | '.join(columns)} |", "|---" * (len(rows) + 1) + "|", *(f"| {line} |" for line in lines)]
+    )
 
 
 def keep(rows: list[dict[str, Any]], output: Path) -> list[dict[str, Any]]:

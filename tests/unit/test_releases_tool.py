@@ -94,6 +94,21 @@ def test_tests_are_counted_by_part(tool: ModuleType):
     assert list(counts) == list(tool.PARTS)
 
 
+def test_the_table_has_numbers_alone_where_all_passed(tool: ModuleType):
+    def row(release: str, python: str, **resume: int) -> dict[str, object]:
+        parts = {part: dict.fromkeys(tool.KINDS, 0) for part in tool.PARTS} | {"resume": resume}
+        return {"megatron-core": release, "python": python, "parts": parts}
+
+    rows = [
+        row("0.16.1", "3.11.7", passed=9, failed=0, skipped=0),
+        row("0.19.2", "3.12.1", passed=7, failed=1, skipped=1),
+    ]
+    lines = tool.table(rows).splitlines()
+    assert lines[:2] == ["| | 0.16.1, Python 3.11 | 0.19.2, Python 3.12 |", "|---|---|---|"]
+    assert "| resume | 9 | 7 passed, 1 failed, 1 skipped |" in lines
+    assert len(lines) == 2 + len(tool.PARTS)
+
+
 def test_it_names_files_that_are_there_and_the_torch_of_the_makefile(tool: ModuleType):
     assert [file for files in tool.PARTS.values() for file in files if not (ROOT / "tests" / file).is_file()] == []
     makefile = (ROOT / "Makefile").read_text()
