@@ -16,18 +16,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend import releases
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
-from chord_megatron.backend.sharded_state import load_sharded, set_weights
+from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
 from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
 from chord_megatron.system.atomic import partial_path, replaced_directory
@@ -87,7 +85,7 @@ def load(
         loaded = load_sharded(sharded_state, directory, read_common_state(directory, remedy))
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause_of(error)}); {remedy}"
         ) from error

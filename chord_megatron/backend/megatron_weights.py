@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
-from torch.distributed.checkpoint.api import CheckpointException
 
 from chord_megatron.backend.model import unwrap
-from chord_megatron.backend.sharded_state import load_sharded, set_weights
+from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
 from chord_megatron.checkpoints.metadata import cause_of
 from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.system.errors import UserError
@@ -35,7 +33,7 @@ def load_megatron_weights(chunks: list[torch.nn.Module], directory: Path, arch: 
     apply_prefix_mapping(state, reader.renamed)
     try:
         loaded = load_sharded(state, reader.directory, {})
-    except (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException) as error:
+    except READ_ERRORS as error:
         raise UserError(
             f"the checkpoint {reader.directory} cannot be read ({cause_of(error)}); copy it again"
         ) from error

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import ShardedBase, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
+
+# How torch and Megatron-Core say that a checkpoint is damaged, or another model's.
+READ_ERRORS = (OSError, ValueError, RuntimeError, CheckpointingException, CheckpointException)
 
 
 def load_sharded(state: dict[str, Any], directory: Path, common: dict[str, Any]) -> dict[str, Any]:

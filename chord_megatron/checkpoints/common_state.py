@@ -14,7 +14,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from chord_megatron.checkpoints.metadata import COMMON_STATE, read_metadata
+from chord_megatron.checkpoints.metadata import COMMON_STATE, cause_of, read_metadata
 from chord_megatron.system.errors import UserError
 
 _FILE = "common.pt"
@@ -55,7 +55,7 @@ def read_common_state(directory: Path, remedy: str) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in every way there is
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = cause_of(error)
         raise UserError(f"the common state of {directory} is damaged or could run code ({cause}); {remedy}") from error
     state = unwrap_common_state(state)
     if not isinstance(state, dict):
