@@ -7,16 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.experts import load_experts
 from chord_megatron.data.prompts import load_prompts
 from chord_megatron.data.sources import load_rows
-from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
-
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -27,27 +24,6 @@ class RunData:
     eval_prompts: Sequence[Prompt]  # empty without data.eval_dataset
     experts: Sequence[ExpertSample]  # empty without chord.chord_sft_dataset
     notes: tuple[str, ...]  # one line for each data set that lost rows to a length limit
-
-
-def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
-    """The tokenizer of a Hugging Face directory; it must have an end token. Raises UserError."""
-    # Without any of these transformers 5 builds an empty tokenizer, for which every text has no tokens.
-    if not (trust_remote_code or any((model_dir / name).is_file() for name in _VOCABULARY_FILES)):
-        raise UserError(
-            f"{model_dir} has no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); "
-            "copy tokenizer.json and tokenizer_config.json of the model there"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{model_dir} has no tokenizer that transformers can load ({reason}); "
-            "copy tokenizer.json and tokenizer_config.json of the model there"
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer in {model_dir} has no eos_token; set one in tokenizer_config.json")
-    return tokenizer
 
 
 def stop_token_ids(model_dir: Path, tokenizer: Any, configured: Sequence[int] | None) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
-from chord_megatron.data.load import RunData, load_run_data, load_tokenizer, stop_token_ids
+from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
+from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
