@@ -1,0 +1,310 @@
+"""The seam between prompt and answer, under templates in the form of public models': what is read, and what is learnt."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from chord_megatron.config import ChordConfig, DataConfig
+from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
+from chord_megatron.system.errors import UserError
+from tests.unit.chat_templates import LLAMA31, MISTRAL, QWEN3, QWEN25, R1_DISTILL, ChatModel, tokenizer_of
+
+TOKENIZERS = {model: tokenizer_of(model) for model in (QWEN25, QWEN3, LLAMA31, MISTRAL, R1_DISTILL)}
+SUM = {"role": "user", "content": "1+1?"}
+TOOL = {"type": "function", "function": {"name": "add"}}
+CALL = [{"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}]
+
+
+def load(tmp_path, tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], **data: Any) -> RunData:
+    """The same rows as prompts and as experts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"reference": "2", **row}) + "\n" for row in rows))
+    settings = {"dataset": str(path), "reference_column": "reference", "max_prompt_length": 500, **data}
+    return load_run_data(
+        DataConfig(**settings),
+        ChordConfig(chord_sft_dataset=str(path), chord_sft_max_length=1000),
+        tokenizer,
+    )
+
+
+class Case(NamedTuple):
+    name: str
+    model: ChatModel
+    row: dict[str, Any]
+    prompt: str
+    prefill: str  # what of the model's turn the prompt holds already
+    learnt: str  # what an expert teaches behind the prompt
+    data: dict[str, Any] = {}
+
+
+QWEN_PROMPT = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+QWEN25_PROMPT = "<|im_start|>system\nYou are helpful.<|im_end|>\n" + QWEN_PROMPT
+LLAMA_PROMPT = "<|start_header_id|>user<|end_header_id|>\n\n1+1?<|eot_id|>"
+LLAMA_OPEN = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+R1_PROMPT = "<｜begin▁of▁sentence｜><｜User｜>1+1?<｜Assistant｜><think>\n"
+ROW = {"prompt": "1+1?", "answer": "It is 2"}
+THOUGHT = {"prompt": "1+1?", "answer": "<think>\nadd\n</think>\n\n2"}
+
+CASES = [
+    Case("plain", QWEN25, ROW, QWEN25_PROMPT, "", "It is 2<|im_end|>"),
+    Case(
+        "a system prompt",
+        QWEN25,
+        ROW,
+        "<|im_start|>system\nAdd.<|im_end|>\n" + QWEN_PROMPT,
+        "",
+        "It is 2<|im_end|>",
+        {"system_prompt": "Add."},
+    ),
+    Case(
+        "a system column",
+        QWEN25,
+        {**ROW, "system": "Sum."},
+        "<|im_start|>system\nSum.<|im_end|>\n" + QWEN_PROMPT,
+        "",
+        "It is 2<|im_end|>",
+        {"system_prompt": "Add."},
+    ),
+    Case(
+        "tools",
+        QWEN25,
+        {"messages": [SUM, {"role": "assistant", "content": "It is 2"}], "tools": [TOOL]},
+        '<|im_start|>system\nYou are helpful.\n\n# Tools\n{"type": "function", "function": {"name": "add"}}'
+        "<|im_end|>\n" + QWEN_PROMPT,
+        "",
+        "It is 2<|im_end|>",
+    ),
+    Case(
+        "tools as JSON text, and null keys as parquet fills them in",
+        QWEN25,
+        {
+            "messages": [
+                {**SUM, "tool_calls": None},
+                {**CALL[0], "tool_calls": [{"function": {"name": "add", "arguments": None}}]},
+                {"role": "tool", "content": "2", "tool_calls": None},
+                {"role": "assistant", "content": "It is 2", "tool_calls": None},
+            ],
+            "tools": json.dumps([TOOL]),
+        },
+        '<|im_start|>system\nYou are helpful.\n\n# Tools\n{"type": "function", "function": {"name": "add"}}<|im_end|>\n'
+        '<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n<tool_call>{"name": "add"}</tool_call><|im_end|>\n'
+        "<|im_start|>user\n<tool_response>2</tool_response><|im_end|>\n<|im_start|>assistant\n",
+        "",
+        "It is 2<|im_end|>",
+    ),
+    Case("an answer that ends itself", QWEN25, {**ROW, "answer": "2<|im_end|>"}, QWEN25_PROMPT, "", "2<|im_end|>"),
+    Case(
+        "an answer begun by the row",
+        QWEN25,
+        {"prompt": [SUM, {"role": "assistant", "content": "It is"}], "answer": " 2"},
+        QWEN25_PROMPT + "It is",
+        "It is",
+        " 2<|im_end|>",
+    ),
+    Case(
+        "an answer begun by the row, and given whole",
+        QWEN25,
+        {"prompt": [SUM, {"role": "assistant", "content": "It is"}], "answer": "It is 2"},
+        QWEN25_PROMPT + "It is",
+        "It is",
+        " 2<|im_end|>",
+    ),
+    Case(
+        "messages as JSON text",
+        QWEN25,
+        {"messages": json.dumps([SUM, {"role": "assistant", "content": "It is 2"}])},
+        QWEN25_PROMPT,
+        "",
+        "It is 2<|im_end|>",
+    ),
+    Case(
+        "content in parts",
+        QWEN25,
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}],
+         "answer": "It is 2"},
+        QWEN25_PROMPT,
+        "",
+        "It is 2<|im_end|>",
+    ),
+    Case("no reasoning", QWEN3, ROW, QWEN_PROMPT, "", "<think>\n\n</think>\n\nIt is 2<|im_end|>"),
+    Case("reasoning", QWEN3, THOUGHT, QWEN_PROMPT, "", "<think>\nadd\n</think>\n\n2<|im_end|>"),
+    Case(
+        "reasoning in a column of its own",
+        QWEN3,
+        {"messages": [SUM, {"role": "assistant", "content": "2", "reasoning_content": "add"}]},
+        QWEN_PROMPT,
+        "",
+        "<think>\nadd\n</think>\n\n2<|im_end|>",
+    ),
+    Case(
+        "thinking turned off",
+        QWEN3,
+        ROW,
+        QWEN_PROMPT + "<think>\n\n</think>\n\n",
+        "<think>\n\n</think>\n\n",
+        "It is 2<|im_end|>",
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ),
+    Case(
+        "thinking turned off by the row",
+        QWEN3,
+        {**ROW, "chat_template_kwargs": {"enable_thinking": False}},
+        QWEN_PROMPT + "<think>\n\n</think>\n\n",
+        "<think>\n\n</think>\n\n",
+        "It is 2<|im_end|>",
+    ),
+    Case("plain", LLAMA31, ROW, "<|begin_of_text|>" + LLAMA_PROMPT + LLAMA_OPEN, "", "It is 2<|eot_id|>"),
+    Case(
+        "null keys, of which the template asks whether they are there",
+        LLAMA31,
+        {"messages": [{**SUM, "tool_calls": None}, {"role": "assistant", "content": "It is 2", "tool_calls": None}]},
+        "<|begin_of_text|>" + LLAMA_PROMPT + LLAMA_OPEN,
+        "",
+        "It is 2<|eot_id|>",
+    ),
+    Case(
+        "an answer that is trimmed",
+        LLAMA31,
+        {**ROW, "answer": " It is 2\n"},
+        "<|begin_of_text|>" + LLAMA_PROMPT + LLAMA_OPEN,
+        "",
+        "It is 2<|eot_id|>",
+    ),
+    Case("plain", MISTRAL, ROW, "<s>[INST] 1+1?[/INST]", "", " It is 2</s>"),
+    Case(
+        "a system prompt",
+        MISTRAL,
+        ROW,
+        "<s>[INST] Add.\n\n1+1?[/INST]",
+        "",
+        " It is 2</s>",
+        {"system_prompt": "Add."},
+    ),
+    Case("reasoning", R1_DISTILL, THOUGHT, R1_PROMPT, "<think>\n", "add\n</think>\n\n2<｜end▁of▁sentence｜>"),
+    Case(
+        "reasoning without its first mark",
+        R1_DISTILL,
+        {"prompt": "1+1?", "answer": "add\n</think>\n\n2"},
+        R1_PROMPT,
+        "<think>\n",
+        "add\n</think>\n\n2<｜end▁of▁sentence｜>",
+    ),
+    Case(
+        "reasoning on the line of its mark",
+        R1_DISTILL,
+        {"prompt": "1+1?", "answer": "<think>add</think>2"},
+        R1_PROMPT,
+        "<think>\n",
+        "add</think>2<｜end▁of▁sentence｜>",
+    ),
+]
+NAMES = {QWEN25: "Qwen2.5", QWEN3: "Qwen3", LLAMA31: "Llama 3.1", MISTRAL: "Mistral", R1_DISTILL: "R1"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{NAMES[case.model]}: {case.name}" for case in CASES])
+def test_prompts_and_experts(tmp_path, case: Case):
+    tokenizer = TOKENIZERS[case.model]
+    data = load(tmp_path, tokenizer, case.row, **case.data)
+    (prompt,), (expert,) = data.prompts, data.experts
+    assert prompt.text == case.prompt
+    assert prompt.prefill == case.prefill
+    tokens = tuple(tokenizer.encode(case.prompt, add_special_tokens=False))
+    assert prompt.tokens == expert.tokens[: expert.prompt_length] == tokens
+    assert expert.tokens[expert.prompt_length :] == tuple(tokenizer.encode(case.learnt, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("model", "ends"),
+    [
+        (QWEN25, ("<|endoftext|>", "<|im_end|>")),
+        (QWEN3, ("<|im_end|>",)),
+        (LLAMA31, ("<|end_of_text|>", "<|eot_id|>")),
+        (MISTRAL, ("</s>",)),
+        (R1_DISTILL, ("<｜end▁of▁sentence｜>",)),
+    ],
+    ids=lambda value: NAMES.get(value, "") if isinstance(value, ChatModel) else None,
+)
+def test_the_end_of_a_turn_stops_rollouts(tmp_path, model, ends):
+    tokenizer = TOKENIZERS[model]
+    data = load(tmp_path, tokenizer, THOUGHT)
+    expected = tuple(sorted(tokenizer.convert_tokens_to_ids(list(ends))))
+    assert stop_token_ids(tmp_path, tokenizer, None, data.end_token_ids) == expected
+    assert stop_token_ids(tmp_path, tokenizer, [7], data.end_token_ids) == (7,)
+
+
+@pytest.mark.parametrize(
+    ("model", "row", "data", "message"),
+    [
+        (R1_DISTILL, ROW, {}, r"row 0: .*opens the model's turn with '<think>\\n'.* neither begins with it nor"),
+        (QWEN3, THOUGHT, {"chat_template_kwargs": {"enable_thinking": False}}, r"row 0: .*<think>\\n\\n</think>"),
+        (MISTRAL, {"prompt": [SUM, SUM], "answer": "2"}, {}, r"row 0: the chat template refuses .*: roles must"),
+        (QWEN25, {"prompt": [{"role": "tool"}], "answer": "2"}, {}, r"row 0: .*message 0 .*'content'"),
+        (LLAMA31, {"prompt": CALL, "answer": "2"}, {}, r"row 0: .*assistant.* no text"),
+        (QWEN25, {**ROW, "answer": "2<|im_end|>3"}, {}, r"row 0: .*answer.*'<\|im_end\|>' .*in its middle"),
+        (QWEN25, {**ROW, "images": ["a.png"]}, {}, r"row 0: column 'images'.*text"),
+        (QWEN25, {**ROW, "videos": ["a.mp4"]}, {}, r"row 0: column 'videos'"),
+        (QWEN25, {**ROW, "audios": [{"path": "a"}]}, {}, r"row 0: column 'audios'"),
+        (QWEN25, {**ROW, "tools": "add"}, {}, r"row 0: column 'tools'.*JSON"),
+        (QWEN25, {**ROW, "system": 3}, {}, r"row 0: column 'system' .*text"),
+        (
+            QWEN25,
+            {"messages": [{"role": "system", "content": "a"}, SUM], "system": "b", "answer": "2"},
+            {},
+            r"row 0: column 'system' and a system message",
+        ),
+        (
+            QWEN25,
+            {"messages": [SUM, {"role": "assistant", "content": "2", "loss": False}]},
+            {},
+            r"row 0: .*'loss'.*final",
+        ),
+        (
+            QWEN25,
+            {
+                "messages": [
+                    SUM,
+                    {"role": "assistant", "content": "2", "loss": True},
+                    SUM,
+                    {"role": "assistant", "content": "2"},
+                ]
+            },
+            {},
+            r"row 0: .*'loss'.*message 1",
+        ),
+        (
+            QWEN25,
+            {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"},
+            {},
+            r"row 0: .*message 0.*'image'",
+        ),
+        (QWEN25, {**ROW, "tools": [TOOL]}, {"prompt_format": "text"}, r"row 0: column 'tools'.*prompt_format: chat"),
+    ],
+)
+def test_rows_that_cannot_be_rendered_are_named(tmp_path, model, row, data, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, TOKENIZERS[model], row, **data)
+
+
+def test_whatever_a_template_raises_is_the_rows_sentence(tmp_path):
+    for expression in ("1 / 0", "messages[0] + 1", "messages.missing.key", "none | length", "[] | first | upper + 3"):
+        tokenizer = tokenizer_of(QWEN25._replace(template="{{ " + expression + " }}"))
+        with pytest.raises(UserError, match=r"row 0: the chat template"):
+            load(tmp_path, tokenizer, ROW)
+
+
+def test_a_template_that_writes_no_answers_ends_them_with_eos(tmp_path):
+    tokenizer = tokenizer_of(QWEN25._replace(template="{{ messages[0].content }}="))
+    data = load(tmp_path, tokenizer, ROW)
+    (prompt,), (expert,) = data.prompts, data.experts
+    assert (prompt.text, prompt.prefill) == ("1+1?=", "")
+    assert expert.tokens[expert.prompt_length :] == tuple(tokenizer.encode("It is 2<|endoftext|>"))
+
+
+def test_settings_of_ours_are_not_the_templates(tmp_path):
+    for name in ("tokenize", "add_generation_prompt", "tools"):
+        with pytest.raises(UserError, match=rf"data.chat_template_kwargs.*{name!r}"):
+            load(tmp_path, TOKENIZERS[QWEN3], ROW, chat_template_kwargs={name: True})
