@@ -53,7 +53,9 @@ class DataConfig(_Group):
     reference_pattern: str | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: Literal["chat", "text"] = "chat"
     system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as {enable_thinking: false}
     max_prompt_length: Positive = 1024
+    on_bad_row: Literal["stop", "skip"] = "stop"  # of all data sets; skipped rows are counted by reason
 
 
 class RewardsConfig(_Group):

@@ -27,6 +27,7 @@ class Prompt:
     tokens: tuple[int, ...]
     reference: str  # what the reward functions compare with
     columns: dict[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+    prefill: str = ""  # the part of `text` that belongs to the model's turn; rewards see it in front of a completion
 
 
 @dataclass(frozen=True)

@@ -1,36 +1,48 @@
-"""The data of a run: tokenizer, prompts, held-out prompts and expert answers, read and tokenized at start-up."""
+"""The data of a run: prompts, held-out prompts and expert answers, read and tokenized at start-up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import GenerationConfig
 
 from chord_megatron.config import ChordConfig, DataConfig
-from chord_megatron.data.experts import load_experts
-from chord_megatron.data.prompts import load_prompts
-from chord_megatron.data.sources import load_rows
+from chord_megatron.data.bad_rows import BadRows
+from chord_megatron.data.conversations import Conversation, read_conversation
+from chord_megatron.data.experts import make_expert
+from chord_megatron.data.prompts import make_prompt, reference_finder
+from chord_megatron.data.sources import Row, load_rows
+from chord_megatron.data.turns import Turn, Turns, build_turns
+from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
+
+Sample = TypeVar("Sample", Prompt, ExpertSample)
+MakeSample = Callable[[int, Row, Conversation, Turn], Sample]
 
 
 @dataclass(frozen=True)
 class RunData:
-    """Everything a run reads, and what was left out of it."""
+    """Everything a run reads, and what was made of it."""
 
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]  # empty without data.eval_dataset
     experts: Sequence[ExpertSample]  # empty without chord.chord_sft_dataset
-    notes: tuple[str, ...]  # one line for each data set that lost rows to a length limit
+    end_token_ids: frozenset[int]  # what ends the model's turns
+    notes: tuple[str, ...]  # what each data set was taken for, and what was left out of it
 
 
-def stop_token_ids(model_dir: Path, tokenizer: Any, configured: Sequence[int] | None) -> tuple[int, ...]:
-    """The tokens that end a completion: those configured, or the tokenizer's and the generation config's."""
+def stop_token_ids(
+    model_dir: Path, tokenizer: Any, configured: Sequence[int] | None, end_token_ids: frozenset[int]
+) -> tuple[int, ...]:
+    """What ends a completion: the tokens configured, or those of turns, tokenizer and generation config."""
     if configured is not None:
         return tuple(configured)
-    ids = {tokenizer.eos_token_id}
+    ids = {tokenizer.eos_token_id, *end_token_ids}
     if (model_dir / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(model_dir).eos_token_id
         ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
@@ -39,45 +51,94 @@ def stop_token_ids(model_dir: Path, tokenizer: Any, configured: Sequence[int] | 
 
 def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any) -> RunData:
     """Read and tokenize all data sets. Raises UserError naming file, row and column."""
-    notes: list[str] = []
-
-    def prompts_of(source: str, split: str, limit: int | None = None) -> list[Prompt]:
-        rows = load_rows(source, split)
-        prompts, dropped = load_prompts(
-            [rows[i] for i in range(min(limit, len(rows)))] if limit else rows,
-            tokenizer,
-            source=source,
-            prompt_column=data.prompt_column,
-            reference_column=data.reference_column,
-            reference_pattern=data.reference_pattern,
-            prompt_format=data.prompt_format,
-            system_prompt=data.system_prompt,
-            max_prompt_length=data.max_prompt_length,
-        )
-        if dropped:
-            notes.append(f"{source}: dropped {dropped} prompts above data.max_prompt_length={data.max_prompt_length}")
-        return prompts
-
+    turns = build_turns(tokenizer, data.prompt_format, data.system_prompt, data.chat_template_kwargs)
+    to_prompt = partial(
+        make_prompt,
+        reference_column=data.reference_column,
+        find_reference=reference_finder(data.reference_pattern),
+    )
+    reader = _Reader(turns, data)
     experts: list[ExpertSample] = []
     if chord.chord_sft_dataset is not None:
-        experts, dropped = load_experts(
-            load_rows(chord.chord_sft_dataset, chord.chord_sft_dataset_split),
-            tokenizer,
-            source=chord.chord_sft_dataset,
+        experts = reader.read(
+            chord.chord_sft_dataset,
+            chord.chord_sft_dataset_split,
+            partial(make_expert, answer_column=chord.chord_sft_answer_column, turns=turns),
             prompt_column=chord.chord_sft_prompt_column,
-            answer_column=chord.chord_sft_answer_column,
-            prompt_format=data.prompt_format,
-            system_prompt=data.system_prompt,
-            end_token_id=tokenizer.eos_token_id,
-            max_length=chord.chord_sft_max_length,
+            limit=("chord.chord_sft_max_length", chord.chord_sft_max_length),
+            other=f"answer: column {chord.chord_sft_answer_column!r}",
         )
-        if dropped:
-            notes.append(
-                f"{chord.chord_sft_dataset}: dropped {dropped} expert rows above "
-                f"chord.chord_sft_max_length={chord.chord_sft_max_length}"
-            )
-    prompts = prompts_of(data.dataset, data.dataset_split)
-    eval_prompts = (
-        prompts_of(data.eval_dataset, data.eval_dataset_split, data.num_eval_prompts) if data.eval_dataset else []
+    read_prompts = partial(
+        reader.read,
+        make=to_prompt,
+        prompt_column=data.prompt_column,
+        limit=("data.max_prompt_length", data.max_prompt_length),
+        other=f"reference: column {data.reference_column!r}",
     )
-    return RunData(prompts, eval_prompts, experts, tuple(notes))
+    prompts = read_prompts(data.dataset, data.dataset_split)
+    eval_prompts = (
+        read_prompts(data.eval_dataset, data.eval_dataset_split, first=data.num_eval_prompts)
+        if data.eval_dataset
+        else []
+    )
+    return RunData(prompts, eval_prompts, experts, frozenset(reader.end_token_ids), tuple(reader.notes))
+
+
+class _Reader:
+    """Reads data sets; `notes` and `end_token_ids` grow with each."""
+
+    def __init__(self, turns: Turns, data: DataConfig) -> None:
+        self._turns, self._on_bad_row = turns, data.on_bad_row
+        self.notes: list[str] = []
+        self.end_token_ids: set[int] = set()
+
+    def read(
+        self,
+        source: str,
+        split: str,
+        make: MakeSample[Sample],
+        *,
+        prompt_column: str,
+        limit: tuple[str, int],
+        other: str,
+        first: int | None = None,
+    ) -> list[Sample]:
+        """The samples of a data set's first rows (None: of all), without those that are longer than `limit`."""
+        bad_rows = BadRows(source, self._on_bad_row)
+        rows = load_rows(source, split, bad_rows)
+        count = len(rows) if first is None else min(first, len(rows))
+        kinds: Counter[str] = Counter()
+        beside: Counter[str] = Counter()
+        samples = []
+        for index in range(count):
+            with bad_rows.at(index):
+                conversation = read_conversation(rows[index], prompt_column)
+                turn = self._turns.open(conversation)
+                samples.append(make(index, rows[index], conversation, turn))
+                self.end_token_ids.add(turn.end_token_id)
+                kinds[f"column {conversation.column!r} ({conversation.kind})"] += 1
+                beside.update(f"column {column!r}" for column in conversation.columns)
+        short = [sample for sample in samples if len(sample.tokens) <= limit[1]]
+        _refuse_none(source, bad_rows, samples, short, limit)
+        self.notes.append(f"{source}: {_recognised(len(samples), kinds, beside, other)}")
+        if bad_rows.count:
+            self.notes.append(f"{source}: skipped {bad_rows.count} unusable rows: {bad_rows}")
+        if len(short) < len(samples):
+            self.notes.append(f"{source}: dropped {len(samples) - len(short)} rows above {limit[0]}={limit[1]}")
+        return short
+
+
+def _refuse_none(
+    source: str, bad_rows: BadRows, samples: Sequence[Sample], short: Sequence[Sample], limit: tuple[str, int]
+) -> None:
+    if not samples:
+        raise UserError(f"{source}: none of its {bad_rows.count} rows can be used: {bad_rows}; mend them")
+    if not short:
+        raise UserError(f"all {len(samples)} usable rows of {source} are longer than {limit[0]}={limit[1]}; raise it")
+
+
+def _recognised(count: int, kinds: Counter[str], beside: Counter[str], other: str) -> str:
+    """What the rows were taken for, in one line: rows that are read differently than meant are worse than a refusal."""
+    prompts = ", ".join(f"{number} {kind}" if len(kinds) > 1 else kind for kind, number in kinds.items())
+    line = f"{count} rows; prompt: {prompts}; {other}"
+    return line + "".join(f"; beside it: {name} ({number})" for name, number in beside.items())

@@ -24,16 +24,22 @@ def score_rollouts(
     rank, world_size = dist.get_rank(), dist.get_world_size()
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     mine = [i for i in range(len(rollouts)) if (i // num_generations) % world_size == rank]
-    completions = [completion_text(rollouts[i], tokenizer) for i in mine]
+    completions = [completion_text(repeated[i], rollouts[i], tokenizer) for i in mine]
     result = _reward([repeated[i] for i in mine], completions, reward_function)
     results: list[tuple[list[int], Rewards | str]] = [(mine, result)] * world_size
     dist.all_gather_object(results, (mine, result))
     return _merge(repeated, rollouts, results)
 
 
-def completion_text(rollout: RolloutSample, tokenizer: Any) -> str:
-    """What reward functions and logs see of a completion."""
-    return str(tokenizer.decode(rollout.response_tokens, skip_special_tokens=True))
+def completion_text(prompt: Prompt, rollout: RolloutSample, tokenizer: Any) -> str:
+    """What reward functions and logs see: the model's turn, with what of it the prompt held, without its end token.
+
+    Special tokens stay: models write `<think>` and `<answer>` as such.
+    """
+    tokens = rollout.response_tokens
+    if rollout.finish_reason == "stop":
+        tokens = tokens[:-1]
+    return prompt.prefill + str(tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 def _reward(prompts: list[Prompt], completions: list[str], reward_function: RewardFunctions) -> Rewards | str:

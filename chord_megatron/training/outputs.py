@@ -74,7 +74,7 @@ class RunOutputs:
             {
                 "prompt_id": scored.rollouts[i].prompt_id,
                 "prompt": scored.prompts[i].text,
-                "completion": completion_text(scored.rollouts[i], self._tokenizer),
+                "completion": completion_text(scored.prompts[i], scored.rollouts[i], self._tokenizer),
                 "reference": scored.prompts[i].reference,
                 "reward": scored.rewards[i],
                 "finish_reason": scored.rollouts[i].finish_reason,

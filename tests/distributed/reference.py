@@ -193,7 +193,7 @@ def chat(tokenizer: Any, question: str) -> str:
 def completion(tokenizer: Any, record: dict[str, Any]) -> str:
     """The text of a recorded completion."""
     tokens = [token for token, keep in zip(record["tokens"], record["response_mask"]) if keep]
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    return tokenizer.decode(tokens[:-1] if record["finish_reason"] == "stop" else tokens)
 
 
 def read_jsonl(path: str | Path | None) -> list[dict[str, Any]]:

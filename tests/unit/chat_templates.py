@@ -32,7 +32,9 @@ QWEN25 = ChatModel(
 {%- if message.role == 'system' and loop.first and tools %}
 {%- elif message.role == 'assistant' and message.tool_calls %}
 {{- '<|im_start|>assistant' }}
-{%- for call in message.tool_calls %}{{- '\\n<tool_call>' }}{{- call.function | tojson }}{{- '</tool_call>' }}{%- endfor %}
+{%- for call in message.tool_calls %}
+{{- '\\n<tool_call>' }}{{- call.function | tojson }}{{- '</tool_call>' }}
+{%- endfor %}
 {{- '<|im_end|>\\n' }}
 {%- elif message.role == 'tool' %}
 {{- '<|im_start|>user\\n<tool_response>' + message.content + '</tool_response><|im_end|>\\n' }}

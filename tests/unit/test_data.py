@@ -9,10 +9,12 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from chord_megatron.config import ChordConfig, DataConfig
+from chord_megatron.data.bad_rows import BadRows
 from chord_megatron.data.cursor import ShuffledCursor
-from chord_megatron.data.experts import load_experts
-from chord_megatron.data.prompts import load_prompts
-from chord_megatron.data.sources import load_rows
+from chord_megatron.data.load import load_run_data
+from chord_megatron.data.sources import Rows
+from chord_megatron.data.sources import load_rows as load_rows_with
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample
 
@@ -34,7 +36,7 @@ def make_tokenizer(chat_template: str | None = TEMPLATE) -> PreTrainedTokenizerF
     backend.decoder = decoders.Fuse()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     backend.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, eos_token="<|end|>")
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -46,30 +48,38 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-def prompts_of(rows, tokenizer, **changes):
-    arguments = {
-        "source": "toy.jsonl",
-        "prompt_column": "prompt",
-        "reference_column": "answer",
-        "reference_pattern": None,
-        "prompt_format": "chat",
-        "system_prompt": None,
-        "max_prompt_length": 100,
-    }
-    return load_prompts(rows, tokenizer, **arguments | changes)
+def load_rows(source: str, split: str) -> Rows:
+    return load_rows_with(source, split, BadRows(source, "stop"))
 
 
-def experts_of(rows, tokenizer, **changes):
-    arguments = {
-        "source": "toy.jsonl",
-        "prompt_column": "prompt",
-        "answer_column": "answer",
-        "prompt_format": "chat",
-        "system_prompt": None,
-        "end_token_id": END,
-        "max_length": 100,
-    }
-    return load_experts(rows, tokenizer, **arguments | changes)
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Writes rows to toy.jsonl and loads them, as prompts and, with `experts`, as experts."""
+    monkeypatch.chdir(tmp_path)
+
+    def load(rows, tokenizer, *, experts=False, max_length=100, **data):
+        (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {"dataset": "toy.jsonl", "max_prompt_length": 100, **data}
+        chord = {"chord_sft_dataset": "toy.jsonl", "chord_sft_max_length": max_length} if experts else {}
+        return load_run_data(DataConfig(**settings), ChordConfig(**chord), tokenizer)
+
+    return load
+
+
+@pytest.fixture
+def prompts_of(toy):
+    return lambda rows, tokenizer, **data: toy(rows, tokenizer, **data).prompts
+
+
+@pytest.fixture
+def experts_of(toy):
+    """Of rows that need no reference."""
+
+    def load(rows, tokenizer, **changes):
+        rows = [{"reference": "1", **row} for row in rows]
+        return toy(rows, tokenizer, experts=True, **{"reference_column": "reference", **changes}).experts
+
+    return load
 
 
 # sources
@@ -84,9 +94,9 @@ def test_jsonl_rows_keep_their_order_and_blank_lines_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2 is not valid JSON: Expecting value"),
-        (b'{"a": 1}\n\n[1]\n', r"rows\.jsonl:3 must hold a JSON object, not list"),
-        (b'{"a": "\xff"}\n', r"rows\.jsonl:1 is not valid JSON: .*utf-8"),
+        (b'{"a": 1}\n{"a": \n', r"rows\.jsonl:2: not valid JSON: Expecting value"),
+        (b'{"a": 1}\n\n[1]\n', r"rows\.jsonl:3: no JSON object but a JSON list"),
+        (b'{"a": "\xff"}\n', r"rows\.jsonl:1: not UTF-8"),
         (b"\n", r"rows\.jsonl has no rows"),
     ],
 )
@@ -139,52 +149,53 @@ def test_hub_name_and_subset_reach_datasets_and_failures_are_one_sentence(monkey
 # prompts
 
 
-def test_chat_prompt_is_the_template_without_further_special_tokens(tokenizer):
+def test_chat_prompt_is_the_template_without_further_special_tokens(prompts_of, tokenizer):
     rows = [{"prompt": "1+1?", "answer": 2, "level": "easy"}]
-    (prompt,), dropped = prompts_of(rows, tokenizer)
+    (prompt,) = prompts_of(rows, tokenizer)
     assert prompt.text == "<|user|>1+1?<|end|><|assistant|>"
     assert prompt.tokens == (USER, *ids("1+1?"), END, ASSISTANT)
-    assert (prompt.id, prompt.reference, prompt.columns, dropped) == (0, "2", {"level": "easy"}, 0)
+    assert (prompt.id, prompt.reference, prompt.columns) == (0, "2", {"level": "easy"})
 
 
-def test_text_prompt_has_the_tokenizers_own_special_tokens(tokenizer):
+def test_text_prompt_has_the_tokenizers_own_special_tokens(prompts_of, tokenizer):
     rows = [{"prompt": "1+1=", "answer": "2"}]
-    (prompt,), _ = prompts_of(rows, tokenizer, prompt_format="text")
+    (prompt,) = prompts_of(rows, tokenizer, prompt_format="text")
     assert prompt.tokens == (BOS, *ids("1+1="))
-    (prompt,), _ = prompts_of(rows, tokenizer, prompt_format="text", system_prompt="Add.")
+    (prompt,) = prompts_of(rows, tokenizer, prompt_format="text", system_prompt="Add.")
     assert prompt.text == "Add.\n\n1+1="
 
 
-def test_system_prompt_yields_to_the_rows_own(tokenizer):
+def test_system_prompt_yields_to_the_rows_own(prompts_of, tokenizer):
     own = [{"role": "system", "content": "own"}, {"role": "user", "content": "b"}]
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": own, "answer": "1"}]
-    (first, second), _ = prompts_of(rows, tokenizer, system_prompt="ours")
+    (first, second) = prompts_of(rows, tokenizer, system_prompt="ours")
     assert first.text == "<|system|>ours<|end|><|user|>a<|end|><|assistant|>"
     assert second.text == "<|system|>own<|end|><|user|>b<|end|><|assistant|>"
 
 
-def test_messages_rows_drop_the_final_assistant_message(tokenizer):
+def test_messages_rows_drop_the_final_assistant_message(prompts_of, tokenizer):
     question = [{"role": "user", "content": "a"}]
     answer = {"role": "assistant", "content": "worked"}
     rows = [{"messages": [*question, answer], "solution": "1"}, {"messages": question, "solution": "2"}]
-    prompts, _ = prompts_of(rows, tokenizer, reference_column="solution")
+    prompts = prompts_of(rows, tokenizer, reference_column="solution")
     assert [prompt.text for prompt in prompts] == ["<|user|>a<|end|><|assistant|>"] * 2
     assert [prompt.reference for prompt in prompts] == ["1", "2"]
     assert prompts[0].columns == {}
 
 
-def test_reference_pattern_takes_group_one(tokenizer):
+def test_reference_pattern_takes_group_one(prompts_of, tokenizer):
     rows = [{"prompt": "a", "answer": "6 * 12 = 72\n#### 72 "}]
-    (prompt,), _ = prompts_of(rows, tokenizer, reference_pattern=r"####\s*(.+)")
+    (prompt,) = prompts_of(rows, tokenizer, reference_pattern=r"####\s*(.+)")
     assert prompt.reference == "72"
 
 
-def test_long_prompts_are_dropped_and_counted_and_ids_stay_row_numbers(tokenizer):
+def test_long_prompts_are_dropped_and_counted_and_ids_stay_row_numbers(toy, tokenizer):
     rows = [{"prompt": "a" * 20, "answer": "1"}, {"prompt": "a" * 7, "answer": "1"}]
-    (prompt,), dropped = prompts_of(rows, tokenizer, max_prompt_length=10)
-    assert (prompt.id, len(prompt.tokens), dropped) == (1, 10, 1)
-    with pytest.raises(UserError, match=r"all 2 prompts of toy.jsonl .* data.max_prompt_length=9"):
-        prompts_of(rows, tokenizer, max_prompt_length=9)
+    data = toy(rows, tokenizer, max_prompt_length=10)
+    assert [(prompt.id, len(prompt.tokens)) for prompt in data.prompts] == [(1, 10)]
+    assert data.notes[1] == "toy.jsonl: dropped 1 rows above data.max_prompt_length=10"
+    with pytest.raises(UserError, match=r"all 2 usable rows of toy.jsonl .* data.max_prompt_length=9"):
+        toy(rows, tokenizer, max_prompt_length=9)
 
 
 USER_A = {"role": "user", "content": "a"}
@@ -193,8 +204,8 @@ USER_A = {"role": "user", "content": "a"}
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"question": "a", "answer": "1"}, {}, r"row 1 has no column 'prompt'; it has 'question', 'answer'"),
-        ({"prompt": "a"}, {}, r"toy.jsonl row 1 has no column 'answer'; it has 'prompt'"),
+        ({"question": "a", "answer": "1"}, {}, r"row 1: no column 'prompt'; it has 'question', 'answer'"),
+        ({"prompt": "a"}, {}, r"toy.jsonl row 1: no column 'answer'; it has 'prompt'"),
         ({"prompt": "a", "answer": None}, {}, r"row 1: column 'answer' is empty"),
         ({"prompt": "a", "answer": "  "}, {}, r"row 1: column 'answer' is empty"),
         (
@@ -225,12 +236,12 @@ USER_A = {"role": "user", "content": "a"}
         ({"prompt": "a", "answer": "1"}, {"reference_pattern": "1"}, r"reference_pattern='1' needs a group"),
     ],
 )
-def test_unusable_rows_are_named(tokenizer, row, changes, message):
+def test_unusable_rows_are_named(prompts_of, tokenizer, row, changes, message):
     with pytest.raises(UserError, match=message):
         prompts_of([{"prompt": "fine", "answer": "1"}, row], tokenizer, **changes)
 
 
-def test_no_rows_and_no_chat_template(tokenizer):
+def test_no_rows_and_no_chat_template(prompts_of, experts_of, tokenizer):
     with pytest.raises(UserError, match=r"toy.jsonl has no rows"):
         prompts_of([], tokenizer)
     with pytest.raises(UserError, match=r"toy.jsonl has no rows"):
@@ -244,34 +255,36 @@ def test_no_rows_and_no_chat_template(tokenizer):
 
 @pytest.mark.parametrize("prompt_format", ["chat", "text"])
 @pytest.mark.parametrize("system_prompt", [None, "Think."])
-def test_expert_tokens_are_the_prompt_tokens_then_the_answer(tokenizer, prompt_format, system_prompt):
+def test_expert_tokens_are_the_prompt_tokens_then_the_answer(
+    prompts_of, experts_of, tokenizer, prompt_format, system_prompt
+):
     rows = [{"prompt": "1+1?", "answer": "It is 2"}]
     same = {"prompt_format": prompt_format, "system_prompt": system_prompt}
-    (prompt,), _ = prompts_of(rows, tokenizer, **same)
-    (expert,), dropped = experts_of(rows, tokenizer, **same)
+    (prompt,) = prompts_of(rows, tokenizer, **same)
+    (expert,) = experts_of(rows, tokenizer, **same)
     assert expert == ExpertSample(0, (*prompt.tokens, *ids("It is 2"), END), len(prompt.tokens))
-    assert dropped == 0
 
 
-def test_end_token_is_not_doubled(tokenizer):
-    (expert,), _ = experts_of([{"prompt": "a", "answer": "b<|end|>"}], tokenizer)
+def test_end_token_is_not_doubled(experts_of, tokenizer):
+    (expert,) = experts_of([{"prompt": "a", "answer": "b<|end|>"}], tokenizer)
     assert expert.tokens == (USER, *ids("a"), END, ASSISTANT, *ids("b"), END)
 
 
-def test_messages_rows_answer_with_the_final_assistant_message(tokenizer):
+def test_messages_rows_answer_with_the_final_assistant_message(experts_of, tokenizer):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     rows = [{"messages": [{"role": role, "content": content} for role, content in turns]}]
-    (expert,), _ = experts_of(rows, tokenizer)
+    (expert,) = experts_of(rows, tokenizer)
     history = (USER, *ids("a"), END, ASSISTANT, *ids("b"), END, USER, *ids("c"), END, ASSISTANT)
     assert expert == ExpertSample(0, (*history, *ids("d"), END), len(history))
 
 
-def test_long_experts_are_dropped_and_counted(tokenizer):
+def test_long_experts_are_dropped_and_counted(toy, tokenizer):
     rows = [{"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "bc"}]
-    (expert,), dropped = experts_of(rows, tokenizer, max_length=6)
-    assert (expert.id, len(expert.tokens), dropped) == (0, 6, 1)
-    with pytest.raises(UserError, match=r"all 2 rows of toy.jsonl .* chord.chord_sft_max_length=5"):
-        experts_of(rows, tokenizer, max_length=5)
+    data = toy(rows, tokenizer, experts=True, max_length=6)
+    assert [(expert.id, len(expert.tokens)) for expert in data.experts] == [(0, 6)]
+    assert data.notes[1] == "toy.jsonl: dropped 1 rows above chord.chord_sft_max_length=6"
+    with pytest.raises(UserError, match=r"all 2 usable rows of toy.jsonl .* chord.chord_sft_max_length=5"):
+        toy(rows, tokenizer, experts=True, max_length=5)
 
 
 @pytest.mark.parametrize(
@@ -280,10 +293,10 @@ def test_long_experts_are_dropped_and_counted(tokenizer):
         ({"prompt": "a", "answer": ""}, r"toy.jsonl row 0: column 'answer' is empty"),
         ({"messages": [USER_A]}, r"row 0: column 'messages' does not end with an assistant's answer"),
         ({"messages": [USER_A, {"role": "assistant", "content": " "}]}, r"does not end with an assistant's"),
-        ({"prompt": "a"}, r"row 0 has no column 'answer'; it has 'prompt'"),
+        ({"prompt": "a"}, r"row 0: no column 'answer'; it has 'reference', 'prompt'"),
     ],
 )
-def test_experts_without_an_answer_are_named(tokenizer, row, message):
+def test_experts_without_an_answer_are_named(experts_of, tokenizer, row, message):
     with pytest.raises(UserError, match=message):
         experts_of([row], tokenizer)
 

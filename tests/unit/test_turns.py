@@ -1,4 +1,4 @@
-"""The seam between prompt and answer, under templates in the form of public models': what is read, and what is learnt."""
+"""The seam between prompt and answer, under templates in the form of public models': what is read and learnt."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
+from chord_megatron.rewards.builtin import accuracy, format_reward
+from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.system.errors import UserError
+from chord_megatron.types import Prompt, RolloutSample
 from tests.unit.chat_templates import LLAMA31, MISTRAL, QWEN3, QWEN25, R1_DISTILL, ChatModel, tokenizer_of
 
 TOKENIZERS = {model: tokenizer_of(model) for model in (QWEN25, QWEN3, LLAMA31, MISTRAL, R1_DISTILL)}
@@ -38,7 +42,7 @@ class Case(NamedTuple):
     prompt: str
     prefill: str  # what of the model's turn the prompt holds already
     learnt: str  # what an expert teaches behind the prompt
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {}  # noqa: RUF012 - a NamedTuple's default, which nobody changes
 
 
 QWEN_PROMPT = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
@@ -124,8 +128,10 @@ CASES = [
     Case(
         "content in parts",
         QWEN25,
-        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}],
-         "answer": "It is 2"},
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]}],
+            "answer": "It is 2",
+        },
         QWEN25_PROMPT,
         "",
         "It is 2<|im_end|>",
@@ -244,7 +250,7 @@ def test_the_end_of_a_turn_stops_rollouts(tmp_path, model, ends):
         (MISTRAL, {"prompt": [SUM, SUM], "answer": "2"}, {}, r"row 0: the chat template refuses .*: roles must"),
         (QWEN25, {"prompt": [{"role": "tool"}], "answer": "2"}, {}, r"row 0: .*message 0 .*'content'"),
         (LLAMA31, {"prompt": CALL, "answer": "2"}, {}, r"row 0: .*assistant.* no text"),
-        (QWEN25, {**ROW, "answer": "2<|im_end|>3"}, {}, r"row 0: .*answer.*'<\|im_end\|>' .*in its middle"),
+        (QWEN25, {**ROW, "answer": "2<|im_end|>3"}, {}, r"row 0: .*its end token in its middle: '<\|im_end\|>'"),
         (QWEN25, {**ROW, "images": ["a.png"]}, {}, r"row 0: column 'images'.*text"),
         (QWEN25, {**ROW, "videos": ["a.mp4"]}, {}, r"row 0: column 'videos'"),
         (QWEN25, {**ROW, "audios": [{"path": "a"}]}, {}, r"row 0: column 'audios'"),
@@ -260,7 +266,7 @@ def test_the_end_of_a_turn_stops_rollouts(tmp_path, model, ends):
             QWEN25,
             {"messages": [SUM, {"role": "assistant", "content": "2", "loss": False}]},
             {},
-            r"row 0: .*'loss'.*final",
+            r"row 0: .*final answer out of the loss, by the flag 'loss'",
         ),
         (
             QWEN25,
@@ -308,3 +314,34 @@ def test_settings_of_ours_are_not_the_templates(tmp_path):
     for name in ("tokenize", "add_generation_prompt", "tools"):
         with pytest.raises(UserError, match=rf"data.chat_template_kwargs.*{name!r}"):
             load(tmp_path, TOKENIZERS[QWEN3], ROW, chat_template_kwargs={name: True})
+
+
+@pytest.mark.parametrize(
+    ("model", "written", "finish_reason", "seen"),
+    [
+        (R1_DISTILL, "add\n</think>\n\n2<｜end▁of▁sentence｜>", "stop", "<think>\nadd\n</think>\n\n2"),
+        (QWEN3, "<think>1</think>4<|im_end|>", "stop", "<think>1</think>4"),
+        (QWEN25, "4<|im_start|>", "length", "4<|im_start|>"),
+        (QWEN25, "<|im_end|>", "stop", ""),
+    ],
+)
+def test_rewards_see_the_models_turn_with_its_special_tokens(tmp_path, model, written, finish_reason, seen):
+    tokenizer = TOKENIZERS[model]
+    (prompt,) = load(tmp_path, tokenizer, THOUGHT).prompts
+    response = tokenizer.encode(written, add_special_tokens=False)
+    tokens = torch.tensor([*prompt.tokens, *response])
+    mask = torch.arange(len(tokens)) >= len(prompt.tokens)
+    rollout = RolloutSample(0, 0, tokens, mask, torch.zeros(len(tokens)), 0, finish_reason)
+    assert completion_text(prompt, rollout, tokenizer) == seen
+
+
+def test_marks_that_are_special_tokens_are_graded():
+    marks = ("<think>", "</think>", "<answer>", "</answer>")
+    tokenizer = tokenizer_of(QWEN25._replace(markers=(*QWEN25.markers, *marks)))
+    tokens = torch.tensor(tokenizer.encode("<think>1</think><answer>4</answer><|im_end|>"))
+    rollout = RolloutSample(
+        0, 0, tokens, torch.ones(len(tokens), dtype=torch.bool), torch.zeros(len(tokens)), 0, "stop"
+    )
+    text = completion_text(Prompt(0, "", (), "4"), rollout, tokenizer)
+    assert text == "<think>1</think><answer>4</answer>"
+    assert accuracy([""], [text], ["4"]) == format_reward([""], [text], ["4"]) == [1.0]

@@ -1,0 +1,47 @@
+"""Rows that cannot be used: the run ends with the row's sentence, or they are skipped and counted by reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+from chord_megatron.system.errors import UserError
+
+OnBadRow: TypeAlias = Literal["stop", "skip"]
+
+
+class BadRow(Exception):
+    """Why a row cannot be used: `reason` is the same for all rows of a kind, `detail` says what this one holds."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason + detail)
+        self.reason = reason
+
+
+class BadRows:
+    """The unusable rows of one data set."""
+
+    def __init__(self, source: str, on_bad_row: OnBadRow) -> None:
+        self._source, self._stops = source, on_bad_row == "stop"
+        self._places: dict[str, list[str]] = {}  # of each reason
+
+    @contextmanager
+    def at(self, index: int, *, unit: Literal["row", "line"] = "row") -> Iterator[None]:
+        """Around the reading of a row. A BadRow ends it here: UserError, or the row is skipped."""
+        try:
+            yield
+        except (BadRow, RecursionError) as error:
+            bad = error if isinstance(error, BadRow) else BadRow("nested too deeply")
+            if self._stops:
+                place = f":{index}" if unit == "line" else f" row {index}"
+                raise UserError(f"{self._source}{place}: {bad}; mend the row, or set data.on_bad_row=skip") from None
+            self._places.setdefault(bad.reason, []).append(f"{unit} {index}")
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._places.values()))
+
+    def __str__(self) -> str:
+        """How many of each kind, and where the first is."""
+        return ", ".join(f"{len(places)} {reason} (first: {places[0]})" for reason, places in self._places.items())

@@ -1,0 +1,223 @@
+r"""The seam between prompt and answer: what the model reads, how far its turn is written already, and what ends it.
+
+Everything about a chat template is taken from what it renders: the conversation up to the model's turn, and the same
+with an answer in it. So a turn that the template opens with `<think>\n` is not opened twice, an answer ends with the
+token that the template writes behind answers, and that token stops rollouts, whatever the tokenizer calls its eos.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from chord_megatron.data.bad_rows import BadRow
+from chord_megatron.data.conversations import Conversation, Message
+from chord_megatron.system.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PromptFormat: TypeAlias = Literal["chat", "text"]
+
+_PROBE = "ChordAnswerProbe"  # stands for an answer; letters only, so that templates leave it as it is
+_THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The model's turn, opened."""
+
+    text: str  # what the model reads
+    tokens: tuple[int, ...]
+    prefill: str  # the part of `text` that belongs to the model's turn
+    ending: str  # what the template writes behind an answer
+    end_token_id: int
+
+
+class Turns(Protocol):
+    """How conversations become tokens."""
+
+    def open(self, conversation: Conversation) -> Turn:
+        """Up to where the model goes on. Raises BadRow."""
+        ...
+
+    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
+        """The tokens of an answer behind `turn`, with the one that ends it. Raises BadRow."""
+        ...
+
+
+def build_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    system_prompt: str | None,
+    template_kwargs: dict[str, Any],
+) -> Turns:
+    """Of data.prompt_format. Raises UserError."""
+    if prompt_format == "text":
+        return TextTurns(tokenizer, system_prompt)
+    return ChatTurns(tokenizer, system_prompt, template_kwargs)
+
+
+class TextTurns:
+    """Plain text: the tokenizer's own special tokens in front, a system prompt and a blank line before the question."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
+        self._tokenizer, self._system_prompt = tokenizer, system_prompt
+
+    def open(self, conversation: Conversation) -> Turn:
+        question = conversation.question
+        if not isinstance(question, str):
+            raise BadRow(f"column {conversation.column!r} holds chat messages", ", which need data.prompt_format: chat")
+        if conversation.tools:
+            raise BadRow("column 'tools' needs data.prompt_format: chat")
+        system = conversation.system or self._system_prompt
+        text = question if system is None else f"{system}\n\n{question}"
+        return Turn(text, self._encode(text), "", "", int(self._tokenizer.eos_token_id))
+
+    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
+        tokens = tuple(self._tokenizer.encode(answer.get("content", ""), add_special_tokens=False))
+        return tokens if tokens[-1:] == (turn.end_token_id,) else (*tokens, turn.end_token_id)
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        """Without what a tokenizer puts behind a text, which ends it: the model goes on there."""
+        whole = tuple(self._tokenizer.encode(text))
+        bare = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        starts = range(len(whole) - len(bare) + 1)
+        start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
+        return whole if start is None else whole[: start + len(bare)]
+
+
+class ChatTurns:
+    """The tokenizer's chat template, which writes the special tokens."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, template_kwargs: dict[str, Any]
+    ) -> None:
+        """template_kwargs: further variables of the template. Raises UserError."""
+        if not tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template; set data.prompt_format: text")
+        ours = [name for name in template_kwargs if name in _arguments_of(tokenizer)]
+        if ours:
+            raise UserError(f"data.chat_template_kwargs: {ours[0]!r} is set for each row; remove it")
+        self._tokenizer, self._system_prompt, self._template_kwargs = tokenizer, system_prompt, template_kwargs
+        self._markers = set(tokenizer.added_tokens_decoder)
+        self._end_tokens: dict[str, int] = {}  # by what follows an answer
+
+    def open(self, conversation: Conversation) -> Turn:
+        messages, begun = self._messages(conversation)
+        closed = self._render([*messages, _assistant(begun + _PROBE)], conversation)
+        header, found, ending = closed.rpartition(_PROBE)
+        if begun and not found:
+            raise BadRow("the chat template does not write the assistant's message that the prompt ends with")
+        text = header if begun else self._render(messages, conversation, add_generation_prompt=True)
+        prefill = begun or _opened_by_template(text, header if found else text)
+        ending = ending if found else ""
+        return Turn(text, self._encode(text), prefill, ending, self._end_token(ending))
+
+    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
+        content = self._without_end(answer.get("content", ""), turn)
+        text = None
+        if not self._begun(conversation):
+            rendered = self._render([*self._messages(conversation)[0], {**answer, "content": content}], conversation)
+            text = _difference(rendered, turn.text, content)
+        if text is None:
+            if answer.get("tool_calls"):
+                raise BadRow("the chat template does not write the final message's tool calls behind the prompt")
+            text = _behind(turn.prefill, content) + turn.ending
+        tokens = self._encode_behind(turn, text)
+        if turn.end_token_id in tokens:
+            return tokens[: tokens.index(turn.end_token_id) + 1]
+        return (*self._encode_behind(turn, text.removesuffix(turn.ending)), turn.end_token_id)
+
+    def _messages(self, conversation: Conversation) -> tuple[list[Message], str]:
+        """The messages before the model's turn, and how far a prompt has written that turn."""
+        question = conversation.question
+        messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+        begun = self._begun(conversation)
+        if messages[-1]["role"] == "assistant":
+            if not begun.strip():
+                raise BadRow("the prompt ends with an assistant's message that has no text to go on from")
+            messages = messages[:-1]
+        system = conversation.system or self._system_prompt
+        if system is not None and not (messages and messages[0]["role"] == "system"):
+            messages = [{"role": "system", "content": system}, *messages]
+        return messages, begun
+
+    def _begun(self, conversation: Conversation) -> str:
+        question = conversation.question
+        if isinstance(question, str) or question[-1]["role"] != "assistant":
+            return ""
+        return str(question[-1].get("content", ""))
+
+    def _render(self, messages: list[Message], conversation: Conversation, **how: Any) -> str:
+        kwargs = self._template_kwargs | conversation.template_kwargs | {"tools": conversation.tools} | how
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+        except Exception as error:  # a template is a program: it may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise BadRow("the chat template refuses the messages", f": {reason[:300]}") from None
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))  # the template has written them
+
+    def _encode_behind(self, turn: Turn, text: str) -> tuple[int, ...]:
+        """The tokens of a text that follows the prompt; apart from it, where the two would merge at the seam."""
+        whole, length = self._encode(turn.text + text), len(turn.tokens)
+        return whole[length:] if whole[:length] == turn.tokens else self._encode(text)
+
+    def _end_token(self, ending: str) -> int:
+        """The first marker behind an answer; the tokenizer's eos where the template writes none."""
+        if ending not in self._end_tokens:
+            markers = (token for token in self._encode(ending) if token in self._markers)
+            self._end_tokens[ending] = next(markers, int(self._tokenizer.eos_token_id))
+        return self._end_tokens[ending]
+
+    def _without_end(self, content: str, turn: Turn) -> str:
+        """Answers often carry their end token already; the model could write nothing behind it."""
+        end = str(self._tokenizer.convert_ids_to_tokens(turn.end_token_id))
+        if end in content:
+            content = content.rstrip().removesuffix(end)
+            if end in content:
+                raise BadRow("the answer holds its end token in its middle", f": {end!r}")
+        return content
+
+
+def _arguments_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return set(inspect.signature(tokenizer.apply_chat_template).parameters)
+
+
+def _assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _opened_by_template(text: str, header: str) -> str:
+    """What a template wrote of the model's turn: more than stands before an answer, or a thought that it opened."""
+    if text.startswith(header) and text[len(header) :].strip():
+        return text[len(header) :]
+    thinking = _THINKING.search(text)
+    return thinking[0] if thinking else ""
+
+
+def _difference(rendered: str, prompt: str, content: str) -> str | None:
+    """What follows the prompt in the rendered conversation; None where something of the answer is not in it."""
+    behind = rendered[len(prompt) :]
+    is_whole = rendered.startswith(prompt) and "".join(content.split()) in "".join(behind.split())
+    return behind if is_whole else None
+
+
+def _behind(prefill: str, answer: str) -> str:
+    """An answer without what of it the prompt holds already. Raises BadRow where the two do not fit."""
+    opened = prefill.strip()
+    if opened and answer.lstrip().startswith(opened):
+        return answer.lstrip().removeprefix(opened).removeprefix(prefill[len(prefill.rstrip()) :])
+    if "<think>" in opened:
+        is_open = "</think>" not in opened
+        if "<think>" in answer or (is_open and "</think>" not in answer):
+            raise BadRow(
+                "the answer does not fit the thought that the chat template opens",
+                f": it opens the model's turn with {prefill!r}, and the answer neither begins with it nor "
+                + ("ends that thought with '</think>'" if is_open else "goes without a thought"),
+            )
+    return answer
