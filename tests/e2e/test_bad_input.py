@@ -80,21 +80,21 @@ BEFORE_THE_FIRST_STEP = {
         ("train.global_batch_size=8 is not a multiple of train.micro_batch_size x data-parallel size = 3 x 1 = 3",),
     ),
     "no experts": (("chord.chord_sft_dataset=null",), ("chord.chord_sft_dataset is required while mu > 0",)),
-    "torn line": (("data.dataset={bad}/torn.jsonl",), ("{bad}/torn.jsonl:2 is not valid JSON: ",)),
+    "torn line": (("data.dataset={bad}/torn.jsonl",), ("{bad}/torn.jsonl:2: not valid JSON: ",)),
     "torn expert line": (
         ("chord.chord_sft_dataset={bad}/torn.jsonl",),
-        ("{bad}/torn.jsonl:2 is not valid JSON: ",),
+        ("{bad}/torn.jsonl:2: not valid JSON: ",),
     ),
-    "not an object": (("data.dataset={bad}/list.jsonl",), ("{bad}/list.jsonl:2 must hold a JSON object, not list",)),
+    "not an object": (("data.dataset={bad}/list.jsonl",), ("{bad}/list.jsonl:2: no JSON object but a JSON list",)),
     "no rows": (("data.dataset={bad}/empty.jsonl",), ("{bad}/empty.jsonl has no rows",)),
     "no such file": (("data.dataset={bad}/none.jsonl",), ("cannot read {bad}/none.jsonl: No such file or directory",)),
     "missing column": (
         ("data.prompt_column=question",),
-        ("{assets}/prompts.jsonl row 0 has no column 'question'; it has 'prompt', 'answer'",),
+        ("{assets}/prompts.jsonl row 0: no column 'question'; it has 'prompt', 'answer'",),
     ),
     "missing expert column": (
         ("chord.chord_sft_answer_column=solution",),
-        ("{assets}/experts.jsonl row 0 has no column 'solution'; it has 'prompt', 'answer'",),
+        ("{assets}/experts.jsonl row 0: no column 'solution'; it has 'prompt', 'answer'",),
     ),
     "empty reference": (
         ("data.dataset={bad}/no_answer.jsonl",),
@@ -106,11 +106,11 @@ BEFORE_THE_FIRST_STEP = {
     ),
     "all prompts too long": (
         ("data.max_prompt_length=3",),
-        ("all 24 prompts of {assets}/prompts.jsonl are longer than data.max_prompt_length=3",),
+        ("all 24 usable rows of {assets}/prompts.jsonl are longer than data.max_prompt_length=3",),
     ),
     "all experts too long": (
         ("chord.chord_sft_max_length=3",),
-        ("all 16 rows of {assets}/experts.jsonl are longer than chord.chord_sft_max_length=3",),
+        ("all 16 usable rows of {assets}/experts.jsonl are longer than chord.chord_sft_max_length=3",),
     ),
     "no model folder": (("model.path={bad}/none",), ("{bad}/none is not a directory",)),
     "no tokenizer": (
@@ -186,7 +186,7 @@ def test_some_prompts_too_long_are_counted(config: Path, assets: Path, tmp_path:
     write_rows(prompts, [long, *good, long])
     outcome = train_here(config, f"data.dataset={prompts}", "train.train_iters=1")
     assert outcome.code == 0
-    assert f"{prompts}: dropped 2 prompts above data.max_prompt_length=48\n" in outcome.stdout
+    assert f"{prompts}: dropped 2 rows above data.max_prompt_length=48\n" in outcome.stdout
 
 
 def test_the_metrics_of_another_run_are_kept(config: Path, tmp_path: Path):
@@ -200,7 +200,7 @@ def test_the_metrics_of_another_run_are_kept(config: Path, tmp_path: Path):
 @pytest.mark.distributed
 def test_two_processes_say_it_once(config: Path, folder: Path, tmp_path: Path):
     error = the_error(train_on_two(config, f"data.dataset={folder / 'torn.jsonl'}"))
-    assert error.startswith(f"{folder / 'torn.jsonl'}:2 is not valid JSON")
+    assert error.startswith(f"{folder / 'torn.jsonl'}:2: not valid JSON")
     assert not (tmp_path / "run").exists()
 
 
