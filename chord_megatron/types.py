@@ -26,7 +26,7 @@ class Prompt:
     text: str  # what the model reads, after the chat template
     tokens: tuple[int, ...]
     reference: str  # what the reward functions compare with
-    columns: dict[str, Any] = field(default_factory=dict)  # the row's other columns, for reward functions
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's, but the prompt's own, for reward functions
     prefill: str = ""  # the part of `text` that belongs to the model's turn; rewards see it in front of a completion
 
 

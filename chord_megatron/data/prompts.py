@@ -1,4 +1,4 @@
-"""Rows -> Prompts: what the model reads, the reference answer, and the row's other columns."""
+"""Rows -> Prompts: what the model reads, the reference answer, and the columns that reward functions may ask for."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_prompt(
         text=turn.text,
         tokens=turn.tokens,
         reference=find_reference(read_text(row, reference_column)),
-        columns={name: row[name] for name in row if name not in (conversation.column, reference_column)},
+        columns={name: row[name] for name in row if name != conversation.column},
         prefill=turn.prefill,
     )
 

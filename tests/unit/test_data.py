@@ -154,7 +154,7 @@ def test_chat_prompt_is_the_template_without_further_special_tokens(prompts_of, 
     (prompt,) = prompts_of(rows, tokenizer)
     assert prompt.text == "<|user|>1+1?<|end|><|assistant|>"
     assert prompt.tokens == (USER, *ids("1+1?"), END, ASSISTANT)
-    assert (prompt.id, prompt.reference, prompt.columns) == (0, "2", {"level": "easy"})
+    assert (prompt.id, prompt.reference, prompt.columns) == (0, "2", {"answer": 2, "level": "easy"})
 
 
 def test_text_prompt_has_the_tokenizers_own_special_tokens(prompts_of, tokenizer):
@@ -180,7 +180,7 @@ def test_messages_rows_drop_the_final_assistant_message(prompts_of, tokenizer):
     prompts = prompts_of(rows, tokenizer, reference_column="solution")
     assert [prompt.text for prompt in prompts] == ["<|user|>a<|end|><|assistant|>"] * 2
     assert [prompt.reference for prompt in prompts] == ["1", "2"]
-    assert prompts[0].columns == {}
+    assert prompts[0].columns == {"solution": "1"}
 
 
 def test_reference_pattern_takes_group_one(prompts_of, tokenizer):
