@@ -140,7 +140,7 @@ def _read_system(row: Row, question: str | list[Message]) -> str | None:
     if not isinstance(system, str):
         raise BadRow("column 'system' must hold text", f", not {shown(system)}")
     if isinstance(question, list) and question[0]["role"] == "system":
-        if question[0]["content"] == system:
+        if question[0].get("content") == system:
             return None
         raise BadRow("column 'system' and a system message in the conversation differ", "; keep one of them")
     return system

@@ -136,6 +136,14 @@ CASES = [
         "",
         "It is 2<|im_end|>",
     ),
+    Case(
+        "an answer that calls a tool",
+        QWEN25,
+        {"messages": [SUM, *CALL]},
+        QWEN25_PROMPT,
+        "",
+        '<tool_call>{"name": "add"}</tool_call><|im_end|>',
+    ),
     Case("no reasoning", QWEN3, ROW, QWEN_PROMPT, "", "<think>\n\n</think>\n\nIt is 2<|im_end|>"),
     Case("reasoning", QWEN3, THOUGHT, QWEN_PROMPT, "", "<think>\nadd\n</think>\n\n2<|im_end|>"),
     Case(
