@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, TypeAlias
 
 from chord_megatron.system.errors import UserError
@@ -25,18 +25,25 @@ class BadRows:
     def __init__(self, source: str, on_bad_row: OnBadRow) -> None:
         self._source, self._stops = source, on_bad_row == "stop"
         self._places: dict[str, list[str]] = {}  # of each reason
+        self.lines: list[int] | None = None  # of the rows of a text file, from 1
+
+    def at_row(self, index: int) -> AbstractContextManager[None]:
+        """Around the use of a row, from 0. A BadRow ends it here: UserError, or the row is skipped."""
+        return self.at_line(self.lines[index]) if self.lines else self._at(f" row {index}", f"row {index}")
+
+    def at_line(self, number: int) -> AbstractContextManager[None]:
+        """Around the reading of a line, from 1."""
+        return self._at(f":{number}", f"line {number}")
 
     @contextmanager
-    def at(self, index: int, *, unit: Literal["row", "line"] = "row") -> Iterator[None]:
-        """Around the reading of a row. A BadRow ends it here: UserError, or the row is skipped."""
+    def _at(self, suffix: str, place: str) -> Iterator[None]:
         try:
             yield
         except (BadRow, RecursionError) as error:
             bad = error if isinstance(error, BadRow) else BadRow("nested too deeply")
             if self._stops:
-                place = f":{index}" if unit == "line" else f" row {index}"
-                raise UserError(f"{self._source}{place}: {bad}; mend the row, or set data.on_bad_row=skip") from None
-            self._places.setdefault(bad.reason, []).append(f"{unit} {index}")
+                raise UserError(f"{self._source}{suffix}: {bad}; mend the row, or set data.on_bad_row=skip") from None
+            self._places.setdefault(bad.reason, []).append(place)
 
     @property
     def count(self) -> int:
@@ -44,4 +51,5 @@ class BadRows:
 
     def __str__(self) -> str:
         """How many of each kind, and where the first is."""
-        return ", ".join(f"{len(places)} {reason} (first: {places[0]})" for reason, places in self._places.items())
+        kinds = (f"{len(places)} {reason} (first: {places[0]})" for reason, places in self._places.items())
+        return ", ".join(kinds)

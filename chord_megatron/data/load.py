@@ -111,7 +111,7 @@ class _Reader:
         beside: Counter[str] = Counter()
         samples = []
         for index in range(count):
-            with bad_rows.at(index):
+            with bad_rows.at_row(index):
                 conversation = read_conversation(rows[index], prompt_column)
                 turn = self._turns.open(conversation)
                 samples.append(make(index, rows[index], conversation, turn))

@@ -40,11 +40,13 @@ def _read_jsonl(path: Path, bad_rows: BadRows) -> list[dict[str, Any]]:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    rows = []
+    rows: list[dict[str, Any]] = []
+    bad_rows.lines = []
     for number, line in enumerate(lines, 1):
         if line.strip():
-            with bad_rows.at(number, unit="line"):
+            with bad_rows.at_line(number):
                 rows.append(_parse_line(line))
+                bad_rows.lines.append(number)
     return rows
 
 

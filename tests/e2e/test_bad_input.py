@@ -90,19 +90,19 @@ BEFORE_THE_FIRST_STEP = {
     "no such file": (("data.dataset={bad}/none.jsonl",), ("cannot read {bad}/none.jsonl: No such file or directory",)),
     "missing column": (
         ("data.prompt_column=question",),
-        ("{assets}/prompts.jsonl row 0: no column 'question'; it has 'prompt', 'answer'",),
+        ("{assets}/prompts.jsonl:1: no column 'question'; it has 'prompt', 'answer'",),
     ),
     "missing expert column": (
         ("chord.chord_sft_answer_column=solution",),
-        ("{assets}/experts.jsonl row 0: no column 'solution'; it has 'prompt', 'answer'",),
+        ("{assets}/experts.jsonl:1: no column 'solution'; it has 'prompt', 'answer'",),
     ),
     "empty reference": (
         ("data.dataset={bad}/no_answer.jsonl",),
-        ("{bad}/no_answer.jsonl row 1: column 'answer' is empty",),
+        ("{bad}/no_answer.jsonl:2: column 'answer' is empty",),
     ),
     "empty expert answer": (
         ("chord.chord_sft_dataset={bad}/no_answer.jsonl",),
-        ("{bad}/no_answer.jsonl row 1: column 'answer' is empty",),
+        ("{bad}/no_answer.jsonl:2: column 'answer' is empty",),
     ),
     "all prompts too long": (
         ("data.max_prompt_length=3",),

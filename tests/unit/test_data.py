@@ -204,21 +204,21 @@ USER_A = {"role": "user", "content": "a"}
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
-        ({"question": "a", "answer": "1"}, {}, r"row 1: no column 'prompt'; it has 'question', 'answer'"),
-        ({"prompt": "a"}, {}, r"toy.jsonl row 1: no column 'answer'; it has 'prompt'"),
-        ({"prompt": "a", "answer": None}, {}, r"row 1: column 'answer' is empty"),
-        ({"prompt": "a", "answer": "  "}, {}, r"row 1: column 'answer' is empty"),
+        ({"question": "a", "answer": "1"}, {}, r":2: no column 'prompt'; it has 'question', 'answer'"),
+        ({"prompt": "a"}, {}, r"toy.jsonl:2: no column 'answer'; it has 'prompt'"),
+        ({"prompt": "a", "answer": None}, {}, r":2: column 'answer' is empty"),
+        ({"prompt": "a", "answer": "  "}, {}, r":2: column 'answer' is empty"),
         (
             {"prompt": "", "answer": "1"},
             {},
-            r"row 1: column 'prompt' must hold text or chat messages, not ''",
+            r":2: column 'prompt' must hold text or chat messages, not ''",
         ),
         ({"prompt": 3, "answer": "1"}, {}, r"must hold text or chat messages, not 3"),
-        ({"prompt": [], "answer": "1"}, {}, r"row 1: column 'prompt' holds no messages"),
+        ({"prompt": [], "answer": "1"}, {}, r":2: column 'prompt' holds no messages"),
         (
             {"prompt": [{"role": "user"}], "answer": "1"},
             {},
-            r"row 1: .* needs messages of 'role' and 'content'",
+            r":2: .* needs messages of 'role' and 'content'",
         ),
         (
             {"messages": [{"role": "assistant", "content": "a"}], "answer": "1"},
@@ -228,10 +228,10 @@ USER_A = {"role": "user", "content": "a"}
         (
             {"prompt": [USER_A], "answer": "1"},
             {"prompt_format": "text"},
-            r"row 1: .* data.prompt_format: chat",
+            r":2: .* data.prompt_format: chat",
         ),
-        ({"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}, {}, r"row 1: .*refuses .*: no tools"),
-        ({"prompt": "a", "answer": "no"}, {"reference_pattern": r"(\d)"}, r"row 1: .* finds nothing in 'no'"),
+        ({"prompt": [{"role": "tool", "content": "a"}], "answer": "1"}, {}, r":2: .*refuses .*: no tools"),
+        ({"prompt": "a", "answer": "no"}, {"reference_pattern": r"(\d)"}, r":2: .* finds nothing in 'no'"),
         ({"prompt": "a", "answer": "1"}, {"reference_pattern": "("}, r"is not a regular expression: missing"),
         ({"prompt": "a", "answer": "1"}, {"reference_pattern": "1"}, r"reference_pattern='1' needs a group"),
     ],
@@ -290,10 +290,10 @@ def test_long_experts_are_dropped_and_counted(toy, tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "answer": ""}, r"toy.jsonl row 0: column 'answer' is empty"),
-        ({"messages": [USER_A]}, r"row 0: column 'messages' does not end with an assistant's answer"),
+        ({"prompt": "a", "answer": ""}, r"toy.jsonl:1: column 'answer' is empty"),
+        ({"messages": [USER_A]}, r":1: column 'messages' does not end with an assistant's answer"),
         ({"messages": [USER_A, {"role": "assistant", "content": " "}]}, r"does not end with an assistant's"),
-        ({"prompt": "a"}, r"row 0: no column 'answer'; it has 'reference', 'prompt'"),
+        ({"prompt": "a"}, r":1: no column 'answer'; it has 'reference', 'prompt'"),
     ],
 )
 def test_experts_without_an_answer_are_named(experts_of, tokenizer, row, message):

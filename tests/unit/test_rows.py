@@ -81,7 +81,7 @@ def test_other_values_are_refused_by_row(load, value, message, experts):
     first = {"prompt": "a", "answer": "1", "reference": "1"}
     lines = [json.dumps(first), json.dumps({**first, "answer": value})]
     changes = {"reference_column": "reference"} if experts else {}
-    with pytest.raises(UserError, match=r"rows\.jsonl row 1: " + message):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: " + message):
         load(*lines, experts=experts, **changes)
 
 
@@ -139,7 +139,7 @@ def test_a_path_that_leads_nowhere_says_where_it_ends(load, path, message):
         ('{"prompt": "a", "answer": "1", "x": {"y": 1, "y": 2}}', r"rows\.jsonl:2: .*a key twice in one object: 'y'"),
         ('{"prompt": "a", "answer": NaN}', r"rows\.jsonl:2: .*NaN"),
         ('{"prompt": "a", "answer": "1", "x": -Infinity}', r"rows\.jsonl:2: .*-Infinity"),
-        ('{"prompt": "a", "answer": 1e999}', r"row 1: column 'answer' is not a finite number"),
+        ('{"prompt": "a", "answer": 1e999}', r":2: column 'answer' is not a finite number"),
         ('{"prompt": "\\ud800", "answer": "1"}', r"rows\.jsonl:2: an escape that is no character: \\ud800"),
         ('{"prompt": "a", "answer": "1", "x": ["\\udc00"]}', r"rows\.jsonl:2: .*\\udc00"),
         ('{"prompt": "a", "answer": "1", "\\udfff": 1}', r"rows\.jsonl:2: .*\\udfff"),
@@ -211,8 +211,8 @@ def test_skipped_rows_are_counted_by_reason(load):
     assert [prompt.id for prompt in data.prompts] == [0]
     (note,) = [note for note in data.notes if "skipped 6" in note]
     assert note.endswith(
-        "rows.jsonl: skipped 6 unusable rows: 1 not valid JSON (first: line 6), 2 column 'answer' is empty (first: row "
-        "1), 2 column 'answer' holds a list (first: row 3), 1 column 'images' (first: row 5)"
+        "rows.jsonl: skipped 6 unusable rows: 1 not valid JSON (first: line 6), 2 column 'answer' is empty (first: "
+        "line 2), 2 column 'answer' holds a list (first: line 4), 1 column 'images' (first: line 7)"
     )
 
 
@@ -222,7 +222,7 @@ def test_rows_that_are_all_unusable_end_the_run(load):
 
 
 def test_a_refusal_names_both_remedies(load):
-    with pytest.raises(UserError, match=r"row 0: .*; mend the row, or set data\.on_bad_row=skip$"):
+    with pytest.raises(UserError, match=r":1: .*; mend the row, or set data\.on_bad_row=skip$"):
         load(row(answer=None))
 
 

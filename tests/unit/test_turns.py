@@ -253,28 +253,28 @@ def test_the_end_of_a_turn_stops_rollouts(tmp_path, model, ends):
 @pytest.mark.parametrize(
     ("model", "row", "data", "message"),
     [
-        (R1_DISTILL, ROW, {}, r"row 0: .*opens the model's turn with '<think>\\n'.* neither begins with it nor"),
-        (QWEN3, THOUGHT, {"chat_template_kwargs": {"enable_thinking": False}}, r"row 0: .*<think>\\n\\n</think>"),
-        (MISTRAL, {"prompt": [SUM, SUM], "answer": "2"}, {}, r"row 0: the chat template refuses .*: roles must"),
-        (QWEN25, {"prompt": [{"role": "tool"}], "answer": "2"}, {}, r"row 0: .*message 0 .*'content'"),
-        (LLAMA31, {"prompt": CALL, "answer": "2"}, {}, r"row 0: .*assistant.* no text"),
-        (QWEN25, {**ROW, "answer": "2<|im_end|>3"}, {}, r"row 0: .*its end token in its middle: '<\|im_end\|>'"),
-        (QWEN25, {**ROW, "images": ["a.png"]}, {}, r"row 0: column 'images'.*text"),
-        (QWEN25, {**ROW, "videos": ["a.mp4"]}, {}, r"row 0: column 'videos'"),
-        (QWEN25, {**ROW, "audios": [{"path": "a"}]}, {}, r"row 0: column 'audios'"),
-        (QWEN25, {**ROW, "tools": "add"}, {}, r"row 0: column 'tools'.*JSON"),
-        (QWEN25, {**ROW, "system": 3}, {}, r"row 0: column 'system' .*text"),
+        (R1_DISTILL, ROW, {}, r":1: .*opens the model's turn with '<think>\\n'.* neither begins with it nor"),
+        (QWEN3, THOUGHT, {"chat_template_kwargs": {"enable_thinking": False}}, r":1: .*<think>\\n\\n</think>"),
+        (MISTRAL, {"prompt": [SUM, SUM], "answer": "2"}, {}, r":1: the chat template refuses .*: roles must"),
+        (QWEN25, {"prompt": [{"role": "tool"}], "answer": "2"}, {}, r":1: .*message 0 .*'content'"),
+        (LLAMA31, {"prompt": CALL, "answer": "2"}, {}, r":1: .*assistant.* no text"),
+        (QWEN25, {**ROW, "answer": "2<|im_end|>3"}, {}, r":1: .*its end token in its middle: '<\|im_end\|>'"),
+        (QWEN25, {**ROW, "images": ["a.png"]}, {}, r":1: column 'images'.*text"),
+        (QWEN25, {**ROW, "videos": ["a.mp4"]}, {}, r":1: column 'videos'"),
+        (QWEN25, {**ROW, "audios": [{"path": "a"}]}, {}, r":1: column 'audios'"),
+        (QWEN25, {**ROW, "tools": "add"}, {}, r":1: column 'tools'.*JSON"),
+        (QWEN25, {**ROW, "system": 3}, {}, r":1: column 'system' .*text"),
         (
             QWEN25,
             {"messages": [{"role": "system", "content": "a"}, SUM], "system": "b", "answer": "2"},
             {},
-            r"row 0: column 'system' and a system message",
+            r":1: column 'system' and a system message",
         ),
         (
             QWEN25,
             {"messages": [SUM, {"role": "assistant", "content": "2", "loss": False}]},
             {},
-            r"row 0: .*final answer out of the loss, by the flag 'loss'",
+            r":1: .*final answer out of the loss, by the flag 'loss'",
         ),
         (
             QWEN25,
@@ -287,15 +287,15 @@ def test_the_end_of_a_turn_stops_rollouts(tmp_path, model, ends):
                 ]
             },
             {},
-            r"row 0: .*'loss'.*message 1",
+            r":1: .*'loss'.*message 1",
         ),
         (
             QWEN25,
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"},
             {},
-            r"row 0: .*message 0.*'image'",
+            r":1: .*message 0.*'image'",
         ),
-        (QWEN25, {**ROW, "tools": [TOOL]}, {"prompt_format": "text"}, r"row 0: column 'tools'.*prompt_format: chat"),
+        (QWEN25, {**ROW, "tools": [TOOL]}, {"prompt_format": "text"}, r":1: column 'tools'.*prompt_format: chat"),
     ],
 )
 def test_rows_that_cannot_be_rendered_are_named(tmp_path, model, row, data, message):
@@ -306,7 +306,7 @@ def test_rows_that_cannot_be_rendered_are_named(tmp_path, model, row, data, mess
 def test_whatever_a_template_raises_is_the_rows_sentence(tmp_path):
     for expression in ("1 / 0", "messages[0] + 1", "messages.missing.key", "none | length", "[] | first | upper + 3"):
         tokenizer = tokenizer_of(QWEN25._replace(template="{{ " + expression + " }}"))
-        with pytest.raises(UserError, match=r"row 0: the chat template"):
+        with pytest.raises(UserError, match=r":1: the chat template"):
             load(tmp_path, tokenizer, ROW)
 
 
