@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from chord_megatron.backend import checkpoint
 from chord_megatron.backend.sharded_state import set_weights
 
 
@@ -31,3 +32,20 @@ def test_a_missing_or_unknown_weight_is_an_error(names: list[str], wrong: str):
     tensors = {"weight": torch.ones(1, 1), "bias": torch.ones(1), "other": torch.ones(1)}
     with pytest.raises(AssertionError, match=rf"\['{wrong}'\]"):
         set_weights(LinearWithExtraState(1, 1), {name: tensors[name] for name in names})
+
+
+def test_a_checkpoint_of_another_layout_in_the_same_process_has_its_own_groups():
+    """Megatron-Core writes the data-parallel group of the layout into the metadata that it is given."""
+
+    class Part:
+        found: list[bool] = []  # noqa: RUF012
+
+        def sharded_state_dict(self, *arguments: object, metadata: dict[str, object], **more: object) -> dict[str, int]:
+            self.found.append("dp_cp_group" in metadata)
+            metadata["dp_cp_group"] = "of this layout"
+            return {}
+
+    for _ in range(2):
+        checkpoint._sharded_state([Part()], Part(), is_loading=False)
+    # Model and optimizer of one checkpoint share it; the next checkpoint begins anew.
+    assert Part.found == [False, True, False, True]
