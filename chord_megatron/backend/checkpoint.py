@@ -136,11 +136,12 @@ def _named_chunks(chunks: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Mod
 
 
 def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    metadata = dict(_METADATA)  # Megatron-Core notes the layout's groups in it
     state: dict[str, Any] = {
-        name: unwrap(chunk).sharded_state_dict(metadata=_METADATA) for name, chunk in _named_chunks(chunks)
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in _named_chunks(chunks)
     }
     models = state["model"] if len(chunks) == 1 else dict(state)
-    state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_METADATA)
+    state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
     # Objects (as against tensors) are pickled and unpickled without checks; nothing here needs one.
     _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
     return state
