@@ -110,7 +110,7 @@ def test_a_last_answer_that_is_cut_is_none(completion):
         "####\n" * 4000,
         "#" * 4000,
         r"\boxed{" * 4000,
-        r"\boxed{" * 4000 + "72" + "}" * 3999,
+        r"\boxed{" * 4000 + "73" + "}" * 3999,
         "<answer>" * 4000,
         "<answer>#### \\boxed{" * 2000,
         "{" * 20_000,
@@ -196,6 +196,8 @@ def test_numbers_without_a_mark_are_compared_at_their_own_scale():
     assert accuracy_of("The answer is 1e-05.", "1") == 0.0
     assert accuracy_of("The answer is 0.0000002.", "2e-07") == 1.0
     assert accuracy_of("The answer is 0.0000002.", "3e-07") == 0.0
+    assert accuracy_of("The answer is 50%.", "50") == accuracy_of("The answer is 50.", "50%") == 1.0
+    assert accuracy_of("The answer is 0.5.", r"50\%") == accuracy_of(r"The answer is $50\%$.", "0.5") == 1.0
 
 
 @pytest.mark.parametrize(
