@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from math_verify.errors import TimeoutException
 
+from chord_megatron.rewards import build_reward_function, builtin
 from chord_megatron.rewards.builtin import accuracy, format_reward
 
 
@@ -233,3 +235,32 @@ def test_numbers_with_words(completion):
 )
 def test_format(completion, reward):
     assert format_of(completion) == reward
+
+
+@pytest.mark.parametrize(
+    "error", [RecursionError("too deep"), MemoryError(), ValueError("4300 digits"), TimeoutException()]
+)
+def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch):
+    def raise_for_73(text):
+        if "73" in text:
+            raise error
+        return text
+
+    monkeypatch.setattr(builtin, "final_answer", raise_for_73)
+    rewards = build_reward_function(["accuracy", "format"], [1.0, 10.0], timeout_seconds=1)
+    completions = ["72", "<think></think><answer>73</answer>", "72"]
+    with pytest.warns(RuntimeWarning, match=f"the reward accuracy failed on a completion, .*{type(error).__name__}"):
+        result = rewards(["p"] * 3, completions, ["72"] * 3, [{}] * 3)
+    assert result.by_function == {"accuracy": [1.0, 0.0, 1.0], "format": [0.0, 1.0, 0.0]}
+    assert result.total == [1.0, 10.0, 1.0]
+    assert result.errors == [0, 1, 0]
+    assert accuracy([""] * 3, completions, ["72"] * 3) == [1.0, 0.0, 1.0]
+
+
+def test_an_interrupt_is_no_reward(monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builtin, "final_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        accuracy_of("72", "72")
