@@ -6,7 +6,8 @@ without one, math-verify looks for it among the last 2000 characters (formulas.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from chord_megatron.rewards.answers import final_answer, without_thoughts
@@ -16,17 +17,39 @@ from chord_megatron.rewards.numbers import read_number, same_number
 RewardFunction = Callable[..., list[float]]
 
 
+class FailedReward(float):
+    """The 0 of a completion on which a built-in reward failed: no completion may end a run."""
+
+
 def accuracy(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
     """1.0 where the final answer equals the reference's (as number, as formula, or literally for words), else 0.0."""
-    return [float(_is_correct(*pair)) for pair in zip(completions, references, strict=True)]
+    return _of_each("accuracy", _is_correct, zip(completions, references, strict=True))
 
 
 def format_reward(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
     """1.0 where a completion is `<think>...</think><answer>...</answer>` and nothing else, else 0.0."""
-    return [float(_is_think_then_answer(completion)) for completion in completions]
+    return _of_each("format", _is_think_then_answer, ((completion,) for completion in completions))
 
 
 BUILTIN_REWARDS: dict[str, RewardFunction] = {"accuracy": accuracy, "format": format_reward}
+
+
+def _of_each(name: str, judge: Callable[..., bool], cases: Iterable[tuple[str, ...]]) -> list[float]:
+    return [_of_one(name, judge, case) for case in cases]
+
+
+def _of_one(name: str, judge: Callable[..., bool], case: tuple[str, ...]) -> float:
+    try:
+        return float(judge(*case))
+    except BaseException as error:  # math-verify's own timeout is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        warnings.warn(
+            f"the reward {name} failed on a completion, which gets 0: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=1,  # the same sentence is said once
+        )
+        return FailedReward()
 
 
 def _is_correct(completion: str, reference: str) -> bool:

@@ -6,10 +6,10 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from chord_megatron.rewards.builtin import BUILTIN_REWARDS, RewardFunction
+from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
 from chord_megatron.rewards.plugin import PluginReward
 from chord_megatron.system.errors import UserError
 
@@ -20,6 +20,7 @@ class Rewards:
 
     total: list[float]  # sum over functions of weight * reward
     by_function: dict[str, list[float]]  # as named in rewards.reward_funcs, without the weights
+    errors: list[int] = field(default_factory=list)  # built-in functions that failed on the completion
 
 
 class RewardFunctions:
@@ -47,7 +48,8 @@ class RewardFunctions:
             sum(weight * reward for weight, reward in zip(self._weights, rewards))
             for rewards in zip(*by_function.values())
         ]
-        return Rewards(totals, by_function)
+        errors = [sum(isinstance(reward, FailedReward) for reward in rewards) for rewards in zip(*by_function.values())]
+        return Rewards(totals, by_function, errors)
 
     def close(self) -> None:
         """End the child processes; safe to call twice."""
@@ -89,7 +91,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _checked(name: str, rewards: Any, count: int) -> list[float]:
-    """`rewards` as `count` finite floats. Raises UserError."""
+    """`rewards`, as far as they are `count` finite numbers. Raises UserError."""
     if not isinstance(rewards, list):
         raise UserError(f"reward function {name} must return a list of numbers, not {rewards!r}")
     if len(rewards) != count:
@@ -97,4 +99,4 @@ def _checked(name: str, rewards: Any, count: int) -> list[float]:
     for index, reward in enumerate(rewards):
         if not isinstance(reward, (int, float)) or not math.isfinite(reward):
             raise UserError(f"reward function {name} returned {reward!r}, not a finite number, at index {index}")
-    return [float(reward) for reward in rewards]
+    return [reward if isinstance(reward, FailedReward) else float(reward) for reward in rewards]

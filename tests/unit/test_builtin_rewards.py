@@ -251,10 +251,10 @@ def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch
     completions = ["72", "<think></think><answer>73</answer>", "72"]
     with pytest.warns(RuntimeWarning, match=f"the reward accuracy failed on a completion, .*{type(error).__name__}"):
         result = rewards(["p"] * 3, completions, ["72"] * 3, [{}] * 3)
+        assert accuracy([""] * 3, completions, ["72"] * 3) == result.by_function["accuracy"]
     assert result.by_function == {"accuracy": [1.0, 0.0, 1.0], "format": [0.0, 1.0, 0.0]}
     assert result.total == [1.0, 10.0, 1.0]
     assert result.errors == [0, 1, 0]
-    assert accuracy([""] * 3, completions, ["72"] * 3) == [1.0, 0.0, 1.0]
 
 
 def test_an_interrupt_is_no_reward(monkeypatch):
