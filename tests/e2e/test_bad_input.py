@@ -144,7 +144,16 @@ BEFORE_THE_FIRST_STEP = {
     "unknown reward": (("rewards.reward_funcs=[acuracy]",), ("unknown reward function 'acuracy'", "'accuracy'?")),
     "no reward function": (
         ("rewards.reward_funcs=[{assets}/rewards.py:leters]",),
-        ("{assets}/rewards.py:leters: AttributeError: no function 'leters'; the file has letters, raises, nan",),
+        (
+            "{assets}/rewards.py:leters: AttributeError: no function 'leters'; the file has letters, raises, nan, graded",
+        ),
+    ),
+    "a reward function that needs another column": (
+        ("rewards.reward_funcs=[{assets}/rewards.py:graded]",),
+        (
+            "reward function {assets}/rewards.py:graded needs 'difficulty', which is not offered; "
+            "offered are prompts, completions, references, the columns answer, and the reference as ground_truth, ",
+        ),
     ),
     "no recording": (
         ("rollout.engine=replay", "rollout.replay_from={bad}/none.jsonl"),

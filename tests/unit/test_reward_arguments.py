@@ -42,6 +42,8 @@ EQUALS = {
     "    return [float(r in c) for c, r in zip(completions, references)]",
     "ours, positional only": "def f(prompts, completions, references, /):\n"
     "    return [float(r in c) for c, r in zip(completions, references)]",
+    "ours, with a default": "def f(completions, references, scale=1.0, /):\n"
+    "    return [scale * (r in c) for c, r in zip(completions, references)]",
     "ours, as it comes": "def f(*args, **columns):\n    prompts, completions, references = args\n"
     "    return [float(r in c) for c, r in zip(completions, references)]",
     # TRL: keyword arguments only, columns by their names, much that is optional (docs/source/grpo_trainer.md).
