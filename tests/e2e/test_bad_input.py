@@ -144,9 +144,7 @@ BEFORE_THE_FIRST_STEP = {
     "unknown reward": (("rewards.reward_funcs=[acuracy]",), ("unknown reward function 'acuracy'", "'accuracy'?")),
     "no reward function": (
         ("rewards.reward_funcs=[{assets}/rewards.py:leters]",),
-        (
-            "{assets}/rewards.py:leters: AttributeError: no function 'leters'; the file has letters, raises, nan, graded",
-        ),
+        ("{assets}/rewards.py:leters: AttributeError: no function 'leters'; the file has letters, raises, nan",),
     ),
     "a reward function that needs another column": (
         ("rewards.reward_funcs=[{assets}/rewards.py:graded]",),
