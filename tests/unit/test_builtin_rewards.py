@@ -80,6 +80,8 @@ def test_accuracy_survives_a_formula_that_never_ends():
         (r"<answer>The answer is \boxed{2}.</answer>", "2"),
         ("<think>\n\\boxed{1}</think>\n\n2", "2"),
         ("<think>\n1</think>\n\n<answer>\n2\n</answer>", "2"),
+        ("<think>1</think><answer>2</answer>", "2"),
+        ("<think>1</think>2", "2"),
         ("#### 2 eggs\n\nQuestion: what is 5 + 5?", "2"),
         ("#### 5\n#### 2 ####", "2"),
         ("##### Step 5\n2", "2"),
