@@ -41,6 +41,7 @@ _PLAINER = (
     (r"\b([ap])\.\s?m\b", r"\1m"),
 )
 _PLAINER_PATTERNS = [(re.compile(pattern), replacement) for pattern, replacement in _PLAINER]
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}")  # 0.1\overline{6}
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*(?:"
@@ -109,7 +110,13 @@ def _plain(text: str) -> str:
     text = text.replace(r"\$", "").translate(_SYMBOLS).strip(" \t\r\n*")
     for pattern, replacement in _PLAINER_PATTERNS:
         text = pattern.sub(replacement, text)
-    return _TEXT.sub(_words_of, text).strip()
+    return _TEXT.sub(_words_of, _REPEATING.sub(_fraction_of, text)).strip()
+
+
+def _fraction_of(repeating: re.Match[str]) -> str:
+    whole, once, again = repeating.groups()
+    value = Fraction(int(whole + once + again) - int(whole + once or "0"), (10 ** len(again) - 1) * 10 ** len(once))
+    return f"{value.numerator}/{value.denominator}"
 
 
 def _words_of(text: re.Match[str]) -> str:
