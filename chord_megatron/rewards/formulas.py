@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from chord_megatron.rewards.numbers import Number, read_number, same_number
 
 if TYPE_CHECKING:
     from sympy import Basic
+
+Formula: TypeAlias = "tuple[Basic | str, ...]"
 
 _TAIL = 2000  # characters that math-verify reads, from the end; its cost grows faster than the text
 _SECONDS = 2  # of one call; it interrupts itself with SIGALRM, so only in the main thread
@@ -29,17 +31,17 @@ def plain_words(text: str) -> str:
     return " ".join(_TEXT.sub(r"\1", text).lower().split()).strip(" .:*$()")
 
 
-def read_sentences(text: str) -> tuple[Basic, ...]:
-    """The formula or number that math-verify takes for the answer of a text; empty where it finds none."""
+def read_sentences(text: str) -> Formula:
+    """What math-verify takes for the answer of a text, as an expression and as LaTeX; empty where it finds none."""
     from math_verify import parse  # slow to import
 
     # It would read 1e-05 as 1.
     text = _SCIENTIFIC.sub(lambda number: format(Decimal(number[0]), "f"), text[-_TAIL:])
-    return tuple(found for found in parse(text, parsing_timeout=_SECONDS) if not isinstance(found, str))
+    return tuple(parse(text, parsing_timeout=_SECONDS))
 
 
 @lru_cache(maxsize=4096)  # every completion of a group has the same reference
-def read_formula(text: str) -> tuple[Basic, ...]:
+def read_formula(text: str) -> Formula:
     """A number, or a formula as LaTeX, with or without its dollars, else plain such as "x+1"; empty for words."""
     number = read_number(text)
     if number is not None:
@@ -51,7 +53,7 @@ def read_formula(text: str) -> tuple[Basic, ...]:
     return read_sentences(f"${text[-_TAIL + 2 :]}$") or read_sentences(text)
 
 
-def same_formula(expected: tuple[Basic, ...], found: tuple[Basic, ...]) -> bool:
+def same_formula(expected: Formula, found: Formula) -> bool:
     """Whether math-verify finds them equal, and they are also at their own scale."""
     from math_verify import verify
     from math_verify.utils import timeout
@@ -75,7 +77,7 @@ def _as_sympy(number: Number) -> Basic:
     return convert_to_pct(value) if number.is_percent else value
 
 
-def _as_number(formula: Basic) -> Number | None:
+def _as_number(formula: Basic | str) -> Number | None:
     from sympy import Number as SympyNumber
 
     return read_number(str(formula)) if isinstance(formula, SympyNumber) else None
