@@ -94,6 +94,7 @@ class ScoredRollouts:
     rollouts: tuple[RolloutSample, ...]
     rewards: tuple[float, ...]
     rewards_by_function: dict[str, tuple[float, ...]]
+    reward_errors: tuple[int, ...]  # built-in functions that failed on the completion, which has their reward 0
 
     def slice(self, start: int, stop: int) -> ScoredRollouts:
         """The completions [start, stop)."""
@@ -102,6 +103,7 @@ class ScoredRollouts:
             self.rollouts[start:stop],
             self.rewards[start:stop],
             {name: values[start:stop] for name, values in self.rewards_by_function.items()},
+            self.reward_errors[start:stop],
         )
 
 

@@ -1,96 +1,81 @@
-r"""The reward functions that have a name: `accuracy` and `format`.
+"""The reward functions that have a name: `accuracy` and `format`.
 
-The final answer of a completion is its last `\boxed{...}`, `#### ...` line (GSM8K) or `<answer>...</answer>`;
-in a completion without one, math-verify looks for it among the last 2000 characters.
+The final answer is what the last mark holds (answers.py), of a completion and of its reference alike; in a completion
+without one, math-verify looks for it among the last 2000 characters (formulas.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from decimal import Decimal
-from functools import lru_cache
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from chord_megatron.rewards.answers import final_answer, without_thoughts
+from chord_megatron.rewards.formulas import plain_words, read_formula, read_sentences, same_formula
+from chord_megatron.rewards.numbers import read_number, same_number
 
 RewardFunction = Callable[..., list[float]]
 
-_MARKED_ANSWER = re.compile(
-    # "#### Step 1" is a heading: the line counts where it is a number, or the last one.
-    r"####[ \t]*(?P<number>[-+*$]*\d[\d,]*(?:\.\d+)?[.*]*)[ \t]*(?:\n|\Z)"
-    r"|####[ \t]*(?P<line>[^\n]+)\s*\Z"
-    r"|<answer>(?P<tag>(?:(?!</?answer>).)*+)</answer>"  # linear in time, like all of it
-    # Braces nest twice, as in \frac{\sqrt{2}}{2}.
-    r"|\\boxed\s*\{(?P<boxed>(?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+)\}",
-    re.DOTALL,
-)
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_WORDS = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")  # math-verify would multiply their letters
-_THINK_THEN_ANSWER = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-_TOLERANCE = Decimal("1e-6")  # math-verify rounds to 6 decimals too
-_TAIL = 2000  # characters that math-verify reads, from the end; its cost grows faster than the text
-_SECONDS = 2  # of one math-verify call; it interrupts itself with SIGALRM, so only in the main thread
+
+class FailedReward(float):
+    """The 0 of a completion on which a built-in reward failed: no completion may end a run."""
 
 
 def accuracy(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
-    """1.0 where the final answer equals the reference (as formulas, or literally for words), else 0.0."""
-    return [float(_is_correct(*pair)) for pair in zip(completions, references, strict=True)]
+    """1.0 where the final answer equals the reference's (as number, as formula, or literally for words), else 0.0."""
+    return _of_each("accuracy", _is_correct, zip(completions, references, strict=True))
 
 
 def format_reward(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
     """1.0 where a completion is `<think>...</think><answer>...</answer>` and nothing else, else 0.0."""
-    return [float(_THINK_THEN_ANSWER.fullmatch(completion) is not None) for completion in completions]
+    return _of_each("format", _is_think_then_answer, ((completion,) for completion in completions))
 
 
 BUILTIN_REWARDS: dict[str, RewardFunction] = {"accuracy": accuracy, "format": format_reward}
 
 
+def _of_each(name: str, judge: Callable[..., bool], cases: Iterable[tuple[str, ...]]) -> list[float]:
+    return [_of_one(name, judge, case) for case in cases]
+
+
+def _of_one(name: str, judge: Callable[..., bool], case: tuple[str, ...]) -> float:
+    try:
+        return float(judge(*case))
+    except BaseException as error:  # math-verify's own timeout is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        warnings.warn(
+            f"the reward {name} failed on a completion, which gets 0: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=1,  # the same sentence is said once
+        )
+        return FailedReward()
+
+
 def _is_correct(completion: str, reference: str) -> bool:
-    answer = _marked_answer(completion)
-    expected, number = _as_number(reference), _as_number(answer or "")
-    if expected is not None and number is not None:
-        return abs(expected - number) < _TOLERANCE
-    gold = _parse_reference(reference)
+    completion, reference = without_thoughts(completion), without_thoughts(reference)
+    marked, expected = final_answer(completion), final_answer(reference)
+    answer = completion.strip() if marked is None else marked
+    expected = reference.strip() if expected is None else expected
+    if not answer or not expected:
+        return False
+    if answer == expected:
+        return True
+    number, expected_number = read_number(answer), read_number(expected)
+    if number is not None and expected_number is not None:
+        return same_number(number, expected_number)
+    gold = read_formula(expected)
     if not gold:
-        return _normalise(reference) == _normalise(completion if answer is None else answer)
-    from math_verify import verify
-
-    found = _parse(completion) if answer is None else _parse_formula(answer)
-    return bool(found) and verify(list(gold), found, timeout_seconds=_SECONDS)
+        return plain_words(answer) == plain_words(expected)
+    return same_formula(gold, read_sentences(answer) if marked is None else read_formula(answer))
 
 
-def _marked_answer(completion: str) -> str | None:
-    matches = list(_MARKED_ANSWER.finditer(completion))
-    if not matches:
-        return None
-    answer: str = matches[-1][matches[-1].lastgroup or 0]
-    return _marked_answer(answer) or answer  # <answer>\boxed{72}</answer>
-
-
-def _as_number(text: str) -> Decimal | None:
-    """The value of "72", "1,234.50", "$72" or "**72.**", else None."""
-    text = text.strip(" \t\r\n*$").removesuffix(".")
-    return Decimal(text.replace(",", "")) if _NUMBER.fullmatch(text) else None
-
-
-@lru_cache(maxsize=4096)  # every completion of a group has the same reference
-def _parse_reference(reference: str) -> tuple[Any, ...]:
-    """What the reference may be as a formula; empty where it is words."""
-    return () if _WORDS.fullmatch(_normalise(reference)) else tuple(_parse_formula(reference))
-
-
-def _parse_formula(text: str) -> list[Any]:
-    """A formula alone: as LaTeX, with or without its dollars, else as a plain expression such as "1/2"."""
-    if _as_number(text) is None and "$" not in text:
-        return _parse(f"${text}$") or _parse(text)
-    return _parse(text)
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse  # slow to import
-
-    return parse(text[-_TAIL:], parsing_timeout=_SECONDS)
-
-
-def _normalise(text: str) -> str:
-    text = re.sub(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}", r"\1", text)
-    return " ".join(text.lower().split()).strip(" .:*$()")
+def _is_think_then_answer(completion: str) -> bool:
+    thought, tag, answer = completion.strip().rpartition("<answer>")
+    return (
+        bool(tag)
+        and thought.startswith("<think>")
+        and thought.rstrip().endswith("</think>")
+        and answer.endswith("</answer>")
+        and answer.count("</answer>") == 1
+    )

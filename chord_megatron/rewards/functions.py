@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from chord_megatron.rewards.builtin import BUILTIN_REWARDS, RewardFunction
+from chord_megatron.rewards.arguments import Offer
+from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
 from chord_megatron.rewards.plugin import PluginReward
 from chord_megatron.system.errors import UserError
+from chord_megatron.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -20,13 +22,16 @@ class Rewards:
 
     total: list[float]  # sum over functions of weight * reward
     by_function: dict[str, list[float]]  # as named in rewards.reward_funcs, without the weights
+    errors: list[int] = field(default_factory=list)  # built-in functions that failed on the completion
 
 
 class RewardFunctions:
     """The configured reward functions; `close` ends the processes of the user's own."""
 
-    def __init__(self, functions: dict[str, RewardFunction], weights: list[float], resources: ExitStack):
-        self._functions, self._weights, self._resources = functions, weights, resources
+    def __init__(
+        self, functions: dict[str, RewardFunction], weights: list[float], columns: Collection[str], resources: ExitStack
+    ):
+        self._functions, self._weights, self._columns, self._resources = functions, weights, columns, resources
 
     def __call__(
         self,
@@ -35,9 +40,9 @@ class RewardFunctions:
         references: list[str],
         columns: Sequence[Mapping[str, Any]],
     ) -> Rewards:
-        """Reward each completion; `columns` are its row's other columns. Raises UserError."""
+        """Reward each completion; `columns` are those of its row. Raises UserError."""
         assert len(prompts) == len(completions) == len(references) == len(columns)
-        names = dict.fromkeys(name for row in columns for name in row)
+        names = dict.fromkeys([*self._columns, *(name for row in columns for name in row)])
         by_name = {name: [row.get(name) for row in columns] for name in names}
         by_function = {
             name: _checked(name, function(prompts, completions, references, **by_name), len(completions))
@@ -47,17 +52,32 @@ class RewardFunctions:
             sum(weight * reward for weight, reward in zip(self._weights, rewards))
             for rewards in zip(*by_function.values())
         ]
-        return Rewards(totals, by_function)
+        errors = [sum(isinstance(reward, FailedReward) for reward in rewards) for rewards in zip(*by_function.values())]
+        return Rewards(totals, by_function, errors)
 
     def close(self) -> None:
         """End the child processes; safe to call twice."""
         self._resources.close()
 
 
+def columns_of(*data_sets: Sequence[Prompt]) -> list[str]:
+    """The columns that every data set has in some row; one without rows does not count."""
+    names = [{name for prompt in prompts for name in prompt.columns} for prompts in data_sets if prompts]
+    return sorted(set.intersection(*names)) if names else []
+
+
 def build_reward_function(
-    reward_funcs: list[str], reward_weights: list[float] | None, timeout_seconds: float
+    reward_funcs: list[str],
+    reward_weights: list[float] | None,
+    timeout_seconds: float,
+    *,
+    columns: Collection[str] | None = None,
+    reference_column: str | None = None,
 ) -> RewardFunctions:
-    """Reward functions from names or `path.py:function`, loaded now; weights are 1 by default. UserError."""
+    """Reward functions from names or `path.py:function`, loaded now; weights are 1 by default.
+
+    `columns` are those of the data: a function that needs another is refused, where they are given. Raises UserError.
+    """
     weights = reward_weights if reward_weights is not None else [1.0] * len(reward_funcs)
     if len(weights) != len(reward_funcs):
         raise UserError(
@@ -67,6 +87,7 @@ def build_reward_function(
         raise UserError(f"rewards.reward_weights={weights} must be finite numbers")
     if len(set(reward_funcs)) < len(reward_funcs):
         raise UserError(f"rewards.reward_funcs={reward_funcs} names a function twice")
+    offer = Offer(columns, reference_column)
     with ExitStack() as resources:  # ends the processes already started where a later function fails
         functions: dict[str, RewardFunction] = {}
         for name in reward_funcs:
@@ -74,9 +95,9 @@ def build_reward_function(
                 functions[name] = BUILTIN_REWARDS[name]
             else:
                 path, function_name = _split(name)
-                plugin = functions[name] = PluginReward(path, function_name, timeout_seconds)
+                plugin = functions[name] = PluginReward(path, function_name, timeout_seconds, offer)
                 resources.callback(plugin.close)
-        return RewardFunctions(functions, weights, resources.pop_all())
+        return RewardFunctions(functions, weights, columns or (), resources.pop_all())
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -89,7 +110,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _checked(name: str, rewards: Any, count: int) -> list[float]:
-    """`rewards` as `count` finite floats. Raises UserError."""
+    """`rewards`, as far as they are `count` finite numbers. Raises UserError."""
     if not isinstance(rewards, list):
         raise UserError(f"reward function {name} must return a list of numbers, not {rewards!r}")
     if len(rewards) != count:
@@ -97,4 +118,4 @@ def _checked(name: str, rewards: Any, count: int) -> list[float]:
     for index, reward in enumerate(rewards):
         if not isinstance(reward, (int, float)) or not math.isfinite(reward):
             raise UserError(f"reward function {name} returned {reward!r}, not a finite number, at index {index}")
-    return [float(reward) for reward in rewards]
+    return [reward if isinstance(reward, FailedReward) else float(reward) for reward in rewards]

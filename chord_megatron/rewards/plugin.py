@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from chord_megatron.rewards.arguments import FIXED, Offer, Parameters
 from chord_megatron.system.errors import UserError
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -23,10 +24,13 @@ class PluginReward:
     fork is unsafe once CUDA or gloo threads exist. After a failure the child is gone and is not restarted.
     """
 
-    def __init__(self, path: str, function_name: str, timeout_seconds: float):
-        """Start the child and load the function. Raises UserError where that fails or takes too long."""
+    def __init__(self, path: str, function_name: str, timeout_seconds: float, offer: Offer):
+        """Start the child and load the function.
+
+        Raises UserError where that fails or takes too long, or where the function needs what is not offered.
+        """
         self._name = f"{path}:{function_name}"
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._offer = timeout_seconds, offer
         file = Path(path).expanduser().resolve()
         if not file.is_file():
             raise UserError(f"reward function {self._name}: {file} does not exist")
@@ -38,11 +42,15 @@ class PluginReward:
             bufsize=0,
             start_new_session=True,
         )
-        self._receive()
+        self._parameters = Parameters(**self._receive())
+        if refusal := offer.refusal(self._parameters):
+            self.close()
+            raise UserError(f"reward function {self._name} {refusal}")
 
     def __call__(self, prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> Any:
         """What the function returns, unchecked. Raises UserError where it raises, hangs or exits."""
-        request = json.dumps([[prompts, completions, references], columns], default=str)
+        fixed = dict(zip(FIXED, (prompts, completions, references)))
+        request = json.dumps(self._offer.choose(self._parameters, fixed, columns), default=str)
         assert self._process.stdin is not None
         try:
             unsent = memoryview(request.encode() + b"\n")

@@ -63,12 +63,13 @@ def _merge(
     results: list[tuple[list[int], Rewards | str]],
 ) -> ScoredRollouts:
     total = [0.0] * len(rollouts)
+    errors = [0] * len(rollouts)
     by_function: dict[str, list[float]] = {}
     for indices, result in results:
         if isinstance(result, str):
             raise UserError(result)
         for place, index in enumerate(indices):
-            total[index] = result.total[place]
+            total[index], errors[index] = result.total[place], result.errors[place]
             for name, rewards in result.by_function.items():
                 by_function.setdefault(name, [0.0] * len(rollouts))[index] = rewards[place]
     return ScoredRollouts(
@@ -76,4 +77,5 @@ def _merge(
         rollouts=tuple(rollouts),
         rewards=tuple(total),
         rewards_by_function={name: tuple(rewards) for name, rewards in by_function.items()},
+        reward_errors=tuple(errors),
     )

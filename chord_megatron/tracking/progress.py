@@ -78,6 +78,8 @@ def format_step(metrics: Metrics, train_iters: int, eta: float | None) -> str:
             fields.append(template.format(value) + (_loss_parts(metrics) if key == "loss" else ""))
     if metrics.get("skipped_steps"):
         fields.append(f"skipped {metrics['skipped_steps']}")
+    if metrics.get("reward_errors"):
+        fields.append(f"reward errors {metrics['reward_errors']}")
     if metrics.get("time_step"):
         fields.append(_time_split(metrics))
     return " | ".join(fields)

@@ -39,12 +39,13 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
 def rollout_metrics(scored: ScoredRollouts | None) -> Metrics:
     """Rewards and lengths of the completions of a step; None without completions."""
     if scored is None:
-        names = ("reward_mean", "reward_std", "response_length_mean", "truncated_fraction", "zero_std_fraction")
-        return dict.fromkeys(names)
+        rewards = ("reward_mean", "reward_std", "reward_errors", "zero_std_fraction")
+        return dict.fromkeys((*rewards, "response_length_mean", "truncated_fraction"))
     rollouts = scored.rollouts
     return {
         "reward_mean": statistics.fmean(scored.rewards),
         "reward_std": statistics.pstdev(scored.rewards),
+        "reward_errors": sum(scored.reward_errors),
         "response_length_mean": statistics.fmean(int(rollout.response_mask.sum()) for rollout in rollouts),
         "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
         **{f"reward/{name}": statistics.fmean(values) for name, values in scored.rewards_by_function.items()},

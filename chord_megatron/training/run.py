@@ -18,7 +18,7 @@ from chord_megatron.config import Config
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.planning.plan import Plan, make_plan
-from chord_megatron.rewards.functions import build_reward_function
+from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
 from chord_megatron.system.errors import UserError
@@ -59,7 +59,11 @@ class Run:
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer)
         with ExitStack() as opened:  # closed in reverse order, here where something fails
-            reward_function = build_reward_function(**config.rewards.model_dump())
+            reward_function = build_reward_function(
+                **config.rewards.model_dump(),
+                columns=columns_of(data.prompts, data.eval_prompts),
+                reference_column=config.data.reference_column,
+            )
             opened.callback(reward_function.close)
             self.groups = initialize_distributed(config.parallel, config.train.seed)
             self.engine = MegatronEngine(

@@ -27,6 +27,9 @@ def raises(prompts, completions, references, **columns):
 
 def nan(prompts, completions, references, **columns):
     return [float("nan")] * len(completions)
+
+def graded(completions, solution, difficulty, **columns):
+    return difficulty
 """
 
 

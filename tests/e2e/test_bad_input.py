@@ -146,6 +146,13 @@ BEFORE_THE_FIRST_STEP = {
         ("rewards.reward_funcs=[{assets}/rewards.py:leters]",),
         ("{assets}/rewards.py:leters: AttributeError: no function 'leters'; the file has letters, raises, nan",),
     ),
+    "a reward function that needs another column": (
+        ("rewards.reward_funcs=[{assets}/rewards.py:graded]",),
+        (
+            "reward function {assets}/rewards.py:graded needs 'difficulty', which is not offered; "
+            "offered are prompts, completions, references, the columns answer, and the reference as ground_truth, ",
+        ),
+    ),
     "no recording": (
         ("rollout.engine=replay", "rollout.replay_from={bad}/none.jsonl"),
         ("rollout.replay_from: {bad}/none.jsonl does not exist; record one with rollout.record_to",),

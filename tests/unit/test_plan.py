@@ -401,7 +401,7 @@ def test_mu_of_the_configured_schedule():
         ("gsm8k/gsm8k.yaml", ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0")),
         (
             "ms_swift_chord/chord_8gpu.yaml",
-            ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0, 0.05 at step 999"),
+            ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0, 0.05 at step 2262"),
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Built-in rewards with exact values, and a user's functions in a real child process."""
+"""Reward functions by name and weight, and a user's functions in a real child process."""
 
 from __future__ import annotations
 
@@ -11,69 +11,7 @@ from datetime import date
 import pytest
 
 from chord_megatron.rewards import build_reward_function
-from chord_megatron.rewards.builtin import accuracy, format_reward
 from chord_megatron.system.errors import UserError
-
-
-@pytest.mark.parametrize(
-    ("completion", "reference", "reward"),
-    [
-        ("6 * 12 = 72\n#### 72", "72", 1.0),
-        ("so \\boxed{72}", "72", 1.0),
-        ("The answer is 72.", "72", 1.0),
-        ("<think>hm</think><answer>72</answer>", "72", 1.0),
-        ("<answer>\\boxed{72}</answer>", "72", 1.0),
-        ("#### $1,234.00", "1,234", 1.0),
-        ("\\boxed{1234}", "1,234", 1.0),
-        ("#### **-3**", "-3", 1.0),
-        ("#### 72 apples", "72", 1.0),
-        ("#### Step 1\n6 * 12 = 72\nThe answer is 72.", "72", 1.0),
-        ("$6 \\cdot 12 = 72$\n#### 72\n\nQuestion: what is 5?", "72", 1.0),
-        ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
-        ("The answer is $\\frac{1}{2}$.", "\\frac12", 1.0),
-        ("\\boxed{\\dfrac{\\sqrt{2}}{2}}", "$\\frac{\\sqrt{2}}{2}$", 1.0),
-        ("#### 1/2", "\\boxed{\\frac{1}{2}}", 1.0),
-        ("\\boxed{1 + x}", "x+1", 1.0),
-        ("\\boxed{\\text{Paris}}", "paris", 1.0),
-        ("<answer> (B) </answer>", "B", 1.0),
-        ("#### 73", "72", 0.0),
-        ("72 is not it, #### 7", "72", 0.0),
-        ("\\boxed{72} no, \\boxed{73}", "72", 0.0),
-        ("The answer is 73, not 72", "72", 0.0),
-        ("#### 172", "72", 0.0),
-        ("#### 7.2", "72", 0.0),
-        ("#### 72", "-72", 0.0),
-        ("#### listen", "silent", 0.0),  # not a product of letters
-        ("\\boxed{x - 1}", "x+1", 0.0),
-        ("I do not know", "72", 0.0),
-        ("", "72", 0.0),
-        ("\\boxed{", "72", 0.0),
-        ("\\boxed{}", "72", 0.0),
-        ("#### ", "72", 0.0),
-    ],
-)
-def test_accuracy(completion, reference, reward):
-    assert accuracy([""], [completion], [reference]) == [reward]
-
-
-def test_accuracy_survives_a_formula_that_never_ends():
-    assert accuracy([""], ["\\boxed{9^{9^{9^9}}}"], ["72"]) == [0.0]
-
-
-@pytest.mark.parametrize(
-    ("completion", "reward"),
-    [
-        ("<think>a\nb</think>\n<answer>1</answer>", 1.0),
-        ("<think></think><answer></answer>\n", 1.0),
-        ("<answer>1</answer>", 0.0),
-        ("<think>a</think><answer>1", 0.0),
-        ("<think>a</think> so <answer>1</answer>", 0.0),
-        ("<think>a</think><answer>1</answer> bye", 0.0),
-        ("first <think>a</think><answer>1</answer>", 0.0),
-    ],
-)
-def test_format(completion, reward):
-    assert format_reward([""], [completion], ["1"]) == [reward]
 
 
 def test_total_is_the_weighted_sum():
@@ -137,9 +75,7 @@ def test_plugin_gets_every_argument_and_keeps_its_state(plugin, tmp_path):
 
 
 def test_plugin_may_return_arrays_and_long_lines_pass(plugin):
-    rewards = plugin(
-        "import numpy as np\ndef f(p, completions, r, **c): return np.array([len(x) for x in completions])"
-    )
+    rewards = plugin("import numpy as np\ndef f(completions): return np.array([len(x) for x in completions])")
     completions = ["x" * 300_000, "é\n" * 10]
     assert rewards(["p"] * 2, completions, ["1"] * 2, [{}] * 2) == [300_000.0, 20.0]
 
@@ -164,10 +100,8 @@ def test_plugin_failures_name_the_function(plugin, body, message):
         rewards(*TWO)
 
 
-def test_a_column_the_function_does_not_take_is_named(plugin):
-    rewards = plugin("def f(prompts, completions, references): return [0, 0]")
-    with pytest.raises(UserError, match=r"TypeError: f\(\) got an unexpected keyword argument 'level'"):
-        rewards(*TWO)
+def test_columns_that_the_function_does_not_take_stay_away(plugin):
+    assert plugin("def f(prompts, completions, references): return [0, 1]")(*TWO) == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,8 @@ def test_step_line_without_rollouts() -> None:
         "reward_mean": None,
         "kl": 0.5,
     }
-    line = format_step({**metrics, "skipped_steps": 1}, train_iters=1, eta=None)
-    assert line == "step 1/1 | loss 2.0000 (expert 2.0000) | KL 0.5000 | skipped 1"
+    line = format_step({**metrics, "skipped_steps": 1, "reward_errors": 3}, train_iters=1, eta=None)
+    assert line == "step 1/1 | loss 2.0000 (expert 2.0000) | KL 0.5000 | skipped 1 | reward errors 3"
 
 
 def test_eta_follows_the_recent_steps() -> None:
