@@ -25,6 +25,7 @@ EPSILON, EPSILON_HIGH = 0.2, 0.28
 METRIC_SUMS = {
     *("loss_rollout", "loss_expert", "entropy", "kl", "clipped", "phi", "log_prob_diff"),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
+    "non_finite_rollout_log_probs",
 }
 FP64_SUM = {"rtol": 0.0, "atol": 1e-13}  # a few dozen float64 terms of size one
 
