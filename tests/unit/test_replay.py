@@ -145,6 +145,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
         {"rollout_log_probs": [0.0, True]},
         "'rollout_log_probs' holds True, which is no number",
     ),
+    "an integer that no float holds": ({"rollout_log_probs": [0, -(10**400)]}, "int too large to convert to float"),
     "a probability above 1": (
         {"rollout_log_probs": [0.0, 0.5]},
         "log-prob 0.5 is above 0: these are not logarithms of probabilities",
@@ -246,7 +247,5 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path):
 def test_a_foreign_file_is_not_cut_on_resuming(tmp_path: Path):
     path = write(tmp_path / "r.jsonl", [{"prompt": "1 + 1"}, {"prompt": "2 + 2"}])
     before = path.read_bytes()
-    assert recording(path, resume_step=1) == (
-        f"line 1 of {path} has no step (an integer from 0 on); remove that line"
-    )
+    assert recording(path, resume_step=1) == (f"line 1 of {path} has no step (an integer from 0 on); remove that line")
     assert path.read_bytes() == before
