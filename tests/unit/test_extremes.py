@@ -238,7 +238,7 @@ def test_extremes_of_several_keys_compute_or_are_refused(tmp_path_factory: pytes
 
 # Key, value, and the sentence.
 SENTENCES: list[tuple[str, Any, str]] = [
-    ("train.seed", 2**31, "train.seed=2147483648: must be less than or equal to 2147483647"),
+    ("train.seed", 2**31, "train.seed=2147483648: must be at most 2147483647"),
     ("train.train_iters", True, "train.train_iters=True: must be a valid integer"),
     ("train.train_iters", "12", "train.train_iters='12': must be a valid integer"),
     ("train.train_iters", 12.0, "train.train_iters=12.0: must be a valid integer"),
@@ -251,14 +251,14 @@ SENTENCES: list[tuple[str, Any, str]] = [
     ("model.recompute", 1, "model.recompute=1: must be true or false"),
     ("optimizer.lr", "x", "optimizer.lr='x': must be a valid number"),
     ("optimizer.lr", math.inf, "optimizer.lr=inf: must be a finite number"),
-    ("optimizer.adam_beta1", 1.0, "optimizer.adam_beta1=1.0: must be less than 1"),
-    ("optimizer.adam_eps", 0, "optimizer.adam_eps=0: must be greater than or equal to 1e-30"),
-    ("rollout.temperature", 1e-30, "rollout.temperature=1e-30: must be greater than or equal to 0.01"),
+    ("optimizer.adam_beta1", 1.0, "optimizer.adam_beta1=1.0: must be below 1"),
+    ("optimizer.adam_eps", 0, "optimizer.adam_eps=0: must be at least 1e-30"),
+    ("rollout.temperature", 1e-30, "rollout.temperature=1e-30: must be at least 0.01"),
     ("rollout.stop_token_ids", [], "rollout.stop_token_ids=[]: must not be empty"),
-    ("rollout.stop_token_ids", [-1], "rollout.stop_token_ids.0=-1: must be greater than or equal to 0"),
+    ("rollout.stop_token_ids", [-1], "rollout.stop_token_ids.0=-1: must be at least 0"),
     ("rewards.reward_funcs", "accuracy", "rewards.reward_funcs='accuracy': must be a list, such as [a, b]"),
     ("rewards.reward_funcs", [], "rewards.reward_funcs=[]: must not be empty"),
-    ("rewards.timeout_seconds", 1e7, "rewards.timeout_seconds=10000000.0: must be less than or equal to 1000000"),
+    ("rewards.timeout_seconds", 1e7, "rewards.timeout_seconds=10000000.0: must be at most 1000000"),
     (
         "rollout.stop_token_ids",
         [99999, 5],
