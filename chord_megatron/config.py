@@ -228,10 +228,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    shown = f"override {_SHORT.repr(override)}"
     if not equals or not key:
-        raise UserError(f"override {override!r} must look like group.key=value")
+        raise UserError(f"{shown} must look like group.key=value")
     if key in Config.model_fields:
-        raise UserError(f"override {override!r}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
+        raise UserError(f"{shown}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
     *groups, leaf = key.split(".")
     target = raw
     for group in groups:
@@ -239,12 +240,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = target[group] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {group!r} is a value, not a group")
+            raise UserError(f"{shown}: {group!r} is a value, not a group")
         target = child
     try:
         target[leaf] = read_yaml(value)
     except YamlError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        raise UserError(f"{shown}: the value is not valid YAML") from None
 
 
 _MOST_MISTAKES = 5  # in one sentence
