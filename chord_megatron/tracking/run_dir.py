@@ -53,8 +53,9 @@ class RunDir:
 
     def refuse_other_run(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError when the directory's config.yaml has other values than these (dotted keys)."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"train.output_dir: {self.path} is a file; choose another train.output_dir")
+        existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise UserError(f"{existing} is a file; choose another train.output_dir")
         if not self.config.exists():
             return
         before = _read_settings(self.config, settings)
