@@ -7,26 +7,59 @@ error that names the nearest known one.
 from __future__ import annotations
 
 import difflib
+import os
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.yaml_text import YamlError, read_yaml, write_yaml
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+_LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
+_LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
+_LONGEST_WAIT = 1e6  # seconds; poll() takes 2^31 milliseconds
+_LONGEST_NAME = 255  # bytes of one part of a path
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        value = "\0"
+    if "\0" in value:
+        raise ValueError("must be text without NUL and halves of characters")
+    return value
+
+
+def _path(value: str) -> str:
+    if max(len(os.fsencode(part)) for part in value.split("/")) > _LONGEST_NAME:
+        raise ValueError(f"must be a path whose parts have at most {_LONGEST_NAME} bytes")
+    return value
+
+
+Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
+NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
+NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
+PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
+Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
+# Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
+Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
+Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+PathName = Annotated[Text, AfterValidator(_path)]
 
 
 class _Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    # strict: no text for a number, no true for 1. What YAML says is what is meant.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Group):
-    path: str  # config.json and tokenizer, with safetensors or a Megatron checkpoint
+    path: PathName  # config.json and tokenizer, with safetensors or a Megatron checkpoint
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     recompute: bool = False  # full activation recomputation, layer by layer
     export_bucket_megabytes: Positive = 512  # full weights gathered at a time, for saving and for rollout engines
@@ -43,38 +76,40 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    dataset: str  # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets
-    dataset_split: str = "train"  # for a `datasets` name
-    eval_dataset: str | None = None
-    eval_dataset_split: str = "test"
+    dataset: PathName  # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets
+    dataset_split: Text = "train"  # for a `datasets` name
+    eval_dataset: PathName | None = None
+    eval_dataset_split: Text = "test"
     num_eval_prompts: Positive | None = None  # the first N; None = all
-    prompt_column: str = "prompt"  # text, or a list of chat messages
-    reference_column: str = "answer"
-    reference_pattern: str | None = None  # a regular expression; group 1 of its match is the reference
+    prompt_column: Text = "prompt"  # text, or a list of chat messages
+    reference_column: Text = "answer"
+    reference_pattern: Text | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: Literal["chat", "text"] = "chat"
-    system_prompt: str | None = None
+    system_prompt: Annotated[str, AfterValidator(_text)] | None = None
     chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as {enable_thinking: false}
     max_prompt_length: Positive = 1024
     on_bad_row: Literal["stop", "skip"] = "stop"  # of all data sets; skipped rows are counted by reason
 
 
 class RewardsConfig(_Group):
-    reward_funcs: list[str] = Field(default=["accuracy"], min_length=1)  # names, or path.py:function
-    reward_weights: list[float] | None = None  # None = 1 each
-    timeout_seconds: float = Field(default=60.0, gt=0)  # of one call of a user's function
+    reward_funcs: list[Text] = Field(default=["accuracy"], min_length=1)  # names, or path.py:function
+    reward_weights: list[Number] | None = None  # None = 1 each
+    timeout_seconds: Seconds = 60.0  # of one call of a user's function
 
 
 class RolloutConfig(_Group):
     engine: Literal["megatron", "replay", "vllm"] = "megatron"
     num_generations: Positive = 8
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: Temperature = 1.0
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: NonNegative = 0  # 0 = all
     max_completion_length: Positive = 256
-    stop_token_ids: list[int] | None = None  # None = the tokenizer's and the model's end tokens
+    stop_token_ids: list[NonNegative] | None = Field(
+        default=None, min_length=1
+    )  # None = the tokenizer's and the model's end tokens
     max_batch_size: Positive = 256  # completions decoded at once per data-parallel rank
-    record_to: str | None = None  # jsonl of all rollouts, readable by the replay engine
-    replay_from: str | None = None
+    record_to: PathName | None = None  # jsonl of all rollouts, readable by the replay engine
+    replay_from: PathName | None = None
     vllm_mode: Literal["colocate", "server"] | None = None  # in the trainer's processes, or in servers of its own
     vllm_tensor_parallel_size: Positive = 1  # colocate
     vllm_gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)  # colocate: share of each GPU's memory
@@ -84,35 +119,37 @@ class RolloutConfig(_Group):
     )
     offload_optimizer: bool = False  # colocate: optimizer state and gradients to the host while generating
     offload_model: bool = False  # colocate: the training weights to the host while generating
-    vllm_servers: list[str] | None = None  # server: http://host:port of each
-    vllm_server_timeout: float = Field(default=600.0, gt=0)  # server: seconds for a completion, and to come back
+    vllm_servers: list[Text] | None = None  # server: http://host:port of each
+    vllm_server_timeout: Seconds = 600.0  # server: seconds for a completion, and to come back
     weight_transfer: Literal["files", "broadcast"] = "files"  # server: broadcast = NCCL between GPUs, else gloo
-    weight_transfer_dir: str = "/dev/shm"  # files: memory on one node; across nodes a shared directory
-    weight_transfer_address: str = "127.0.0.1"  # broadcast: rank 0's, as the servers reach it
+    weight_transfer_dir: PathName = "/dev/shm"  # files: memory on one node; across nodes a shared directory
+    weight_transfer_address: Text = "127.0.0.1"  # broadcast: rank 0's, as the servers reach it
     max_staleness: Literal[0, 1] = 0  # server: 1 draws the next batch while training on this one
-    consistency_threshold: float | None = Field(default=0.05, gt=0)  # vllm: mean |log-prob difference| of the probes
+    consistency_threshold: PositiveNumber | None = 0.05  # vllm: mean |log-prob difference| of the probes
     consistency_action: Literal["stop", "warn"] = "stop"
 
 
 class GRPOConfig(_Group):
     epsilon: float = Field(default=0.2, ge=0, lt=1)
-    epsilon_high: float | None = Field(default=None, ge=0)  # None = epsilon
-    beta: float = Field(default=0.0, ge=0)  # KL coefficient against the frozen initial model; 0 = no reference
+    epsilon_high: NonNegativeNumber | None = None  # None = epsilon
+    beta: NonNegativeNumber = 0.0  # KL coefficient against the frozen initial model; 0 = no reference
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # token mean | sequence mean | fixed length
     overlong_filter: bool = False  # drop completions without an end token from the loss
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
-    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1)  # upper bound of a weight, or of its ratio
+    rollout_importance_sampling_threshold: float = Field(
+        default=2.0, gt=1, le=_LARGEST_NUMBER
+    )  # upper bound of a weight, or of its ratio
 
 
 class ChordConfig(_Group):
     semantics: Literal["paper"] = "paper"
-    chord_sft_dataset: str | None = None  # as data.dataset; None = no expert stream (mu must be 0)
-    chord_sft_dataset_split: str = "train"
-    chord_sft_prompt_column: str = "prompt"
-    chord_sft_answer_column: str = "answer"
-    chord_sft_max_length: Positive = 2048  # prompt + answer
+    chord_sft_dataset: PathName | None = None  # as data.dataset; None = no expert stream (mu must be 0)
+    chord_sft_dataset_split: Text = "train"
+    chord_sft_prompt_column: Text = "prompt"
+    chord_sft_answer_column: Text = "answer"
+    chord_sft_max_length: Positive | None = None  # prompt + answer; None = what the model reads
     chord_sft_global_batch_size: Positive | None = None  # expert rows per optimizer step
     chord_sft_per_device_train_batch_size: Positive | None = None  # ms-swift: x DP x gradient accumulation
     chord_mu_peak: Fraction = 0.5
@@ -123,28 +160,28 @@ class ChordConfig(_Group):
 
 
 class OptimizerConfig(_Group):
-    lr: float = Field(default=1e-6, gt=0)
-    min_lr: float = Field(default=0.0, ge=0)
+    lr: PositiveNumber = 1e-6
+    min_lr: NonNegativeNumber = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_iters: NonNegative = 0
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = Field(default=1.0, ge=0)  # 0 = no clipping
+    weight_decay: NonNegativeNumber = 0.0
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_eps: float = Field(default=1e-8, ge=1e-30, le=1)  # float32 has to hold it: without it, 0 / 0
+    clip_grad: NonNegativeNumber = 1.0  # 0 = no clipping
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool | None = None  # sum gradients while others are computed; None = on GPUs
 
 
 class TrainConfig(_Group):
-    output_dir: str
+    output_dir: PathName
     micro_batch_size: Positive = 1  # sequences packed into one micro-batch
     global_batch_size: Positive  # completions per optimizer step
     packing_order: Literal["arrival", "shuffled"] = "arrival"  # shuffled spreads long rows over ranks; same loss
     train_iters: Positive
     seed: NonNegative = 0
     eval_steps: Positive | None = None
-    eval_temperature: float = Field(default=0.0, ge=0)  # 0 = greedy
+    eval_temperature: float = Field(default=0.0, ge=0, le=100)  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
@@ -174,11 +211,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     Relative paths stay relative to the working directory. Raises UserError.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        raw = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # of YAML, of UTF-8, or of a path with NUL
+        raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold a mapping of groups (model, data, train, ...), not {type(raw).__name__}")
     for override in overrides or []:
@@ -186,13 +223,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise UserError("; ".join(_explain(item) for item in error.errors())) from None
+        mistakes = [_explain(item) for item in error.errors()]
+        more = f"; and {len(mistakes) - _MOST_MISTAKES} more" if len(mistakes) > _MOST_MISTAKES else ""
+        raise UserError("; ".join(mistakes[:_MOST_MISTAKES]) + more) from None
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    shown = f"override {_SHORT.repr(override)}"
     if not equals or not key:
-        raise UserError(f"override {override!r} must look like group.key=value")
+        raise UserError(f"{shown} must look like group.key=value")
+    if key in Config.model_fields:
+        raise UserError(f"{shown}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
     *groups, leaf = key.split(".")
     target = raw
     for group in groups:
@@ -200,23 +242,49 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = target[group] = {}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {group!r} is a value, not a group")
+            raise UserError(f"{shown}: {group!r} is a value, not a group")
         target = child
     try:
-        target[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from None
+        target[leaf] = read_yaml(value)
+    except YamlError:
+        raise UserError(f"{shown}: the value is not valid YAML") from None
+
+
+_MOST_MISTAKES = 5  # in one sentence
+_REMEDIES = {
+    "bool_type": "must be true or false",
+    "dict_type": "must be a group of keys",
+    "list_type": "must be a list, such as [a, b]",
+    "model_type": "must be a group of keys",
+    "string_too_short": "must not be empty",
+    "string_type": "must be text; put it in quotes",
+    "too_short": "must not be empty",
+}
+_BOUNDS = {  # pydantic's name and ours
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "below"),
+    "less_than_equal": ("le", "at most"),
+}
 
 
 def _explain(error: Any) -> str:
     """One pydantic error as a sentence with the dotted key."""
-    location = [str(part) for part in error["loc"]]
+    location = [_SHORT.repr(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"unknown configuration key {name!r}{_nearest(location)}"
     if error["type"] == "missing":
         return f"configuration key {name!r} is required"
-    return f"{name}={error['input']!r}: {error['msg']}"
+    remedy = _REMEDIES.get(error["type"])
+    if bound := _BOUNDS.get(error["type"]):
+        remedy = f"must be {bound[1]} {error['ctx'][bound[0]]:.10g}"
+    remedy = remedy or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    return f"{name}={_SHORT.repr(error['input'])}: {remedy}"
+
+
+_SHORT = reprlib.Repr()  # values of aliases of aliases have no end
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 2
 
 
 def _nearest(location: list[str]) -> str:
@@ -239,4 +307,4 @@ def known_keys() -> list[str]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return write_yaml(config.model_dump())

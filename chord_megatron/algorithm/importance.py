@@ -38,9 +38,13 @@ class ImportanceCorrection:
 
 
 def log_importance_ratios(old_log_probs: Tensor, rollout_log_probs: Tensor, mask: Tensor) -> Tensor:
-    """log(pi_old / pi_sampler) of each token within +-MAX_LOG_RATIO, 0 outside `mask`. [tokens], returns float64."""
+    """log(pi_old / pi_sampler) of each token within +-MAX_LOG_RATIO. [tokens], returns float64.
+
+    0 outside `mask`, and where the sampler recorded no finite number: one such token says nothing about the ratio, and
+    must not cost the step. NaN of the trainer's own stays, so that the step is skipped.
+    """
     difference = old_log_probs.detach().double() - rollout_log_probs.double()
-    return torch.where(mask, difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), 0.0)
+    return torch.where(mask & rollout_log_probs.isfinite(), difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), 0.0)
 
 
 def importance_weights(

@@ -80,14 +80,16 @@ def _policy_losses(
         kl = kl_penalty(log_probs, torch.where(mask, batch.ref_log_probs, detached))
         loss = loss + objective.beta * kl
 
-    difference = torch.where(mask, (detached - batch.rollout_log_probs).abs(), 0.0).double()
+    comparable = mask & batch.rollout_log_probs.isfinite()
+    difference = torch.where(comparable, (detached - batch.rollout_log_probs).abs(), 0.0).double()
     sums = {
         "kl": _sum_within(mask, kl),
         "clipped": _sum_within(mask, is_clipped),
         "log_prob_diff": difference.sum(),
-        "importance_ratio": _sum_within(mask, log_weights.exp()),
-        "importance_ratio_squared": _sum_within(mask, (2 * log_weights).exp()),
+        "importance_ratio": _sum_within(comparable, log_weights.exp()),
+        "importance_ratio_squared": _sum_within(comparable, (2 * log_weights).exp()),
         "importance_clipped": _sum_within(mask, is_weight_clipped),
+        "non_finite_rollout_log_probs": _sum_within(mask, ~comparable),
     }
     return loss, sums, {"log_prob_diff": difference.max()}
 

@@ -49,8 +49,11 @@ def stop_token_ids(
     return tuple(sorted(ids))
 
 
-def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any) -> RunData:
-    """Read and tokenize all data sets. Raises UserError naming file, row and column."""
+def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, expert_max_length: int) -> RunData:
+    """Read and tokenize all data sets. Raises UserError naming file, row and column.
+
+    expert_max_length: chord.chord_sft_max_length, or what the model reads, in tokens.
+    """
     turns = build_turns(tokenizer, data.prompt_format, data.system_prompt, data.chat_template_kwargs)
     to_prompt = partial(
         make_prompt,
@@ -65,7 +68,7 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any) -> RunDa
             chord.chord_sft_dataset_split,
             partial(make_expert, answer_column=chord.chord_sft_answer_column, turns=turns),
             prompt_column=chord.chord_sft_prompt_column,
-            limit=("chord.chord_sft_max_length", chord.chord_sft_max_length),
+            limit=("chord.chord_sft_max_length", expert_max_length),
             other=f"answer: column {chord.chord_sft_answer_column!r}",
         )
     read_prompts = partial(

@@ -42,8 +42,12 @@ def sample_tokens(
         # Sorted, so that top-p and top-k are prefixes; stable, so that ties fall the same way everywhere.
         probabilities, order = log_probs.double().exp().sort(dim=-1, descending=True, stable=True)
         cumulative = probabilities.cumsum(-1)
+        # Top-p is of what top-k leaves, as in transformers and vLLM; of equal tokens at its edge the lower ones stay,
+        # as in vLLM's kernel for GPUs (v1/sample/ops/topk_topp_triton.py), where transformers keeps all of them.
+        mass = cumulative[:, :top_k][:, -1:] if top_k else 1.0
         # The first token is always kept. At top_p = 1 all are, though float32 log-probs may sum to more than 1.
-        keep = cumulative - probabilities < (top_p if top_p < 1 else torch.inf)
+        keep = cumulative - probabilities < (top_p * mass if top_p < 1 else torch.inf)
+        keep[:, 0] = True
         if top_k:
             keep[:, top_k:] = False
         last = keep.sum(-1, keepdim=True) - 1

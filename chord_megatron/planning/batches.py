@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from chord_megatron.config import Config
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -9,47 +11,74 @@ from chord_megatron.weights.architecture import ModelArchitecture
 
 def check_batches(config: Config, data_parallel_size: int) -> None:
     """That groups are whole and micro-batches full."""
-    train, num_generations = config.train, config.rollout.num_generations
-    if train.global_batch_size % num_generations:
+    size, micro_batch_size = config.train.global_batch_size, config.train.micro_batch_size
+    num_generations = config.rollout.num_generations
+    share = micro_batch_size * data_parallel_size
+    remedy = f"set train.global_batch_size to {_multiples_around(size, math.lcm(num_generations, share))}"
+    if size % num_generations:
         raise UserError(
-            f"train.global_batch_size={train.global_batch_size} completions is not a multiple of "
-            f"rollout.num_generations={num_generations}; every prompt needs its whole group"
+            f"train.global_batch_size={size} completions is not a multiple of rollout.num_generations="
+            f"{num_generations}, and every prompt needs its whole group; {remedy}"
         )
-    share = train.micro_batch_size * data_parallel_size
-    if train.global_batch_size % share:
+    if size % share:
         raise UserError(
-            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size x "
-            f"data-parallel size = {train.micro_batch_size} x {data_parallel_size} = {share}"
+            f"train.global_batch_size={size} is not a multiple of train.micro_batch_size x data-parallel size = "
+            f"{micro_batch_size} x {data_parallel_size} = {share}; {remedy}"
         )
 
 
 def check_lengths(config: Config, arch: ModelArchitecture) -> None:
     """That the model reads as many tokens as prompts, completions and experts have."""
-    longest = config.data.max_prompt_length + config.rollout.max_completion_length
-    if longest > arch.max_position_embeddings:
+    limit = arch.max_position_embeddings
+    prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
+    if completion >= limit:
         raise UserError(
-            f"data.max_prompt_length + rollout.max_completion_length = {longest} tokens, but the model reads "
-            f"{arch.max_position_embeddings}; lower one of them"
+            f"rollout.max_completion_length={completion} leaves no room for a prompt in the {limit} tokens that the "
+            "model reads; lower it"
         )
-    if config.chord.chord_sft_dataset is not None and config.chord.chord_sft_max_length > arch.max_position_embeddings:
+    if prompt + completion > limit:
         raise UserError(
-            f"chord.chord_sft_max_length={config.chord.chord_sft_max_length}, but the model reads "
-            f"{arch.max_position_embeddings} tokens; lower it"
+            f"data.max_prompt_length + rollout.max_completion_length = {prompt} + {completion} = {prompt + completion} "
+            f"tokens, but the model reads {limit}; set data.max_prompt_length to at most {limit - completion}"
         )
+    if config.chord.chord_sft_dataset is not None and expert_max_length(config, arch) > limit:
+        raise UserError(
+            f"chord.chord_sft_max_length={config.chord.chord_sft_max_length}, but the model reads {limit} tokens; "
+            "lower it, or set it to null"
+        )
+
+
+def expert_max_length(config: Config, arch: ModelArchitecture) -> int:
+    """Tokens of prompt and answer of an expert row."""
+    configured = config.chord.chord_sft_max_length
+    return arch.max_position_embeddings if configured is None else configured
 
 
 def check_steps(config: Config, steps_per_rollout: int) -> None:
-    """That counts of steps fit one another."""
+    """That counts of steps fit one another, and the optimizer's numbers, too."""
     train, optimizer = config.train, config.optimizer
     for name, value in (("train_iters", train.train_iters), ("save_steps", train.save_steps)):
         if value is not None and value % steps_per_rollout:
             raise UserError(
                 f"train.{name}={value} is not a multiple of grpo.steps_per_generation x num_iterations = "
-                f"{steps_per_rollout}; a generation batch is not kept in checkpoints"
+                f"{steps_per_rollout}, and a generation batch is not kept in checkpoints; set it to "
+                f"{_multiples_around(value, steps_per_rollout)}"
             )
     if optimizer.min_lr > optimizer.lr:
-        raise UserError(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}")
+        raise UserError(f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; lower it")
+    if optimizer.lr * optimizer.weight_decay >= 1:
+        raise UserError(
+            f"optimizer.lr x weight_decay = {optimizer.lr} x {optimizer.weight_decay} takes away a whole weight in a "
+            "step; lower one of them"
+        )
     if optimizer.lr_warmup_iters >= train.train_iters:
         raise UserError(
-            f"optimizer.lr_warmup_iters={optimizer.lr_warmup_iters} must be below train.train_iters={train.train_iters}"
+            f"optimizer.lr_warmup_iters={optimizer.lr_warmup_iters} must be below train.train_iters="
+            f"{train.train_iters}; lower it"
         )
+
+
+def _multiples_around(value: int, divisor: int) -> str:
+    """The multiples of `divisor` next to `value`, which is none."""
+    below = value // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"

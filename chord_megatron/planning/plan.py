@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from chord_megatron.config import Config
-from chord_megatron.planning.batches import check_batches, check_lengths, check_steps
+from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
 from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.rollouts import check_rollouts
 from chord_megatron.planning.streams import check_streams
@@ -25,6 +25,7 @@ class Plan:
     completions_per_step: int
     expert_rows_per_step: int  # while mu > 0
     micro_batches_per_step: int  # on each data-parallel rank, while both streams run
+    expert_max_length: int  # tokens of prompt and answer; longer rows are left out
     steps_per_rollout: int  # optimizer steps that share one generation batch; 1 = on-policy
 
 
@@ -51,6 +52,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
         completions_per_step=train.global_batch_size,
         expert_rows_per_step=expert_rows,
         micro_batches_per_step=micro_batches,
+        expert_max_length=expert_max_length(config, arch),
         steps_per_rollout=steps_per_rollout,
     )
 

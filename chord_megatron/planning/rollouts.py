@@ -11,8 +11,9 @@ from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> None:
-    """That each vllm_* key has the engine and the mode that it is for."""
+    """That each vllm_* key has the engine and the mode that it is for, and the sampler takes the numbers."""
     rollout, defaults = config.rollout, RolloutConfig()
+    _check_sampling(config, arch)
     if (rollout.engine == "vllm") != (rollout.vllm_mode is not None):
         raise UserError(
             "rollout.engine=vllm and rollout.vllm_mode (colocate or server) go together; set both or neither"
@@ -26,15 +27,7 @@ def check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> 
             "rollout.vllm_mode=server needs rollout.vllm_servers, such as ['http://127.0.0.1:8000']; start them with "
             "`chord-megatron serve`"
         )
-    for url in rollout.vllm_servers or ():
-        if not re.fullmatch(r"https?://[^/\s]+/?", url):
-            raise UserError(f"rollout.vllm_servers: {url!r} must look like http://host:port")
-        address = rollout.weight_transfer_address
-        if rollout.weight_transfer == "broadcast" and _is_loopback(address) > _is_loopback(str(urlsplit(url).hostname)):
-            raise UserError(
-                f"rollout.weight_transfer_address={address} cannot be reached from the machine of {url}; set it to an "
-                "address of rank 0's machine"
-            )
+    _check_addresses(rollout)
     tp = rollout.vllm_tensor_parallel_size
     if world_size % tp or arch.num_attention_heads % tp:
         raise UserError(
@@ -46,6 +39,50 @@ def check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> 
             "rollout.max_staleness=1 draws one batch ahead for each step; set grpo.steps_per_generation and "
             "grpo.num_iterations to 1"
         )
+
+
+def _check_sampling(config: Config, arch: ModelArchitecture) -> None:
+    for token in config.rollout.stop_token_ids or ():
+        if token >= arch.vocab_size:
+            raise UserError(
+                f"rollout.stop_token_ids: {token} is not one of the model's {arch.vocab_size} tokens; name tokens "
+                f"below {arch.vocab_size}, or null for the tokenizer's end tokens"
+            )
+    evaluated_at = config.train.eval_temperature
+    if 0 < evaluated_at < _COLDEST:
+        raise UserError(
+            f"train.eval_temperature={evaluated_at} is neither 0 (greedy) nor at least {_COLDEST}; set one of them"
+        )
+    for key, value in (("rollout.temperature", config.rollout.temperature), ("train.eval_temperature", evaluated_at)):
+        if config.rollout.engine == "vllm" and value > _HOTTEST_OF_VLLM:
+            raise UserError(f"{key}={value}, but vLLM samples at {_HOTTEST_OF_VLLM} at most; lower it")
+
+
+def _check_addresses(rollout: RolloutConfig) -> None:
+    urls = [url.rstrip("/") for url in rollout.vllm_servers or ()]
+    for url in urls:
+        if not _is_server(url):
+            raise UserError(f"rollout.vllm_servers: {url[:80]!r} must look like http://host:port")
+        if urls.count(url) > 1:
+            raise UserError(f"rollout.vllm_servers names {url} twice; name each server once")
+    address = rollout.weight_transfer_address
+    if not re.fullmatch(_HOST, address):
+        raise UserError(f"rollout.weight_transfer_address={address[:80]!r} must be a host's name or address alone")
+    for url in urls if rollout.weight_transfer == "broadcast" else ():
+        if _is_loopback(address) > _is_loopback(str(urlsplit(url).hostname)):
+            raise UserError(
+                f"rollout.weight_transfer_address={address} cannot be reached from the machine of {url}; set it to an "
+                "address of rank 0's machine"
+            )
+
+
+_COLDEST, _HOTTEST_OF_VLLM = 0.01, 2.0  # SamplingParams._verify_args of vLLM; the first also in config.py
+_HOST = r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}"  # a name or an IPv4 address, or an IPv6 one
+
+
+def _is_server(url: str) -> bool:
+    match = re.fullmatch(rf"https?://({_HOST}|\[[0-9A-Fa-f:.]{{2,45}}\])(:([0-9]{{1,5}}))?", url)
+    return match is not None and 0 < int(match[3] or 80) < 2**16 and not match[1].startswith(":")
 
 
 def _is_loopback(host: str) -> bool:

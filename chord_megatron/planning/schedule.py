@@ -16,3 +16,12 @@ def mu_at(config: Config, step: int) -> float:
         warmup_steps=chord.chord_mu_warmup_steps,
         decay_steps=chord.chord_mu_decay_steps,
     )
+
+
+def mu_range(config: Config) -> tuple[float, float]:
+    """The smallest and the largest mu of a run. Between the ends of its parts the schedule rises or falls."""
+    chord, train_iters = config.chord, config.train.train_iters
+    warmup_steps = chord.chord_mu_warmup_steps
+    borders = (0, warmup_steps, warmup_steps + chord.chord_mu_decay_steps, train_iters)
+    values = [mu_at(config, step) for border in borders for step in (border - 1, border) if 0 <= step < train_iters]
+    return min(values), max(values)

@@ -5,19 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from chord_megatron.config import Config
-from chord_megatron.planning.schedule import mu_at
+from chord_megatron.planning.schedule import mu_range
 from chord_megatron.system.errors import UserError
 
 
 def check_streams(config: Config) -> None:
     """That each stream has what it reads, and keys that go together come together."""
     chord, rollout, train = config.chord, config.rollout, config.train
-    constant_from = chord.chord_mu_warmup_steps + chord.chord_mu_decay_steps
-    learns_from_experts = any(mu_at(config, step) > 0 for step in range(min(train.train_iters, constant_from + 1)))
+    smallest_mu, largest_mu = mu_range(config)
+    learns_from_experts = largest_mu > 0
     if learns_from_experts and chord.chord_sft_dataset is None:
         raise UserError(
             "chord.chord_sft_dataset is required while mu > 0; "
             "for GRPO alone set chord.chord_mu_peak=0 and chord.chord_mu_valley=0"
+        )
+    if smallest_mu < 1 and rollout.num_generations == 1:
+        raise UserError(
+            "rollout.num_generations=1 gives every completion the advantage 0, so that nothing is learnt from "
+            "rollouts; set it to 2 or more, or for supervised training alone chord.chord_mu_peak=1 and "
+            "chord.chord_mu_valley=1"
         )
     sizes = (chord.chord_sft_global_batch_size, chord.chord_sft_per_device_train_batch_size)
     if learns_from_experts and sum(size is not None for size in sizes) != 1:

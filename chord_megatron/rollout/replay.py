@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.rollout.recording import ROWS, read_recording
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.files import JsonLines, filter_json_lines, read_json_lines
+from chord_megatron.system.files import JsonLines, filter_json_lines
 from chord_megatron.types import RolloutRequest, RolloutSample
-
-_DTYPES = {"tokens": torch.int32, "response_mask": torch.bool, "rollout_log_probs": torch.float32}
 
 
 class RolloutRecorder:
@@ -21,20 +17,29 @@ class RolloutRecorder:
 
     def __init__(self, path: Path, *, resume_step: int | None) -> None:
         """`resume_step`: keep what was recorded before that step; None starts a new file. Raises UserError."""
+        if path.is_dir():
+            raise UserError(
+                f"rollout.record_to: {path} is a directory; name a file in it, such as {path / 'rollouts.jsonl'}"
+            )
         if resume_step is None and path.exists() and path.stat().st_size:
             raise UserError(
                 f"rollout.record_to: {path} holds the rollouts of another run; remove it or name another file"
             )
-        if resume_step is not None:
-            filter_json_lines(path, lambda record: record["step"] < resume_step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lines = JsonLines(path)
+        try:
+            if resume_step is not None:
+                filter_json_lines(path, lambda record: record["step"] < resume_step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines = JsonLines(path)
+        except OSError as error:
+            raise UserError(
+                f"rollout.record_to: {path} cannot be written ({error.strerror}); name another file"
+            ) from None
 
     def write(self, step: int, samples: Sequence[RolloutSample]) -> None:
-        """Record the completions generated at `step`."""
+        """Record the completions generated at `step`. Log-probs that are not finite become null."""
         for sample in samples:
             values = {name: getattr(sample, name) for name in sample.__dataclass_fields__}
-            rows = {name: values[name].tolist() for name in _DTYPES}
+            rows = {name: values[name].tolist() for name in ROWS}
             self._lines.write({"step": step, **values, **rows})
 
     def close(self) -> None:
@@ -47,29 +52,40 @@ class ReplayRollout:
 
     generation_seconds: float | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, vocab_size: int) -> None:
+        """`vocab_size`: of the model that is to be trained. Raises UserError naming file and line."""
         self._path = path
-        self._samples: dict[int, list[RolloutSample]] = {}
+        self._steps = read_recording(path, vocab_size)
         self.weights_version: int | None = None
-        for step, sample in _read_recording(path):
-            self._samples.setdefault(step, []).append(sample)
 
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine. Raises UserError where the recording does not fit the run."""
-        samples = sorted(self._samples.get(request.step, []), key=lambda sample: sample.sample_index)
+        recorded = self._steps.get(request.step, {})
         repeated = request.repeated
-        if len(samples) != len(repeated):
+        if len(recorded) != len(repeated):
             raise UserError(
-                f"{self._path} holds {len(samples)} completions for step {request.step}, but the run asks for "
+                f"{self._path} holds {len(recorded)} completions for step {request.step}, but the run asks for "
                 f"{len(repeated)}; use the batch sizes of the run that recorded it"
             )
-        for index, (sample, prompt) in enumerate(zip(samples, repeated)):
-            answered = tuple(sample.tokens[: len(prompt.tokens)].tolist())
-            if sample.prompt_id != prompt.id or answered != prompt.tokens:
+        samples = []
+        for index, prompt in enumerate(repeated):
+            if index not in recorded:
                 raise UserError(
-                    f"{self._path}: completion {index} of step {request.step} answers prompt {sample.prompt_id}, but "
-                    f"this run asks prompt {prompt.id}; use the data, tokenizer and seed of the run that recorded it"
+                    f"{self._path} holds no completion {index} of step {request.step}; record it again with "
+                    "rollout.record_to"
                 )
+            line, sample = recorded[index]
+            where = f"{self._path}:{line}: completion {index} of step {request.step}"
+            length = len(sample.response_tokens)
+            asked = tuple(sample.tokens[: len(sample.tokens) - length].tolist())
+            if sample.prompt_id != prompt.id or asked != prompt.tokens:
+                raise UserError(
+                    f"{where} answers prompt {sample.prompt_id}, but this run asks prompt {prompt.id}; use the data, "
+                    "tokenizer and seed of the run that recorded it"
+                )
+            if length > (limit := request.params.max_completion_length):
+                raise UserError(f"{where} has {length} tokens, above rollout.max_completion_length={limit}; raise it")
+            samples.append(sample)
         return samples
 
     def update_weights(self, weights: WeightSource, policy_version: int) -> None:
@@ -78,21 +94,3 @@ class ReplayRollout:
 
     def close(self) -> None:
         """Nothing to do."""
-
-
-def _read_recording(path: Path) -> Iterator[tuple[int, RolloutSample]]:
-    if not path.is_file():
-        raise UserError(f"rollout.replay_from: {path} does not exist; record one with rollout.record_to")
-    for number, record in enumerate(read_json_lines(path), start=1):
-        try:
-            yield record["step"], _as_sample(record)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f"{path}:{number} is not a recorded rollout ({error!r})") from None
-
-
-def _as_sample(record: dict[str, Any]) -> RolloutSample:
-    values = {name: record[name] for name in RolloutSample.__dataclass_fields__}
-    rows = {name: torch.tensor(values[name], dtype=dtype) for name, dtype in _DTYPES.items()}
-    if len({len(row) for row in rows.values()}) > 1:
-        raise ValueError(f"{', '.join(rows)} are of different lengths")
-    return RolloutSample(**{**values, **rows})

@@ -28,20 +28,26 @@ class JsonLines:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, none when it is missing. A last line torn by a kill is left out.
+    """The objects of a JSON-lines file of a run, each of a `step`; none when it is missing.
 
-    Raises UserError when any other line is not a JSON object.
+    A last line torn by a kill is left out. Raises UserError when any other line is not a JSON object, or has no step.
     """
     if not path.exists():
         return
     damaged = None
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    with opened as file:
         for number, line in enumerate(file, start=1):
             if damaged is not None:
                 raise UserError(f"line {damaged} of {path} is not a JSON object; remove that line")
             record = _decode(line)
             if record is None:
                 damaged = number
+            elif type(step := record.get("step")) is not int or not 0 <= step < 2**53:
+                raise UserError(f"line {number} of {path} has no step (an integer from 0 on); remove that line")
             else:
                 yield record
 
@@ -72,6 +78,6 @@ def _encode(record: Mapping[str, Any]) -> bytes:
 def _decode(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # also the UnicodeDecodeError of a character cut in half
+    except (ValueError, RecursionError):  # also the UnicodeDecodeError of a character cut in half
         return None
     return record if isinstance(record, dict) else None

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.yaml_text import read_yaml
+
+_STEP = re.compile(r"step_([0-9]{1,15})")
 
 
 class RunDir:
@@ -35,32 +38,39 @@ class RunDir:
         """The step to resume from, or None for a new run. Raises UserError when the pointer leads nowhere."""
         if not self._latest.exists():
             return None
-        name = self._latest.read_text(encoding="utf-8").strip()
-        step = name.removeprefix("step_")
-        if not step.isdecimal() or not self.checkpoint(int(step)).is_dir():
-            raise UserError(f"{self._latest} names {name!r}, which is not there; write a step_N that is, or remove it")
-        return int(step)
+        name = self._latest.read_text(encoding="utf-8", errors="replace").strip()
+        match = _STEP.fullmatch(name)
+        if match is None or not self.checkpoint(int(match[1])).is_dir():
+            raise UserError(
+                f"{self._latest} names {reprlib.repr(name)}, which is not there; write a step_N that is, or remove it"
+            )
+        return int(match[1])
 
     def saved_steps(self) -> list[int]:
         """The steps whose checkpoints are there, in order."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self._checkpoints.glob("step_*[0-9]"))
+        found = (_STEP.fullmatch(path.name) for path in self._checkpoints.glob("step_*"))
+        return sorted(int(match[1]) for match in found if match)
 
     def refuse_other_run(self, settings: Mapping[str, Any]) -> None:
         """Raise UserError when the directory's config.yaml has other values than these (dotted keys)."""
+        existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not existing.is_dir():
+            raise UserError(f"{existing} is a file; choose another train.output_dir")
         if not self.config.exists():
             return
-        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        before = _read_settings(self.config, settings)
         for key, value in settings.items():
-            group, leaf = key.split(".")
-            if before[group].get(leaf) != value:
+            if before[key] != value:
                 raise UserError(
-                    f"{self.path} holds a run with {key}={before[group].get(leaf)}, but this one has {value}; "
+                    f"{self.path} holds a run with {key}={str(before[key])[:200]}, but this one has {value}; "
                     "choose another train.output_dir"
                 )
 
     def is_finished(self, train_iters: int) -> bool:
         """Whether a run of `train_iters` steps left everything it leaves."""
-        return self._finished.exists() and int(self._finished.read_text(encoding="utf-8")) == train_iters
+        if not self._finished.exists():
+            return False
+        return self._finished.read_text(encoding="utf-8", errors="replace").strip() == str(train_iters)
 
     def mark_finished(self, train_iters: int) -> None:
         """Say so, after the report is written."""
@@ -76,3 +86,16 @@ class RunDir:
         for stale in later + (earlier[:-keep] if keep else []):
             shutil.rmtree(self.checkpoint(stale))
             shutil.rmtree(self.hf(stale), ignore_errors=True)
+
+
+def _read_settings(path: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """What a run's configuration says of dotted keys. Raises UserError."""
+    try:
+        groups = read_yaml(path.read_text(encoding="utf-8"))
+        pairs = {key: key.split(".") for key in keys}
+        values = {key: groups[group].get(leaf) for key, (group, leaf) in pairs.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        values = {"": []}
+    if any(isinstance(value, list | dict) for value in values.values()):
+        raise UserError(f"{path} is not the configuration of a run; remove it, or choose another train.output_dir")
+    return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
+_LARGEST = 1e300  # of a metric; curves are drawn of them
 
 
 class RunLog:
@@ -106,6 +107,15 @@ def tensorboard_tag(key: str) -> str:
     return f"train/{key}"
 
 
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl: a step, and numbers or None. Raises UserError naming the line."""
+    for line, record in enumerate(read_json_lines(path), start=1):
+        for key, value in record.items():
+            if value is not None and (type(value) not in (int, float) or not abs(value) < _LARGEST):
+                raise UserError(f"line {line} of {path}: {key[:80]!r} is no number; remove that line")
+        yield record
+
+
 def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
     """Drop what a resumed run writes again; returns the last evaluation that stays."""
     metrics, completions = run_dir / METRICS_FILE, run_dir / COMPLETIONS_FILE
@@ -115,7 +125,7 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
         return None
     # The evaluation at step k comes before training step k, so it outlives a resume at k.
     filter_json_lines(metrics, lambda record: record["step"] < resume_step + ("loss" not in record))
-    evaluations = [record for record in read_json_lines(metrics) if "loss" not in record]
+    evaluations = [record for record in read_metrics(metrics) if "loss" not in record]
     evaluated = {record["step"] for record in evaluations}
     filter_json_lines(
         completions,

@@ -13,9 +13,14 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
     """Means from the metric sums of a step; None where a stream was empty."""
     sums = totals.sums
     rollout_tokens, expert_tokens = batch.num_rollout_tokens, batch.num_expert_tokens
+    non_finite = int(sums["non_finite_rollout_log_probs"])
+    compared_tokens = rollout_tokens - non_finite
 
     def rollout_mean(name: str) -> float | None:
         return sums[name] / rollout_tokens if rollout_tokens else None
+
+    def compared_mean(name: str) -> float | None:
+        return sums[name] / compared_tokens if compared_tokens else None
 
     return {
         "loss": (1 - mu) * sums["loss_rollout"] + mu * sums["loss_expert"],
@@ -26,13 +31,14 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
         "entropy": rollout_mean("entropy"),
         "kl": rollout_mean("kl") if objective.beta > 0 else None,
         "clip_fraction": rollout_mean("clipped"),
-        "log_prob_diff_mean": rollout_mean("log_prob_diff"),
-        "log_prob_diff_max": totals.maxima["log_prob_diff"] if rollout_tokens else None,
-        "importance_weight_mean": rollout_mean("importance_ratio"),
-        "effective_sample_size": _effective_sample_size(sums, rollout_tokens),
+        "log_prob_diff_mean": compared_mean("log_prob_diff"),
+        "log_prob_diff_max": totals.maxima["log_prob_diff"] if compared_tokens else None,
+        "importance_weight_mean": compared_mean("importance_ratio"),
+        "effective_sample_size": _effective_sample_size(sums, compared_tokens),
         "importance_clipped_fraction": rollout_mean("importance_clipped") if objective.importance is not None else None,
         "num_rollout_tokens": rollout_tokens,
         "num_expert_tokens": expert_tokens,
+        "non_finite_rollout_log_probs": non_finite,
     }
 
 
@@ -52,9 +58,9 @@ def rollout_metrics(scored: ScoredRollouts | None) -> Metrics:
     }
 
 
-def _effective_sample_size(sums: Mapping[str, float], rollout_tokens: int) -> float | None:
+def _effective_sample_size(sums: Mapping[str, float], tokens: int) -> float | None:
     """(sum w)^2 / (N sum w^2) in (0, 1], of the ratios as they are: 1 where sampler and trainer agree (Kong, 1992)."""
-    if not rollout_tokens:
+    if not tokens:
         return None
-    share = sums["importance_ratio"] ** 2 / (rollout_tokens * sums["importance_ratio_squared"])
+    share = sums["importance_ratio"] ** 2 / (tokens * sums["importance_ratio_squared"])
     return min(share, 1.0)  # rounding may pass it

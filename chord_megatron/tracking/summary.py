@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.files import read_json_lines
 from chord_megatron.tracking.progress import format_duration
-from chord_megatron.tracking.run_log import METRICS_FILE
+from chord_megatron.tracking.run_log import METRICS_FILE, read_metrics
 from chord_megatron.tracking.timers import PHASES
 
 
@@ -59,11 +58,11 @@ class Summary:
 
 
 def load_history(run_dir: Path) -> History:
-    """Read metrics.jsonl of a run. Raises UserError when there is none or it is empty."""
+    """Read metrics.jsonl of a run. Raises UserError when there is none, or it is empty or damaged."""
     path = run_dir / METRICS_FILE
     if not path.exists():
         raise UserError(f"{path} does not exist; give the output directory of a training run")
-    records = list(read_json_lines(path))
+    records = list(read_metrics(path))
     if not records:
         raise UserError(f"{path} is empty; the run ended before its first step or evaluation")
     return History(

@@ -57,7 +57,7 @@ class Run:
         plan = make_plan(config, read_architecture(model_dir), int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
-        data = load_run_data(config.data, config.chord, tokenizer)
+        data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
                 **config.rewards.model_dump(),

@@ -14,6 +14,7 @@ from harness import (
     read_state,
     succeeded,
     train_here,
+    train_on_forks,
     weight_bytes,
     write_config,
     write_rows,
@@ -89,8 +90,33 @@ def test_a_damaged_recording_names_the_line(config: Path, recording: Path, tmp_p
     damaged.write_text("\n".join([lines[0], '{"step": 0}', *lines[2:]]), encoding="utf-8")
     outcome = replay(config, damaged)
     assert outcome.code == 2
-    assert outcome.errors == [f"error: {damaged}:2 is not a recorded rollout (KeyError('prompt_id'))"]
+    assert outcome.errors == [f"error: {damaged}:2: lacks 'prompt_id'; record it again with rollout.record_to"]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.distributed
+def test_tokens_without_a_number_of_the_sampler_cost_no_step(
+    config: Path, recording: Path, tmp_path_factory: pytest.TempPathFactory
+):
+    """A recording with nulls under a sequence mode, on one process and on two: the same count, and finite losses."""
+    root = tmp_path_factory.mktemp("nulls")
+    lines = read_lines(recording)
+    holes = [0, 0]
+    for line in lines:
+        if line["sample_index"] % 3 == 0:
+            line["rollout_log_probs"][-1] = None
+            holes[line["step"]] += 1
+    nulls = write_rows(root / "nulls.jsonl", lines)
+    mode = "grpo.rollout_importance_sampling_mode=sequence_truncate"
+    one, two = root / "one", root / "two"
+    succeeded(replay(config, nulls, mode, f"train.output_dir={one}"))
+    arguments = ("train.train_iters=2", "rollout.engine=replay", f"rollout.replay_from={nulls}", mode)
+    succeeded(train_on_forks(config, *arguments, f"train.output_dir={two}"))
+    for alone, both, count in zip(read_metrics(one), read_metrics(two), holes, strict=True):
+        assert alone["non_finite_rollout_log_probs"] == both["non_finite_rollout_log_probs"] == count == 3
+        assert alone["skipped_steps"] == both["skipped_steps"] == 0
+        for name in ("loss", "log_prob_diff_mean", "importance_weight_mean", "effective_sample_size"):
+            assert both[name] == pytest.approx(alone[name], rel=1e-5, abs=1e-6)
 
 
 def test_mu_1_draws_no_rollouts(config: Path, tmp_path: Path):

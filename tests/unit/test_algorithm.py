@@ -25,6 +25,7 @@ EPSILON, EPSILON_HIGH = 0.2, 0.28
 METRIC_SUMS = {
     *("loss_rollout", "loss_expert", "entropy", "kl", "clipped", "phi", "log_prob_diff"),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
+    "non_finite_rollout_log_probs",
 }
 FP64_SUM = {"rtol": 0.0, "atol": 1e-13}  # a few dozen float64 terms of size one
 
@@ -534,6 +535,7 @@ def test_metric_sums_by_hand():
         "importance_ratio": math.exp(0.5) + math.exp(-0.75),
         "importance_ratio_squared": math.exp(1.0) + math.exp(-1.5),
         "importance_clipped": 0.0,
+        "non_finite_rollout_log_probs": 0.0,
     }
     assert set(expected) == METRIC_SUMS
     assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected, abs=1e-14)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from chord_megatron.config import Config, known_keys, load_config, to_yaml
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.yaml_text import write_yaml
 
 MINIMAL = """
 model: {path: some/model}
@@ -115,6 +120,15 @@ def test_the_value_of_an_override_may_hold_an_equals_sign(minimal: Path):
         ("=3", "override '=3' must look like group.key=value"),
         ("model.path.name=3", "override 'model.path.name=3': 'path' is a value, not a group"),
         ("train.seed=[1", "override 'train.seed=[1': the value is not valid YAML"),
+        (
+            "train={seed: 1}",
+            "override 'train={seed: 1}': 'train' is a group; set one of its keys, as in train.KEY=value",
+        ),
+        ("train=", "override 'train=': 'train' is a group; set one of its keys, as in train.KEY=value"),
+        ("train.seed 3", "override 'train.seed 3' must look like group.key=value"),
+        ("train.seed:3", "override 'train.seed:3' must look like group.key=value"),
+        ("--optimizer.lr=1", "unknown configuration key '--optimizer'; did you mean 'optimizer'?"),
+        ("train..seed=3", "unknown configuration key 'train.'; did you mean 'train'?"),
     ],
 )
 def test_a_malformed_override_is_explained(minimal: Path, override: str, expected: str):
@@ -174,6 +188,55 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, expecte
     assert expected in message and str(path) in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("train: {seed: 1}\n", "line 5: the key 'train' is written twice; keep one of them"),
+        ("grpo:\n  beta: 0\n  epsilon: 0.1\n  beta: 1\n", "line 8: the key 'beta' is written twice; keep one of them"),
+        ("1: 2\n", "line 5: '1' is no name of a key; put it in quotes"),
+        ("grpo: !!python/object/apply:os.getcwd []\n", "the tag '!!python/object/apply:os.getcwd' is not for"),
+        ("grpo: " + "[" * 50_000 + "\n", "it is nested too deeply"),
+    ],
+)
+def test_yaml_that_would_be_read_differently_than_meant_is_refused(minimal: Path, text: str, problem: str):
+    """PyYAML keeps the last of two groups without a word."""
+    minimal.write_text(MINIMAL + text, encoding="utf-8")
+    message = refusal(minimal)
+    assert message.startswith(f"{minimal} is not valid YAML: ") and problem in message
+
+
+def test_a_small_number_needs_no_point(minimal: Path):
+    """YAML 1.1 reads 1e-6 as text, and text is no number here."""
+    minimal.write_text(MINIMAL + "optimizer: {lr: 1e-6, adam_eps: 1E-8}\n", encoding="utf-8")
+    config = load_config(minimal, ["optimizer.min_lr=5e-7"])
+    assert (config.optimizer.lr, config.optimizer.adam_eps, config.optimizer.min_lr) == (1e-6, 1e-8, 5e-7)
+
+
+def test_words_are_text_and_only_true_and_false_are_not(minimal: Path):
+    config = load_config(minimal, ["data.dataset_split=no", "data.system_prompt=yes", "model.recompute=True"])
+    assert (config.data.dataset_split, config.data.system_prompt, config.model.recompute) == ("no", "yes", True)
+    assert refusal(minimal, "model.recompute=yes") == "model.recompute='yes': must be true or false"
+
+
+def test_aliases_of_aliases_do_not_run_away(minimal: Path):
+    """Nine to the power of twelve values, of which the sentence shows a few."""
+    names = "abcdefghijklm"
+    lines = [f"{names[0]}: &{names[0]} [x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise(names)]
+    minimal.write_text(MINIMAL + "\n".join(lines) + "\ngrpo: {beta: *m}\n", encoding="utf-8")
+    assert len(refusal(minimal)) < 1000
+
+
+def test_many_mistakes_are_counted(minimal: Path):
+    message = refusal(minimal, f"rollout.stop_token_ids={[-1] * 1000}")
+    assert message.endswith("; and 995 more") and message.count("must be at least 0") == 5
+
+
+def test_a_path_that_no_file_has_is_a_sentence():
+    with pytest.raises(UserError, match="embedded null byte"):
+        load_config("a\0b")
+
+
 def test_a_missing_file_is_a_user_error(tmp_path: Path):
     path = tmp_path / "none.yaml"
     assert refusal(path) == f"cannot read the configuration {path}: No such file or directory"
@@ -190,6 +253,56 @@ def test_the_resolved_configuration_reads_back_equal(minimal: Path, tmp_path: Pa
     assert config.data.system_prompt == "é: #"
     leaves = [f"{group}.{leaf}" for group, values in yaml.safe_load(to_yaml(config)).items() for leaf in values]
     assert leaves == [key for key in known_keys() if "." in key]  # every leaf is written, defaults too
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "data": st.fixed_dictionaries(
+                {"dataset": st.text(min_size=1, max_size=60)},
+                optional={
+                    "system_prompt": st.none() | st.text(),
+                    "reference_pattern": st.none() | st.text(min_size=1),
+                    "prompt_column": st.text(min_size=1),
+                },
+            ),
+            "rollout": st.fixed_dictionaries(
+                {},
+                optional={
+                    "temperature": st.floats(0.01, 100),
+                    "top_p": st.floats(0, 1, exclude_min=True),
+                    "stop_token_ids": st.none() | st.lists(st.integers(0, 2**31 - 1), min_size=1),
+                },
+            ),
+            "optimizer": st.fixed_dictionaries(
+                {}, optional={"lr": st.floats(1e-300, 1e30), "adam_beta1": st.floats(0, 1, exclude_max=True)}
+            ),
+            "rewards": st.fixed_dictionaries(
+                {}, optional={"reward_weights": st.none() | st.lists(st.floats(-1e30, 1e30))}
+            ),
+        },
+    )
+)
+@settings(derandomize=True, max_examples=200, deadline=None)
+def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, changes: dict[str, dict[str, object]]):
+    """From values, through a file, and as overrides."""
+    required = {group: {**values, **changes.get(group, {})} for group, values in yaml.safe_load(MINIMAL).items()}
+    path = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    try:
+        config = Config.model_validate({**changes, **required})
+    except ValidationError as error:
+        assert {item["type"] for item in error.errors()} == {"value_error"}, error  # text with NUL
+        return
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert load_config(path) == config
+    path.write_text(MINIMAL, encoding="utf-8")
+    overrides = [
+        f"{group}.{leaf}={write_yaml(value).removesuffix('...' + chr(10))}"
+        for group, values in changes.items()
+        for leaf, value in values.items()
+    ]
+    assert load_config(path, overrides) == config
 
 
 def test_the_configuration_cannot_be_changed(minimal: Path):

@@ -60,8 +60,8 @@ def toy(tmp_path, monkeypatch):
     def load(rows, tokenizer, *, experts=False, max_length=100, **data):
         (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"dataset": "toy.jsonl", "max_prompt_length": 100, **data}
-        chord = {"chord_sft_dataset": "toy.jsonl", "chord_sft_max_length": max_length} if experts else {}
-        return load_run_data(DataConfig(**settings), ChordConfig(**chord), tokenizer)
+        chord = ChordConfig(chord_sft_dataset="toy.jsonl" if experts else None)
+        return load_run_data(DataConfig(**settings), chord, tokenizer, expert_max_length=max_length)
 
     return load
 

@@ -94,6 +94,16 @@ def test_a_log_prob_that_is_not_a_number_stays_one(mode: str):
     assert weights[0].isnan()
 
 
+def test_what_the_sampler_could_not_compute_has_the_ratio_1():
+    sampled = torch.tensor([math.nan, math.inf, -math.inf, -2.5])
+    assert log_importance_ratios(torch.full((4,), -2.0), sampled, torch.ones(4, dtype=torch.bool)).tolist() == [
+        0.0,
+        0.0,
+        0.0,
+        0.5,
+    ]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_weights_do_not_depend_on_the_packing(mode: str):
     """Bitwise: alone, or beside others, in any order, with or without padding."""
@@ -335,6 +345,53 @@ def test_loss_and_metrics_do_not_depend_on_the_split(mode: str, dp_size: int, mi
         torch.testing.assert_close(actual, wanted, **FP64_SUM)
 
 
+HOLES = (math.nan, math.inf, -math.inf)
+
+
+def with_holes(samples: list[TrainingSample], fill: list[Tensor] | None = None) -> list[TrainingSample]:
+    """Every third response token without a log-prob of the sampler's; with `fill`, with that one, which agrees."""
+    holed = []
+    for index, sample in enumerate(samples):
+        if not sample.is_expert:
+            row = sample.rollout_log_probs.clone()
+            for place in range(len(row) - 1, int(sample.loss_mask.int().argmax()) - 1, -3):
+                row[place] = HOLES[place % 3] if fill is None else fill[index][place]
+            sample = dataclasses.replace(sample, rollout_log_probs=row)
+        holed.append(sample)
+    return holed
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_a_token_that_the_sampler_has_no_number_for_counts_as_one_that_agrees(mode: str | None):
+    """Bitwise in loss and gradient, token and sequence ratios alike; and it is counted, not compared."""
+    samples = make_samples(off_policy=True, with_ref=True)
+    rows = make_log_probs(samples)
+    agreeing = with_holes(samples, fill=[sample.old_log_probs for sample in samples])
+    loss, sums = sum_over_batches([one_rank(with_holes(samples))], rows, beta=0.1, **weighted(mode))
+    wanted, wanted_sums = sum_over_batches([one_rank(agreeing)], rows, beta=0.1, **weighted(mode))
+    assert torch.equal(loss, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(loss, rows), torch.autograd.grad(wanted, rows)))
+    assert sums["non_finite_rollout_log_probs"] == 7 and wanted_sums["non_finite_rollout_log_probs"] == 0
+    assert sums["importance_clipped"] == wanted_sums["importance_clipped"]
+    assert sums["importance_ratio"] == pytest.approx(wanted_sums["importance_ratio"] - 7, rel=1e-15)
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+@pytest.mark.parametrize("dp_size", [1, 2, 3])
+def test_what_has_no_number_is_counted_alike_however_the_step_is_split(mode: str | None, dp_size: int):
+    samples = with_holes(make_samples(off_policy=False))
+    rows = make_log_probs(samples)
+    whole, wanted = totals_over_batches([one_rank(samples)], rows, **weighted(mode))
+    parts = [
+        one_rank(samples, BatchLayout(dp_rank=rank, dp_size=dp_size, pad_to_multiple=4), micro_batch_size=1)
+        for rank in range(dp_size)
+    ]
+    loss, totals = totals_over_batches(parts, rows, **weighted(mode))
+    torch.testing.assert_close(loss, whole, **FP64_SUM)
+    assert totals.sums == pytest.approx(wanted.sums, rel=1e-14, abs=1e-13)
+    assert totals.sums["non_finite_rollout_log_probs"] == 7.0 and totals.maxima == wanted.maxima
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_an_empty_rollout_stream_contributes_zero_and_stays_attached(mode: str):
     expert_only = [sample for sample in make_samples(off_policy=False) if sample.is_expert]
@@ -367,7 +424,9 @@ def test_an_absurd_sampler_leaves_everything_finite(mode: str | None, sampled: f
 # --- metrics --------------------------------------------------------------------------------------------------------
 
 
-def metrics_of(ratios: list[float], mode: str | None, threshold: float = 1.5) -> dict[str, Any]:
+def metrics_of(
+    ratios: list[float], mode: str | None, threshold: float = 1.5, sampled: list[float] | None = None
+) -> dict[str, Any]:
     """The metrics of one completion with these ratios, its prompt being one token."""
     log_ratios = torch.tensor([0.0, *map(math.log, ratios)], dtype=torch.float64)
     sample = TrainingSample(
@@ -376,7 +435,7 @@ def metrics_of(ratios: list[float], mode: str | None, threshold: float = 1.5) ->
         is_expert=False,
         temperature=1.0,
         advantage=1.0,
-        rollout_log_probs=torch.full((len(log_ratios),), -2.0),
+        rollout_log_probs=torch.tensor([0.0, *(sampled or [-2.0] * len(ratios))]),
     )
     batch = one_rank([sample], BatchLayout(pad_to_multiple=4))
     importance = None if mode is None else ImportanceCorrection(mode, threshold)
@@ -403,6 +462,27 @@ def test_a_mode_adds_its_share_and_leaves_the_others(mode: str, share: float):
         assert metrics[name] == plain[name]
     # A completion with the mean 2 is truncated or masked as a whole.
     assert metrics_of([1.0, 4.0], mode)["importance_clipped_fraction"] == (1.0 if "sequence" in mode else 0.5)
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_metrics_leave_out_what_has_no_number(mode: str | None, hole: float):
+    """As those of the other tokens by themselves, but for the share of clipped tokens, which all can be."""
+    wanted = metrics_of([0.5, 1.0, 4.0, 0.5], mode)
+    metrics = metrics_of([0.5, 9.0, 1.0, 4.0, 0.5], mode, sampled=[-2.0, hole, -2.0, -2.0, -2.0])
+    assert metrics["non_finite_rollout_log_probs"] == 1 and wanted["non_finite_rollout_log_probs"] == 0
+    for name in ("log_prob_diff_mean", "log_prob_diff_max", "importance_weight_mean", "effective_sample_size"):
+        assert metrics[name] == pytest.approx(wanted[name], rel=1e-15)
+    if mode is not None:
+        assert metrics["importance_clipped_fraction"] == wanted["importance_clipped_fraction"] * 4 / 5
+
+
+def test_a_sampler_without_any_number_is_not_compared():
+    metrics = metrics_of([0.5, 2.0], "sequence_truncate", sampled=[math.nan, math.inf])
+    assert metrics["non_finite_rollout_log_probs"] == metrics["num_rollout_tokens"] == 2
+    for name in ("log_prob_diff_mean", "log_prob_diff_max", "importance_weight_mean", "effective_sample_size"):
+        assert metrics[name] is None
+    assert metrics["importance_clipped_fraction"] == 0 and math.isfinite(metrics["loss"])
 
 
 def test_equal_ratios_are_a_full_sample():

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from chord_megatron.cli import app
 from chord_megatron.config import Config
 from chord_megatron.planning.plan import Plan, make_plan
-from chord_megatron.planning.schedule import mu_at
+from chord_megatron.planning.schedule import mu_at, mu_range
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
 from chord_megatron.weights.hf_config import read_architecture
@@ -83,6 +83,7 @@ def test_batch_arithmetic(model_dir: Path):
         completions_per_step=256,
         expert_rows_per_step=64,
         micro_batches_per_step=20,  # (256 + 64) rows / 4 ranks / 4 a micro-batch
+        expert_max_length=32768,  # all that the model reads
         steps_per_rollout=1,
     )
 
@@ -160,12 +161,13 @@ def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
         ),
         (
             {"train__global_batch_size": 100},
-            "train.global_batch_size=100 completions is not a multiple of rollout.num_generations=8; "
-            "every prompt needs its whole group",
+            "train.global_batch_size=100 completions is not a multiple of rollout.num_generations=8, and every prompt "
+            "needs its whole group; set train.global_batch_size to 96 or 128",
         ),
         (
             {"train__global_batch_size": 24},
-            "train.global_batch_size=24 is not a multiple of train.micro_batch_size x data-parallel size = 4 x 8 = 32",
+            "train.global_batch_size=24 is not a multiple of train.micro_batch_size x data-parallel size = 4 x 8 = 32; "
+            "set train.global_batch_size to 32",
         ),
         (
             {"chord__chord_sft_dataset": None},
@@ -198,30 +200,52 @@ def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
         ),
         (
             {"data__max_prompt_length": 32768},
-            "data.max_prompt_length + rollout.max_completion_length = 33024 tokens, but the model reads 32768; "
-            "lower one of them",
+            "data.max_prompt_length + rollout.max_completion_length = 32768 + 256 = 33024 tokens, but the model reads "
+            "32768; set data.max_prompt_length to at most 32512",
         ),
         (
             {"chord__chord_sft_max_length": 32769},
-            "chord.chord_sft_max_length=32769, but the model reads 32768 tokens; lower it",
+            "chord.chord_sft_max_length=32769, but the model reads 32768 tokens; lower it, or set it to null",
         ),
         (
             {"grpo__steps_per_generation": 5},
-            "train.train_iters=12 is not a multiple of grpo.steps_per_generation x num_iterations = 5; "
-            "a generation batch is not kept in checkpoints",
+            "train.train_iters=12 is not a multiple of grpo.steps_per_generation x num_iterations = 5, and a "
+            "generation batch is not kept in checkpoints; set it to 10 or 15",
         ),
         (
             {"grpo__num_iterations": 4, "train__save_steps": 6},
-            "train.save_steps=6 is not a multiple of grpo.steps_per_generation x num_iterations = 4; "
-            "a generation batch is not kept in checkpoints",
+            "train.save_steps=6 is not a multiple of grpo.steps_per_generation x num_iterations = 4, and a generation "
+            "batch is not kept in checkpoints; set it to 4 or 8",
         ),
         (
             {"optimizer__lr": 1e-6, "optimizer__min_lr": 1e-5},
-            "optimizer.min_lr=1e-05 is above optimizer.lr=1e-06",
+            "optimizer.min_lr=1e-05 is above optimizer.lr=1e-06; lower it",
         ),
         (
             {"optimizer__lr_warmup_iters": 12},
-            "optimizer.lr_warmup_iters=12 must be below train.train_iters=12",
+            "optimizer.lr_warmup_iters=12 must be below train.train_iters=12; lower it",
+        ),
+        (
+            {"optimizer__lr": 1e-2, "optimizer__weight_decay": 100.0},
+            "optimizer.lr x weight_decay = 0.01 x 100.0 takes away a whole weight in a step; lower one of them",
+        ),
+        (
+            {"rollout__num_generations": 1},
+            "rollout.num_generations=1 gives every completion the advantage 0, so that nothing is learnt from "
+            "rollouts; set it to 2 or more, or for supervised training alone chord.chord_mu_peak=1 and "
+            "chord.chord_mu_valley=1",
+        ),
+        (
+            {**SERVER, "train__eval_temperature": 2.5},
+            "train.eval_temperature=2.5, but vLLM samples at 2.0 at most; lower it",
+        ),
+        (
+            SERVER | {"rollout__vllm_servers": ["http://a:8000", "http://b:8000", "http://a:8000/"]},
+            "rollout.vllm_servers names http://a:8000 twice; name each server once",
+        ),
+        (
+            SERVER | {"rollout__weight_transfer_address": "tcp://10.0.0.4"},
+            "rollout.weight_transfer_address='tcp://10.0.0.4' must be a host's name or address alone",
         ),
         (
             {"rollout__engine": "vllm"},
@@ -355,6 +379,66 @@ def test_experts_are_spread_over_tensor_and_data_parallel_ranks(model_dir: Path)
         parallel__expert_model_parallel_size=4,
     )
     assert plan.data_parallel_size == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h:0",
+        "http://h:65536",
+        "http://h:x",
+        "http://[::1",
+        "http://u:p@h:1",
+        "http://h/v1",
+        "http:// h",
+        "http://",
+    ],
+)
+def test_an_address_that_no_server_has_is_refused(model_dir: Path, url: str):
+    message = refusal(model_dir, **{**SERVER, "rollout__vllm_servers": [url]})
+    assert message == f"rollout.vllm_servers: {url.rstrip('/')!r} must look like http://host:port"
+
+
+@pytest.mark.parametrize("url", ["https://h", "http://h:65535/", "http://[::1]:8000", "http://10.0.0.5:80"])
+def test_an_address_that_a_server_may_have_passes(model_dir: Path, url: str):
+    plan_of(model_dir, 8, **{**SERVER, "rollout__vllm_servers": [url]})
+
+
+def test_a_group_of_one_is_for_supervised_training_alone(model_dir: Path):
+    changes = {"rollout__num_generations": 1, "chord__chord_mu_peak": 1, "chord__chord_mu_valley": 1}
+    assert plan_of(model_dir, 8, **changes).prompts_per_step == 256
+    assert refusal(model_dir, **{**changes, "chord__chord_mu_warmup_steps": 1}).startswith("rollout.num_generations=1")
+
+
+def test_experts_are_as_long_as_the_model_reads_unless_told(model_dir: Path):
+    short = replace(read_architecture(model_dir), max_position_embeddings=1500)
+    assert plan_of(model_dir, 8, short).expert_max_length == 1500
+    assert plan_of(model_dir, 8, short, chord__chord_sft_max_length=600).expert_max_length == 600
+
+
+@pytest.mark.parametrize("peak", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("valley", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("warmup_steps", [0, 1, 2, 5])
+@pytest.mark.parametrize("decay_steps", [0, 1, 3])
+@pytest.mark.parametrize("train_iters", [1, 2, 4, 9])
+def test_the_range_of_mu_is_that_of_its_steps(
+    peak: float, valley: float, warmup_steps: int, decay_steps: int, train_iters: int
+):
+    config = Config.model_validate(
+        {
+            "model": {"path": "model"},
+            "data": {"dataset": "prompts.jsonl"},
+            "chord": {
+                "chord_mu_peak": peak,
+                "chord_mu_valley": valley,
+                "chord_mu_warmup_steps": warmup_steps,
+                "chord_mu_decay_steps": decay_steps,
+            },
+            "train": {"output_dir": "out", "global_batch_size": 8, "train_iters": train_iters},
+        }
+    )
+    values = [mu_at(config, step) for step in range(train_iters)]
+    assert mu_range(config) == (min(values), max(values))
 
 
 def test_grpo_alone_needs_no_experts(model_dir: Path):

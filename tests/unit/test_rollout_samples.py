@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import thread_group
 import torch
@@ -9,6 +11,7 @@ import torch
 from chord_megatron.ops import collectives
 from chord_megatron.ops.collectives import all_gather_ragged
 from chord_megatron.rollout.samples import Completion, completion, share_samples
+from chord_megatron.rollout.servers.rollout import _completion as served_completion
 from chord_megatron.types import Prompt, RolloutRequest, SamplingParams
 
 PROMPTS = (Prompt(7, "", (1, 2), ""), Prompt(9, "", (3,), ""))
@@ -72,3 +75,12 @@ def test_a_completion_that_nobody_drew_is_an_error():
     group = thread_group.Group(1)
     with pytest.raises(ValueError, match="shorter"):
         group.run(lambda: share_samples(REQUEST, COMPLETIONS[:3], group, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("value", [None, -9999.0, math.nan, -math.inf])
+def test_what_a_server_has_no_number_for_is_nan(value: float | None):
+    """vLLM's server writes -9999 for NaN and -inf; JSON's own way is null."""
+    choice = {"token_ids": [10, 99], "logprobs": {"content": [{"logprob": value}, {"logprob": -0.5}]}}
+    drawn = served_completion(2, choice)
+    assert drawn.place == 2 and drawn.tokens.tolist() == [10, 99]
+    assert not drawn.log_probs[0].isfinite() and drawn.log_probs[1] == -0.5

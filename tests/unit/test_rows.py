@@ -29,8 +29,8 @@ def load(tmp_path):
     def load_lines(*lines: str | bytes, experts: bool = False, **data: Any) -> RunData:
         path = tmp_path / "rows.jsonl"
         path.write_bytes(b"".join((line.encode() if isinstance(line, str) else line) + b"\n" for line in lines))
-        chord = ChordConfig(chord_sft_dataset=str(path), chord_sft_max_length=500) if experts else ChordConfig()
-        return load_run_data(DataConfig(dataset=str(path), **data), chord, TOKENIZER)
+        chord = ChordConfig(chord_sft_dataset=str(path)) if experts else ChordConfig()
+        return load_run_data(DataConfig(dataset=str(path), **data), chord, TOKENIZER, expert_max_length=500)
 
     return load_lines
 
@@ -193,9 +193,9 @@ def test_any_rows_are_read_or_refused(tmp_path_factory, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for action in ("stop", "skip"):
         data = DataConfig(dataset=str(path), on_bad_row=action)
-        chord = ChordConfig(chord_sft_dataset=str(path), chord_sft_max_length=500)
+        chord = ChordConfig(chord_sft_dataset=str(path))
         try:
-            loaded = load_run_data(data, chord, TOKENIZER)
+            loaded = load_run_data(data, chord, TOKENIZER, expert_max_length=500)
         except UserError as error:
             assert "\n" not in str(error)
         else:
@@ -265,8 +265,9 @@ def test_a_text_prompt_ends_without_an_end_token(load):
     path = data.notes[0].split(": ")[0]
     data = load_run_data(
         DataConfig(dataset=path, prompt_format="text"),
-        ChordConfig(chord_sft_dataset=path, chord_sft_max_length=500),
+        ChordConfig(chord_sft_dataset=path),
         tokenizer,
+        expert_max_length=500,
     )
     start, a, one = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "a", "1"))
     assert data.prompts[0].tokens == (start, a)
@@ -286,7 +287,7 @@ def test_parquet_fills_absent_keys_with_null(tmp_path, monkeypatch):
         {"role": "user", "content": "b"},
     ]
     Dataset.from_list([{"messages": messages, "answer": "1"}]).to_parquet(str(path))
-    data = load_run_data(DataConfig(dataset=str(path)), ChordConfig(), TOKENIZER)
+    data = load_run_data(DataConfig(dataset=str(path)), ChordConfig(), TOKENIZER, expert_max_length=500)
     assert '{"name": "f", "arguments": {"x": 1}}' in data.prompts[0].text
     assert '{"name": "f", "arguments": {"y": 2}}' in data.prompts[0].text
     assert "null" not in data.prompts[0].text

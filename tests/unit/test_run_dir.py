@@ -46,7 +46,7 @@ def test_pruning_keeps_the_newest_by_number(tmp_path: Path):
 
 def test_pruning_leaves_what_it_does_not_know(tmp_path: Path):
     run_dir = saved(tmp_path, 1)
-    others = ("step_2.partial", "step_best", "notes_3")
+    others = ("step_2.partial", "step_best", "step_best3", "notes_3")
     for name in others:
         (tmp_path / "checkpoints" / name).mkdir()
     run_dir.hf(1).joinpath("weights").unlink()
@@ -101,6 +101,34 @@ def test_another_run_in_the_directory_is_refused(tmp_path: Path):
     assert str(error.value) == (
         f"{tmp_path} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
     )
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/b"])
+def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as error:
+        RunDir(tmp_path / "file" / below).refuse_other_run({"train.seed": 1})
+    assert str(error.value) == f"{tmp_path / 'file'} is a file; choose another train.output_dir"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "train: 3\n", "train: {seed: [0]}\n", "train: {seed: 1\n", "\x00", "a: 1"]
+)
+def test_a_configuration_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.config.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        run_dir.refuse_other_run({"train.seed": 1})
+    assert str(error.value) == (
+        f"{run_dir.config} is not the configuration of a run; remove it, or choose another train.output_dir"
+    )
+
+
+def test_a_damaged_mark_is_of_no_finished_run(tmp_path: Path) -> None:
+    run_dir = saved(tmp_path, 6)
+    run_dir.mark_finished(6)
+    (tmp_path / "checkpoints" / "finished").write_bytes(b"6\xff")
+    assert not run_dir.is_finished(6)
 
 
 def test_publishing_an_earlier_step_removes_the_later_ones(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from chord_megatron.ops.sampling import sample_tokens, seed_number, uniform_numbers
 from chord_megatron.system.errors import UserError
@@ -119,6 +120,61 @@ def test_top_k_and_top_p_by_hand(settings: dict[str, float], allowed: list[int])
     assert set(tokens) == set(allowed)
     for token in allowed:  # renormalised over what is kept
         assert abs(tokens[:count].count(token) / count - PROBABILITIES[token] / mass) <= 1.01 / count
+
+
+def test_top_p_is_of_what_top_k_leaves():
+    """Tokens 1 and 3 hold 0.4 and 0.3: of the two alone 4/7 and 3/7, of all 0.4 and 0.3."""
+    assert draw(logits_of(PROBABILITIES), [LAST], temperature=1.0, top_p=0.5, top_k=2)[0] == [1]
+    assert draw(logits_of(PROBABILITIES), [LAST], temperature=1.0, top_p=0.6, top_k=2)[0] == [3]
+    assert draw(logits_of(PROBABILITIES), [LAST], temperature=1.0, top_p=0.5)[0] == [3]
+
+
+def warped(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """[vocab] float64: the probabilities that transformers draws from."""
+    scores = torch.log_softmax(logits.float() / temperature, dim=-1).double()  # in float64 its sums do not round
+    if top_k:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    if top_p < 1:
+        scores = TopPLogitsWarper(top_p)(None, scores)
+    return scores.softmax(dim=-1)[0]
+
+
+VOCABULARY = 24
+LOGITS = {
+    "spread": 2 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(3)),
+    "flat": 0.1 * torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(4)),
+    "one": torch.nn.functional.one_hot(torch.tensor([5]), VOCABULARY) * 2.0,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 2, 3, 6, 23, 24, 99])
+@pytest.mark.parametrize("top_p", [5e-324, 0.05, 0.3, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("name", ["spread", "flat"])
+def test_draws_have_the_distribution_of_transformers(name: str, top_p: float, top_k: int, temperature: float):
+    """Each token from where the inverse of the cumulative distribution enters it to where it leaves it."""
+    logits = LOGITS[name]
+    sizes, order = warped(logits, temperature, top_p, top_k).sort(descending=True, stable=True)
+    support = order[sizes > 0].tolist()
+    ends = sizes.cumsum(0)[: len(support)].tolist()
+    inside = 1e-12
+    uniforms = [u for start, end in zip([0.0, *ends], ends) for u in (start + inside, end - inside)]
+    settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    tokens, _ = draw(logits, uniforms, **settings)
+    assert tokens == [token for token in support for _ in range(2)]
+    assert draw(logits, [0.0, LAST], **settings)[0] == [support[0], support[-1]]
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 5])
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("logits", [LOGITS["one"], torch.zeros(1, VOCABULARY), LOGITS["spread"].round()])
+def test_of_equal_tokens_at_the_edge_as_many_are_kept_as_top_k_says(logits: Tensor, top_p: float, top_k: int):
+    """The lower ones. transformers keeps all that equal the last one, so that nothing outside its support is drawn."""
+    grid = (torch.arange(500, dtype=torch.float64) + 0.5) / 500
+    drawn = set(draw(logits, grid, temperature=1.0, top_p=top_p, top_k=top_k)[0])
+    assert drawn <= set(torch.nonzero(warped(logits, 1.0, 1.0, top_k)).flatten().tolist())
+    first = logits[0].argsort(descending=True, stable=True)[:top_k].tolist()
+    assert drawn <= set(first) and (top_p < 1 or drawn == set(first))
 
 
 def test_tokens_after_a_mass_of_exactly_top_p_are_dropped():

@@ -30,8 +30,9 @@ def load(tmp_path, tokenizer: PreTrainedTokenizerFast, *rows: dict[str, Any], **
     settings = {"dataset": str(path), "reference_column": "reference", "max_prompt_length": 500, **data}
     return load_run_data(
         DataConfig(**settings),
-        ChordConfig(chord_sft_dataset=str(path), chord_sft_max_length=1000),
+        ChordConfig(chord_sft_dataset=str(path)),
         tokenizer,
+        expert_max_length=1000,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,10 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.types import RolloutRequest, RolloutSample
 
 T = TypeVar("T")
+
+# What vLLM's server writes for NaN and -inf, which JSON cannot hold (_clamp_logprob in
+# entrypoints/scale_out/token_in_token_out/serving.py).
+_FLOOR = -9999.0
 
 
 class ServerRollout:
@@ -114,7 +119,14 @@ class ServerRollout:
 
 
 def _completion(index: int, choice: dict[str, Any]) -> Completion:
-    return completion(index, choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]])
+    return completion(
+        index, choice["token_ids"], [_log_prob(entry["logprob"]) for entry in choice["logprobs"]["content"]]
+    )
+
+
+def _log_prob(value: float | None) -> float:
+    """What a server sent, NaN where it had no finite number."""
+    return math.nan if value is None or value <= _FLOOR else value
 
 
 def _exhaust(weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -1,0 +1,204 @@
+"""Damaged bytes in whatever a run reads: they are read, or one sentence says what is wrong; no other exception."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from chord_megatron.config import load_config
+from chord_megatron.rollout.replay import ReplayRollout, RolloutRecorder
+from chord_megatron.system.errors import UserError
+from chord_megatron.tracking import report
+from chord_megatron.tracking.plots import draw_history
+from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.tracking.run_log import RunLog
+from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
+from chord_megatron.types import Prompt, RolloutRequest, SamplingParams
+
+CONFIG = b"""# a comment
+model: {path: some/model, dtype: float32}
+data:
+  dataset: prompts.jsonl
+  reference_pattern: '####\\s*(.+)'
+rollout: &r
+  num_generations: 4
+  temperature: 0.7
+  stop_token_ids: [2, 5]
+optimizer: {lr: 1e-6, adam_beta2: 0.95}
+chord: {chord_mu_peak: 0.9, chord_sft_dataset: "experts.jsonl"}
+train: {output_dir: out, global_batch_size: 16, train_iters: 3}
+"""
+OVERRIDES = b"optimizer.lr=1e-6\nrollout.stop_token_ids=[1, 2]\nmodel.recompute=true\ndata.system_prompt='x y'"
+
+
+def json_lines(rows: list[dict[str, object]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+RECORDING = json_lines(
+    [
+        {
+            "step": step,
+            "prompt_id": 3,
+            "sample_index": index,
+            "tokens": [5, 6, 11, 49],
+            "response_mask": [False, False, True, True],
+            "rollout_log_probs": [0.0, 0.0, -0.5, None],
+            "policy_version": step,
+            "finish_reason": "stop",
+        }
+        for step in (0, 1)
+        for index in (0, 1)
+    ]
+)
+METRICS = json_lines(
+    [
+        {"step": 0, "eval_reward_mean": 0.25, "eval_reward/format": 1.0},
+        *(
+            {
+                "step": step,
+                "loss": 0.5,
+                "loss_rollout": 0.1,
+                "reward_mean": 0.25,
+                "entropy": None,
+                "num_rollout_tokens": 40,
+                "tokens_per_second": 12.5,
+                "time_step": 2.0,
+                "time_train": 1.5,
+            }
+            for step in range(4)
+        ),
+        {"step": 4, "eval_reward_mean": 0.5},
+    ]
+)
+COMPLETIONS = json_lines(
+    [
+        {"step": step, "prompt_id": 1, "prompt": "1 + 1", "completion": "2 é", "reference": "2", "reward": 1.0, **split}
+        for step in (0, 1)
+        for split in ({}, {"split": "eval"})
+    ]
+)
+
+
+def read_overrides(path: Path) -> None:
+    config = path.with_name("minimal.yaml")
+    config.write_bytes(CONFIG)
+    text = path.read_bytes().decode("utf-8", "surrogateescape")  # as Python decodes arguments
+    load_config(config, text.split("\n"))
+
+
+def replay(path: Path) -> None:
+    engine = ReplayRollout(path, vocab_size=50)
+    for step in (0, 1):
+        engine.generate(RolloutRequest([Prompt(3, "", (5, 6), "")], SamplingParams(), 2, step, step))
+
+
+def resume(path: Path) -> None:
+    RunLog(path.parent, train_iters=8, report_to=(), resume_step=2, stream=io.StringIO()).close()
+
+
+def summarize(path: Path) -> None:
+    summary_rows(summarize_history(load_history(path.parent)))
+
+
+def refuse_other_run(path: Path) -> None:
+    RunDir(path.parent).refuse_other_run({"model.path": "some/model", "train.seed": 0})
+
+
+def latest_step(path: Path) -> None:
+    RunDir(path.parents[1]).latest_step()
+
+
+class Input(NamedTuple):
+    """A file that a run reads: its place in the run's directory, what a good one holds, and who reads it."""
+
+    file: str
+    valid: bytes
+    load: Callable[[Path], object]
+    examples: int = 400
+    is_refused: bool = True  # where most damage is; else it means something, such as that a run is not finished
+
+
+INPUTS = {
+    "configuration": Input("config.yaml", CONFIG, load_config),
+    "overrides": Input("overrides", OVERRIDES, read_overrides),
+    "recording, replayed": Input("rollouts.jsonl", RECORDING, replay),
+    "recording, resumed": Input("rollouts.jsonl", RECORDING, lambda path: RolloutRecorder(path, resume_step=1).close()),
+    "metrics, resumed": Input("metrics.jsonl", METRICS, resume),
+    "metrics, summed up": Input("metrics.jsonl", METRICS, summarize),
+    "metrics, drawn": Input("metrics.jsonl", METRICS, lambda path: draw_history(load_history(path.parent), "x"), 15),
+    "completions, resumed": Input("completions.jsonl", COMPLETIONS, resume),
+    "completions, shown": Input("completions.jsonl", COMPLETIONS, report._samples),
+    "configuration of another run": Input(
+        "config.yaml", b"model: {path: some/model}\ntrain: {seed: 0}\n", refuse_other_run
+    ),
+    "pointer to the latest checkpoint": Input("checkpoints/latest", b"step_2\n", latest_step),
+    "mark of a finished run": Input(
+        "checkpoints/finished", b"4\n", lambda path: RunDir(path.parents[1]).is_finished(4), is_refused=False
+    ),
+}
+
+NASTY = (
+    *(b"", b"\x00", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\\u0000", b"\n", b"\r", b"\t", b" ", b"'", b'"', b"\\"),
+    *(b"null", b"NaN", b"Infinity", b"-1e999", b"true", b"-1", b"0.5", b"1e-400", b"9" * 30, b"9" * 400, b"7" * 5000),
+    *(b"[", b"]", b"{", b"}", b",", b":", b"=", b".", b"*r", b"&r", b"<<", b"!!int", b"? ", b"- ", b"#", b"|", b">"),
+    *(b"[" * 3000, b"{a: " * 3000, b'{"a":' * 3000, b'"x"', b"[]", b"{}", b'{"a": [1]}', "é\u2028".encode(), b"step_"),
+)
+
+
+def mutations(valid: bytes, count: int) -> Iterator[bytes]:
+    """Slices that are lost, doubled, moved or replaced; values replaced by others; and some of these together."""
+    generator = random.Random(0)
+    values = list(re.finditer(rb'"[^"]*"|[-\w.]+', valid))
+    for _ in range(count):
+        data = valid
+        for _ in range(generator.choice((1, 1, 2, 3))):
+            start = generator.randrange(len(data) + 1)
+            end = min(len(data), start + generator.choice((0, 1, 2, 8, 64)))
+            kind = generator.randrange(6)
+            if kind == 0 and data is valid:
+                start, end = generator.choice(values).span()
+            elif kind == 1:
+                start = end
+            new = data[start:end] * 2 if kind == 2 else generator.choice(NASTY)
+            data = data[:start] if kind == 3 else data[:start] + new + data[end:]
+            if kind == 4:
+                lines = data.splitlines(keepends=True)
+                generator.shuffle(lines)
+                data = b"".join(lines)
+        yield data
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    (tmp_path / "checkpoints" / "step_2").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_bytes(METRICS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path):
+    file, valid, load, examples, is_refused = INPUTS[name]
+    path = run_dir / file
+    path.write_bytes(valid)
+    load(path)
+    refused = 0
+    for number, data in enumerate(mutations(valid, examples)):
+        path.write_bytes(data)
+        if path.name != "metrics.jsonl":
+            (run_dir / "metrics.jsonl").write_bytes(METRICS)
+        try:
+            load(path)
+        except UserError as error:
+            refused += 1
+            assert len(str(error)) < 2000 and "\n" not in str(error), (number, data, error)
+        except Exception as error:
+            raise AssertionError(f"example {number}, {data[:2000]!r}: {error!r}") from error
+    assert refused > examples // 20 or not is_refused  # the mutations reach what is checked
