@@ -251,7 +251,7 @@ def _read_architecture(folders: list[Path], source: Path) -> ModelArchitecture:
 
 
 def _finish_folder(sources: list[Path], target: Path, arch: ModelArchitecture, dtype: torch.dtype) -> None:
-    copy_model_files(sources, target)
+    copy_model_files(sources, target, arch)
     if not sources:
         (target / "config.json").write_text(json.dumps(make_config(arch), indent=2) + "\n", encoding="utf-8")
     set_config_dtype(target, dtype)

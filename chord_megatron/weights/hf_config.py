@@ -8,7 +8,7 @@ says would change what the model computes, and is refused by name.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from chord_megatron.weights.architecture import (
 )
 from chord_megatron.weights.families import FAMILIES
 from chord_megatron.weights.schema import Family
+from chord_megatron.weights.tied_head import has_own_head
 
 Rope = LinearRope | Llama3Rope | YarnRope
 _ROPE_TYPES: dict[str, type[Rope]] = {"linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}
@@ -81,11 +82,15 @@ _REMEDIES = {
 
 
 def read_architecture(model_dir: Path) -> ModelArchitecture:
-    """The architecture in `model_dir/config.json`; UserError names whatever is missing or unsupported."""
+    """The architecture in `model_dir/config.json`; UserError names whatever is missing or unsupported.
+
+    Not tied where the weights beside it have an output layer of their own.
+    """
     try:
-        return parse_config(_read_json(model_dir))
+        arch = parse_config(_read_json(model_dir))
     except _RefusedError as refused:
         raise UserError(f"{model_dir}/config.json: {refused}.") from None
+    return replace(arch, tie_word_embeddings=arch.tie_word_embeddings and not has_own_head(model_dir))
 
 
 class _RefusedError(ValueError):
