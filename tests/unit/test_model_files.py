@@ -77,6 +77,7 @@ STAY = (
 
 
 def write(folder: Path, *names: str, text: str = "text") -> Path:
+    folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -107,18 +108,20 @@ def test_what_is_there_already_and_earlier_folders_win(tmp_path: Path) -> None:
 
 
 def test_links_of_a_download_become_files_and_linked_folders_stay(tmp_path: Path) -> None:
-    """The cache of huggingface_hub holds links to blobs."""
+    """The cache of huggingface_hub holds links to blobs, shared folders may be read-only."""
     blob = tmp_path / "blobs" / "1234"
     blob.parent.mkdir()
     blob.write_text("content")
     source = write(tmp_path / "source")
     (source / "tokenizer.json").symlink_to(blob)
+    (source / "config.json").chmod(0o444)
     (source / "gone.json").symlink_to(tmp_path / "blobs" / "5678")
     (source / "additional_chat_templates").symlink_to(blob.parent)
     target = tmp_path / "target"
     target.mkdir()
     copy_model_files([source], target, ARCH)
     assert files(target) == {"tokenizer.json"}
+    assert (target / "config.json").stat().st_mode & 0o200
     assert (target / "tokenizer.json").read_text() == "content" and not (target / "tokenizer.json").is_symlink()
 
 
