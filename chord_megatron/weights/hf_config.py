@@ -7,12 +7,12 @@ says would change what the model computes, and is refused by name.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.files import read_json_object
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,
@@ -177,13 +177,7 @@ def _read_json(model_dir: Path) -> dict[str, Any]:
     path = model_dir / "config.json"
     if not path.is_file():
         raise UserError(f"{model_dir} has no config.json; give a model folder saved by save_pretrained.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object; download it again.")
-    return config
+    return read_json_object(path, "download it again")
 
 
 def _find_family(config: dict[str, Any]) -> Family:

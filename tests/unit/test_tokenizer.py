@@ -64,8 +64,8 @@ DAMAGED = {
     ),
     "settings cut off": ("tokenizer_config.json", b'{"eos_token": ', "tokenizer_config.json is not valid JSON"),
     "settings of another type": ("tokenizer_config.json", b'"LlamaTokenizer"', "tokenizer_config.json does not hold"),
-    "a class that is a number": ("tokenizer_config.json", b'{"tokenizer_class": 5}', "tokenizer_config.json or "),
-    "tokens that are numbers": ("tokenizer_config.json", b'{"extra_special_tokens": [5]}', "tokenizer_config.json or "),
+    "a class that is a number": ("tokenizer_config.json", b'{"tokenizer_class": 5}', "tokenizer_config.json: "),
+    "tokens that are numbers": ("tokenizer_config.json", b'{"extra_special_tokens": [5]}', "tokenizer_config.json: "),
     "special tokens that are lists": ("special_tokens_map.json", b'{"eos_token": [1]}', "special_tokens_map.json"),
     "a template in another encoding": (
         "chat_template.jinja",
@@ -119,12 +119,12 @@ def test_a_tokenizer_that_knows_no_token_is_none(folder: Path) -> None:
 
 def test_no_end_token(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", eos_token=None)
-    with pytest.raises(UserError, match="has no eos_token; set one in tokenizer_config.json"):
+    with pytest.raises(UserError, match=r"has no eos_token; set one in tokenizer_config\.json"):
         load(folder)
 
 
-def test_an_end_token_of_several_is_the_first_sentence_of_the_settings(folder: Path) -> None:
-    edit(folder / "tokenizer_config.json", eos_token="<other>")  # added, with an id of its own
+def test_an_end_token_that_the_vocabulary_lacks_is_added(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", eos_token="<other>")
     assert load(folder).eos_token_id == 3
 
 
