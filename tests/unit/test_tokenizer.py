@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from tiny_tokenizer import write_tokenizer
+from transformers import AutoTokenizer
 
 from chord_megatron.data.tokenizer import generation_end_tokens, load_tokenizer
 from chord_megatron.system.errors import UserError
@@ -18,17 +18,14 @@ from chord_megatron.system.errors import UserError
 REMEDY = "; copy tokenizer.json and tokenizer_config.json of the model there"
 
 
-def write_tokenizer(folder: Path) -> None:
-    vocabulary = {"a": 0, "b": 1, "<end>": 2}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="a"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
+def write_folder(folder: Path) -> None:
+    write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
 
 
 @pytest.fixture
 def folder(tmp_path: Path, make_once: Callable[..., Path]) -> Path:
-    return Path(shutil.copytree(make_once("tokenizer", write_tokenizer), tmp_path / "model"))
+    return Path(shutil.copytree(make_once("tokenizer", write_folder), tmp_path / "model"))
 
 
 def load(folder: Path) -> Any:
