@@ -26,7 +26,7 @@ def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups
             return build_embedded(config, engine, groups)
         case "replay", _:
             assert rollout.replay_from is not None
-            return ReplayRollout(Path(rollout.replay_from))
+            return ReplayRollout(Path(rollout.replay_from), engine.arch.vocab_size)
         case "vllm", "colocate":
             return _build_colocate(config, engine)
         case "vllm", "server":

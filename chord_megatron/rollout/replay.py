@@ -11,7 +11,7 @@ import torch
 from chord_megatron.rollout.protocol import WeightSource
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, read_json_lines
-from chord_megatron.types import RolloutRequest, RolloutSample
+from chord_megatron.types import RolloutRequest, RolloutSample, foreign_tokens
 
 _DTYPES = {"tokens": torch.int32, "response_mask": torch.bool, "rollout_log_probs": torch.float32}
 
@@ -47,11 +47,17 @@ class ReplayRollout:
 
     generation_seconds: float | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        """Raises UserError where the file is no recording, or has tokens that the model has no row for."""
         self._path = path
         self._samples: dict[int, list[RolloutSample]] = {}
         self.weights_version: int | None = None
-        for step, sample in _read_recording(path):
+        for number, (step, sample) in enumerate(_read_recording(path), start=1):
+            if foreign := foreign_tokens(sample.tokens.tolist(), vocab_size):
+                raise UserError(
+                    f"{path}:{number} has token {foreign[0]}, of which a model of vocab_size {vocab_size} has no row; "
+                    "replay what was recorded with this model"
+                )
             self._samples.setdefault(step, []).append(sample)
 
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:

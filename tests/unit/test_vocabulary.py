@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
-from chord_megatron.data.vocabulary import check_vocabulary
 from tiny_tokenizer import write_tokenizer
 from typer.testing import CliRunner
 
 from chord_megatron.cli import app
 from chord_megatron.config import Config
+from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.rollout.replay import ReplayRollout
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt

@@ -43,7 +43,7 @@ def test_an_added_token_that_never_occurs_is_none(model: Path, config: Path):
 def test_a_model_with_the_rows_trains(model: Path, config: Path, tmp_path: Path):
     weights = load_file(model / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        weights[name] = weights[name][list(range(261)) + [260]].contiguous()
+        weights[name] = weights[name][[*range(261), 260]].contiguous()
     save_file(weights, model / "model.safetensors")
     settings = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**settings, "vocab_size": 262}))
