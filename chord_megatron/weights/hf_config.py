@@ -24,6 +24,7 @@ from chord_megatron.weights.architecture import (
 from chord_megatron.weights.config_keys import NEUTRAL, REMEDIES, is_harmless
 from chord_megatron.weights.config_values import RefusedError, count, count_or_none, flag, list_of, positive
 from chord_megatron.weights.families import FAMILIES
+from chord_megatron.weights.foreign import describe_adapter, describe_folder
 from chord_megatron.weights.schema import Family
 from chord_megatron.weights.tied_head import has_own_head
 
@@ -131,6 +132,20 @@ def make_config(arch: ModelArchitecture) -> dict[str, Any]:
     return config
 
 
+def said_in_config(arch: ModelArchitecture, field: str) -> str:
+    """What the config.json of an architecture says of one field (`ModelArchitecture.flat`), as `key=value`."""
+    config, family = make_config(arch), FAMILIES[arch.family]
+    keys = _KEYS | {"num_query_groups": "num_key_value_heads", "moe.shared_ffn_hidden_size": "n_shared_experts"}
+    keys |= {f"moe.{name}": spellings[0] for name, spellings in family.moe_keys.items()}
+    if field == "moe.dense_layers":
+        key = "first_k_dense_replace" if "first_k_dense_replace" in config else "mlp_only_layers"
+    else:
+        key = keys.get(field, field.split(".")[-1])
+    if key not in config:
+        key = "architectures"  # which it follows from
+    return f"{key}={config[key]}"
+
+
 def check_config(arch: ModelArchitecture) -> None:
     """Raise UserError where no config.json that is read as this architecture can be written."""
     try:
@@ -145,10 +160,20 @@ def check_config(arch: ModelArchitecture) -> None:
 
 def _read_json(model_dir: Path) -> dict[str, Any]:
     if not model_dir.is_dir():
-        raise UserError(f"the model folder {model_dir} is not a directory; give the folder that holds config.json.")
+        raise UserError(
+            f"the model folder {model_dir} is not a directory; download the model and give the folder that holds its "
+            "config.json."
+        )
+    if adapter := describe_adapter(model_dir):
+        raise UserError(f"{model_dir} {adapter}.")
     path = model_dir / "config.json"
     if not path.is_file():
-        raise UserError(f"{model_dir} has no config.json; give a model folder saved by save_pretrained.")
+        kind = describe_folder(model_dir)
+        raise UserError(
+            f"{model_dir} {kind}."
+            if kind
+            else f"{model_dir} has no config.json; give a model folder saved by save_pretrained."
+        )
     return read_json_object(path, "download it again")
 
 

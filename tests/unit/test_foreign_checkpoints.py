@@ -157,12 +157,15 @@ TENSORS: dict[str, tuple[list[str], str]] = {
         [name.replace("q_proj.weight", "q_proj.base_layer.weight") for name in NAMES],
         ADAPTER,
     ),
-    "DDP": (prefixed("module."), "every name begins with `module.`, a wrapper's; save the model in it"),
+    "DDP": (prefixed("module."), "every name of the model begins with `module.`, a wrapper's; save the model in it"),
     "torch.compile": (
         prefixed("_orig_mod."),
-        "every name begins with `_orig_mod.`, a wrapper's; save the model in it",
+        "every name of the model begins with `_orig_mod.`, a wrapper's; save the model in it",
     ),
-    "FSDP": (prefixed("_fsdp_wrapped_module."), "every name begins with `_fsdp_wrapped_module.`, a wrapper's"),
+    "FSDP": (
+        prefixed("_fsdp_wrapped_module."),
+        "every name of the model begins with `_fsdp_wrapped_module.`, a wrapper's",
+    ),
     "a value head": (
         [*prefixed("pretrained_model."), "v_head.summary.weight"],
         "every name of the model begins with `pretrained_model.`, a wrapper's",
