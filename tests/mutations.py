@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 _SNIPPETS = (
@@ -68,7 +69,7 @@ def _damaged_json(content: bytes, source: random.Random) -> bytes:
         if isinstance(parent, dict) and source.random() < 0.25:
             del parent[key]
         else:
-            parent[key] = source.choice(_VALUES)
+            parent[key] = deepcopy(source.choice(_VALUES))  # the next change may be in it
     return json.dumps(document).encode()
 
 

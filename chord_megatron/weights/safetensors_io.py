@@ -100,9 +100,12 @@ class SafetensorsReader:
         weight_map = read_json_object(index, "download it again").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index} is not a safetensors index; download it again.")
-        for file in set(weight_map.values()):
+        there = {path.name for path in self._directory.iterdir() if path.is_file()}
+        for file in dict.fromkeys(weight_map.values()):
             if file in (".", "..") or Path(file).name != file:
                 raise UserError(f"{index} names the file {file!r}, which is not beside it; download the model again.")
+            if file not in there:
+                raise UserError(f"{self._directory} lacks {file}; download the model again.")
         return weight_map
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
@@ -122,8 +125,6 @@ class SafetensorsReader:
         path = self._directory / file
         try:
             handle: Any = stack.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise UserError(f"{self._directory} lacks {file}; download the model again.") from None
         except (SafetensorError, OSError) as error:
             raise UserError(_damage(path, error)) from error
         for name in handle.keys():  # noqa: SIM118, not a mapping

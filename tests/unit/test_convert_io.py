@@ -64,6 +64,7 @@ def test_names_are_listed_in_ranges():
         "layers.3.experts.0, layers.3.experts.1, layers.4.experts.0 (3)"
     )
     assert list_names({"layers.1.a", "layers.1.b"}) == "layers.1.a, layers.1.b (2)"
+    assert list_names({"layers.1.{a}", "{}"}) == "layers.1.{a}, {} (2)"
 
 
 def test_missing_tensors_are_listed(tmp_path: Path) -> None:
