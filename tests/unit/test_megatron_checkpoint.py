@@ -269,7 +269,7 @@ def test_quantized_tensors_are_refused(model: Path, tmp_path: Path):
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(weights, source / "model.safetensors")
     assert to_megatron_refusal(source, tmp_path) == (
-        "decoder.final_layernorm.weight holds float8_e4m3fn numbers; use the unquantized checkpoint"
+        "model.norm.weight (1) hold float8_e4m3fn numbers, which are no weights; use the unquantized checkpoint"
     )
 
 
