@@ -18,6 +18,13 @@ FinishReason = Literal["stop", "length"]
 Metrics = Mapping[str, float | int | None]  # a line of metrics.jsonl or a part of one; None: nothing to measure
 
 
+def foreign_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    """The ids that a model of `vocab_size` rows has no row for."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):  # the quick answer, which is almost always right
+        return []
+    return [token for token in tokens if not 0 <= token < vocab_size]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A question with a checkable answer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,18 @@ def make_model(name: str, *, tied: bool = False, **changes: Any) -> PreTrainedMo
     return model.eval()
 
 
-def write_model(directory: Path, name: str, *, tied: bool = False, dtype: str = "float32", **changes: Any) -> None:
-    """Save a model as its publishers do: routers' biases stay float32."""
+def write_model(
+    directory: Path, name: str, *, tied: bool = False, said_tied: bool = False, dtype: str = "float32", **changes: Any
+) -> None:
+    """Save a model as its publishers do: routers' biases stay float32.
+
+    said_tied: its config.json says that it is tied although it has a head of its own.
+    """
     model = make_model(name, tied=tied, **changes).to(getattr(torch, dtype))
     for tensor_name, tensor in model.named_buffers():
         if tensor_name.endswith("e_score_correction_bias"):
             tensor.data = tensor.data.float()
     model.save_pretrained(directory)
+    if said_tied:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        (directory / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}), encoding="utf-8")

@@ -30,6 +30,7 @@ from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
 from chord_megatron.system.atomic import partial_path, replaced_directory
 from chord_megatron.system.errors import UserError
+from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.model_files import copy_model_files
 
 _METADATA = {
@@ -56,6 +57,7 @@ def save(
     groups: ParallelGroups,
     *,
     model_dir: Path,
+    arch: ModelArchitecture,
 ) -> None:
     """Write a checkpoint beside `directory` and rename it into place when it is complete. Collective.
 
@@ -68,7 +70,7 @@ def save(
         if groups.rank == 0:
             document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": releases.installed()}
             (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
-            copy_model_files([model_dir], folder)
+            copy_model_files([model_dir], folder, arch)
 
 
 def load(

@@ -192,6 +192,7 @@ class MegatronEngine:
             state,
             self.groups,
             model_dir=self._model_dir,
+            arch=self.arch,
         )
 
     def load(self, directory: Path) -> dict[str, Any]:

@@ -23,12 +23,11 @@ from chord_megatron.weights.hf_config import make_config, read_architecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes, padded_vocab_size, parameter_names
 from chord_megatron.weights.model_files import copy_model_files, set_config_dtype
 from chord_megatron.weights.names import list_names
-from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
+from chord_megatron.weights.safetensors_io import WEIGHT_DTYPES, SafetensorsReader, check_complete
 from chord_megatron.weights.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
 from chord_megatron.weights.schema import TensorLayout, TensorSpec
 from chord_megatron.weights.shards import export_parameter, import_parameter
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -159,7 +158,7 @@ def _megatron_specs(
 
 
 def _target_dtype(name: str, found: torch.dtype, arch: ModelArchitecture, asked: torch.dtype | None) -> torch.dtype:
-    if found not in _DTYPES:
+    if found not in WEIGHT_DTYPES:
         raise UserError(f"{name} holds {str(found).removeprefix('torch.')} numbers; use the unquantized checkpoint")
     return found if asked is None or find_mapping(name, arch).mapping.is_float32 else asked
 
@@ -251,7 +250,7 @@ def _read_architecture(folders: list[Path], source: Path) -> ModelArchitecture:
 
 
 def _finish_folder(sources: list[Path], target: Path, arch: ModelArchitecture, dtype: torch.dtype) -> None:
-    copy_model_files(sources, target)
+    copy_model_files(sources, target, arch)
     if not sources:
         (target / "config.json").write_text(json.dumps(make_config(arch), indent=2) + "\n", encoding="utf-8")
     set_config_dtype(target, dtype)

@@ -20,7 +20,7 @@ from chord_megatron.weights.architecture import (
     ModelArchitecture,
     YarnRope,
 )
-from chord_megatron.weights.hf_config import check_config
+from chord_megatron.weights.hf_config import check_config, said_in_config
 
 # What every model of ours has; a checkpoint that says otherwise holds another model. Names change with the release.
 _REQUIRED = {
@@ -92,16 +92,15 @@ class _Said:
                 "name a folder with the model's config.json by --hf-config"
             ) from None
 
-    def contradiction(self, args: Mapping[str, Any], field: str, expected: Any) -> str | None:
-        """What the arguments say, where it is something else; None also where they do not say it."""
+    def contradiction(self, args: Mapping[str, Any], expected: Any) -> str | None:
+        """The arguments that say something else; None also where they do not say it."""
         present = [name for name in self.names if name in args]
         try:
             if not present or self.value(args) == expected:
                 return None
         except KeyError:
             return None
-        text = ", ".join(f"{name}={args[name]}" for name in present)
-        return f"{text} where config.json says {field.split('.')[-1]}={expected}"
+        return ", ".join(f"{name}={args[name]}" for name in present)
 
 
 def _plain(name: str, convert: Callable[[Any], Any] = lambda value: value) -> _Said:
@@ -141,12 +140,13 @@ def refuse_other_args(args: Mapping[str, Any], arch: ModelArchitecture) -> None:
     del expected["max_position_embeddings"]
     if arch.moe and not arch.moe.dense_layers:
         del expected["ffn_hidden_size"]  # of no layer
-    found = [
-        said.contradiction(args, field, expected[field]) for field, said in _said(args).items() if field in expected
-    ]
+    wrong = {
+        field: said.contradiction(args, expected[field]) for field, said in _said(args).items() if field in expected
+    }
+    found = [f"{text} where config.json says {said_in_config(arch, field)}" for field, text in wrong.items() if text]
     if (args.get("vocab_size") or 0) > arch.vocab_size:
         found.append(f"vocab_size={args['vocab_size']} where config.json says vocab_size={arch.vocab_size}")
-    if text := ", ".join(filter(None, found)):
+    if text := ", ".join(found):
         raise UserError(f"the checkpoint was trained with {text}; use the config.json that belongs to these weights")
 
 

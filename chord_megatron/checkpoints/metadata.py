@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pathlib
 import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.files import read_json_object
 
 METADATA_FILE = ".metadata"
 # Where megatron-core keeps what is no tensor, since 0.19 (checkpoints/common_state.py).
@@ -26,7 +34,7 @@ def find_checkpoint(directory: Path) -> Path:
     if not directory.is_dir():
         raise UserError(f"the checkpoint folder {directory} is not a directory")
     if not (directory / METADATA_FILE).is_file() and tracker.is_file():
-        latest = tracker.read_text(encoding="utf-8").strip()
+        latest = tracker.read_bytes().decode("ascii", errors="replace").strip()
         if latest != "release" and not latest.isdecimal():
             raise UserError(
                 f"{tracker} holds {latest[:40]!r}, neither a number nor `release`; name an iteration folder"
@@ -45,12 +53,12 @@ def find_checkpoint(directory: Path) -> Path:
 
 
 def _refuse_other_backend(directory: Path) -> None:
-    try:
-        backend = json.loads((directory / "metadata.json").read_text(encoding="utf-8"))["sharded_backend"]
-    except FileNotFoundError:
+    path = directory / "metadata.json"
+    if not os.path.lexists(path):
         return
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory / 'metadata.json'} is damaged ({error}); copy the checkpoint again") from error
+    backend = read_json_object(path, "copy the checkpoint again").get("sharded_backend")
+    if backend is None:
+        raise UserError(f"{path} is damaged: it names no sharded_backend; copy the checkpoint again")
     if backend != "torch_dist":
         raise UserError(f"{directory} is in the format {backend!r}; {_TORCH_DIST_REMEDY}")
 
@@ -60,15 +68,48 @@ def read_metadata(directory: Path, remedy: str) -> Metadata:
     try:
         with open(directory / METADATA_FILE, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
+            is_sound = isinstance(metadata, Metadata) and _is_sound(metadata)
     except FileNotFoundError:
         raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
     except UserError:
         raise
     except Exception:  # damaged pickles fail in every way there is
-        metadata = None
-    if not isinstance(metadata, Metadata):
+        is_sound = False
+    if not is_sound:
         raise UserError(f"the .metadata file of {directory} is damaged; {remedy}")
     return metadata
+
+
+def _is_sound(metadata: Metadata) -> bool:
+    """Whether everything that is read of it has its type: a damaged pickle may load all the same.
+
+    Raises AttributeError where an object lost what it had.
+    """
+    entries, storage = metadata.state_dict_metadata, metadata.storage_data
+    if not isinstance(entries, dict) or not isinstance(storage, dict | None):
+        return False
+    return all(isinstance(key, str) and _is_sound_entry(entry) for key, entry in entries.items()) and all(
+        isinstance(info.relative_path, str) and type(info.offset) is type(info.length) is int and info.offset >= 0
+        for info in (storage or {}).values()
+        if isinstance(info, _StorageInfo)
+    )
+
+
+def _is_sound_entry(entry: object) -> bool:
+    if not isinstance(entry, TensorStorageMetadata):
+        return isinstance(entry, BytesStorageMetadata)
+    if not isinstance(entry.properties, TensorProperties) or not isinstance(entry.chunks, list):
+        return False
+    return (
+        isinstance(entry.properties.dtype, torch.dtype)
+        and _is_size(entry.size)
+        and all(isinstance(chunk, ChunkStorageMetadata) for chunk in entry.chunks)
+        and all(_is_size(size) and len(size) == len(entry.size) for c in entry.chunks for size in (c.offsets, c.sizes))
+    )
+
+
+def _is_size(size: object) -> bool:
+    return isinstance(size, torch.Size) and all(type(number) is int and 0 <= number < 2**48 for number in size)
 
 
 def refuse_unsafe(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
@@ -16,10 +17,17 @@ if TYPE_CHECKING:
 def validate(
     config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
 ) -> int:
-    """Check a configuration; print its batch arithmetic and parallel layout. Loads nothing."""
+    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer."""
     from rich.console import Console
 
+    from chord_megatron.data.tokenizer import load_tokenizer
+    from chord_megatron.data.vocabulary import check_vocabulary
+    from chord_megatron.weights.hf_config import read_architecture
+
     resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
+    model_dir = Path(resolved.model.path)
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
+    check_vocabulary(resolved, tokenizer, read_architecture(model_dir).vocab_size)
     Console().print(_plan_table(resolved, plan))
     return 0
 

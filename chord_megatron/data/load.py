@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import GenerationConfig
-
 from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.bad_rows import BadRows
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
 from chord_megatron.data.prompts import make_prompt, reference_finder
 from chord_megatron.data.sources import Row, load_rows
+from chord_megatron.data.tokenizer import generation_end_tokens
 from chord_megatron.data.turns import Turn, Turns, build_turns
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
@@ -42,11 +41,7 @@ def stop_token_ids(
     """What ends a completion: the tokens configured, or those of turns, tokenizer and generation config."""
     if configured is not None:
         return tuple(configured)
-    ids = {tokenizer.eos_token_id, *end_token_ids}
-    if (model_dir / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(model_dir).eos_token_id
-        ids.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return tuple(sorted(ids))
+    return tuple(sorted({tokenizer.eos_token_id, *end_token_ids, *generation_end_tokens(model_dir)}))
 
 
 def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, expert_max_length: int) -> RunData:

@@ -40,6 +40,26 @@ def check_weights(model_dir: Path, arch: ModelArchitecture) -> Check:
     return Check("weights", str(model_dir), "ok", "every tensor of the model is there")
 
 
+def check_tokenizer(config: Config, arch: ModelArchitecture) -> Check:
+    """Whether it loads, and whether the model knows its end tokens; the data are not read."""
+    name = "tokenizer"
+    try:
+        # Only here: the doctor is to say what is wrong with transformers where it cannot be imported.
+        from chord_megatron.data.tokenizer import load_tokenizer
+        from chord_megatron.data.vocabulary import check_vocabulary
+
+        tokenizer = load_tokenizer(Path(config.model.path), trust_remote_code=config.model.trust_remote_code)
+        check_vocabulary(config, tokenizer, arch.vocab_size)
+    except (UserError, ImportError) as error:
+        return Check(name, None, "wrong", str(error), is_blocking=True)
+    found = f"{len(tokenizer)} tokens"
+    if len(tokenizer) > arch.vocab_size:
+        meaning = f"the model has no row for those from {arch.vocab_size} on: a run whose data hold one is refused"
+        remedy = "take the model's own tokenizer, or resize the model by transformers' resize_token_embeddings"
+        return Check(name, found, "wrong", meaning, remedy)
+    return Check(name, found, "ok", f"its end tokens are among the {arch.vocab_size} rows of the model")
+
+
 def check_processes(gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
     found = f"{nproc_per_node} on this node"
     if gpus and nproc_per_node > len(gpus):

@@ -34,6 +34,7 @@ def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_n
     return [
         *_examine_common(gpus, uses_vllm=colocated is not None),
         configuration.check_weights(Path(config.model.path), arch),
+        configuration.check_tokenizer(config, arch),
         configuration.check_processes(gpus, nproc_per_node),
         configuration.check_dtype(gpus, config.model.dtype),
         *([] if gpus else [software.check_adam_on_cpu()]),

@@ -15,6 +15,7 @@ from chord_megatron.ops.sampling import seed_number
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, installed_version
 from chord_megatron.types import SamplingParams
+from chord_megatron.weights.hf_config import read_architecture
 
 WORKER_EXTENSION = "chord_megatron.rollout.serving.vllm_worker.WorkerExtension"
 
@@ -60,6 +61,8 @@ def engine_arguments(model_dir: Path, *, dtype: str, max_model_len: int, max_num
         "load_format": "dummy",
         "logprobs_mode": "processed_logprobs",  # at the sampling temperature; the default ignores it
         "worker_extension_cls": WORKER_EXTENSION,
+        # vLLM goes by config.json alone; whether the model is tied is what the weights say.
+        "hf_overrides": {"tie_word_embeddings": read_architecture(model_dir).tie_word_embeddings},
         "generation_config": "vllm",  # sampling is what the request says, not what the model's file suggests
     }
 

@@ -1,4 +1,4 @@
-"""JSON lines that survive a kill: flushed one by one."""
+"""JSON lines that survive a kill: flushed one by one. JSON files of others, whatever they hold."""
 
 from __future__ import annotations
 
@@ -10,6 +10,33 @@ from typing import Any
 
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether a file begins like what Git leaves in place of a large one."""
+    return content.startswith(_LFS_POINTER)
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file of somebody else's. Raises UserError, which ends in `remedy`, where it holds none."""
+    try:
+        content = path.read_bytes()
+        if is_lfs_pointer(content):
+            raise UserError(f"{path} is a Git LFS pointer, not the file; run `git lfs pull` there")
+        document = json.loads(content.decode("utf-8"))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid JSON (nested too deeply); {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from None
+    if not isinstance(document, dict):
+        raise UserError(f"{path} does not hold a JSON object; {remedy}")
+    return document
 
 
 class JsonLines:

@@ -17,6 +17,7 @@ from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
 from chord_megatron.data.tokenizer import load_tokenizer
+from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
@@ -54,10 +55,12 @@ class Run:
                 "train.seed": config.train.seed,
             }
         )
-        plan = make_plan(config, read_architecture(model_dir), int(os.environ.get("WORLD_SIZE", 1)))
+        arch = read_architecture(model_dir)
+        plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
+        check_vocabulary(config, tokenizer, arch.vocab_size, data)
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
                 **config.rewards.model_dump(),

@@ -7,12 +7,12 @@ says would change what the model computes, and is refused by name.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.files import read_json_object
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,
@@ -21,8 +21,12 @@ from chord_megatron.weights.architecture import (
     ModelArchitecture,
     YarnRope,
 )
+from chord_megatron.weights.config_keys import NEUTRAL, REMEDIES, is_harmless
+from chord_megatron.weights.config_values import RefusedError, count, count_or_none, flag, list_of, positive
 from chord_megatron.weights.families import FAMILIES
+from chord_megatron.weights.foreign import describe_adapter, describe_folder
 from chord_megatron.weights.schema import Family
+from chord_megatron.weights.tied_head import has_own_head
 
 Rope = LinearRope | Llama3Rope | YarnRope
 _ROPE_TYPES: dict[str, type[Rope]] = {"linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}
@@ -49,47 +53,18 @@ _ALSO_READ = {
     "rope_theta",
     "tie_word_embeddings",
 }
-# Read by nobody who computes logits.
-_HARMLESS = {
-    "_attn_implementation_autoset",
-    "_name_or_path",
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "decoder_start_token_id",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "initializer_range",
-    "label2id",
-    "max_length",
-    "model_type",
-    "pad_token_id",
-    "return_dict",
-    "task_specific_params",
-    "torch_dtype",
-    "transformers_version",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_cache",
-}
-_REMEDIES = {
-    "quantization_config": "use the unquantized checkpoint",
-    "sliding_window": "use a model with full attention",
-    "use_sliding_window": "use a model with full attention (use_sliding_window: false)",
-}
 
 
 def read_architecture(model_dir: Path) -> ModelArchitecture:
-    """The architecture in `model_dir/config.json`; UserError names whatever is missing or unsupported."""
+    """The architecture in `model_dir/config.json`; UserError names whatever is missing or unsupported.
+
+    Not tied where the weights beside it have an output layer of their own.
+    """
     try:
-        return parse_config(_read_json(model_dir))
-    except _RefusedError as refused:
+        arch = parse_config(_read_json(model_dir))
+    except RefusedError as refused:
         raise UserError(f"{model_dir}/config.json: {refused}.") from None
-
-
-class _RefusedError(ValueError):
-    """What is wrong with a config, without the name of its file."""
+    return replace(arch, tie_word_embeddings=arch.tie_word_embeddings and not has_own_head(model_dir))
 
 
 def parse_config(config: dict[str, Any]) -> ModelArchitecture:
@@ -97,16 +72,19 @@ def parse_config(config: dict[str, Any]) -> ModelArchitecture:
     family = _find_family(config)
     config = {key: value for key, value in (family.defaults | config).items() if value is not None}
     _refuse_unmodelled(config, family)
-    numbers = {field: _positive(config, key) for field, key in _KEYS.items()}
+    numbers = {
+        field: positive(config, key) if field == "norm_eps" else count(config, key, parts=field == "num_layers")
+        for field, key in _KEYS.items()
+    }
     heads = numbers["num_attention_heads"]
     mla = _latent_attention(config) if family.has_latent_attention else None
     # Old Llama checkpoints leave these out; the fall-backs are those of transformers. Latent attention has no groups.
-    groups = heads if mla or "num_key_value_heads" not in config else _positive(config, "num_key_value_heads")
+    groups = heads if mla or "num_key_value_heads" not in config else count(config, "num_key_value_heads")
     if heads % groups:
-        raise _RefusedError(
+        raise RefusedError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}; mend the config"
         )
-    head_dim = _positive(config, "head_dim") if "head_dim" in config else numbers["hidden_size"] // heads
+    head_dim = count({"head_dim": numbers["hidden_size"] // heads} | config, "head_dim")
     rope_theta, rope_scaling = _rope(config, family)
     return ModelArchitecture(
         family=family.name,
@@ -115,7 +93,7 @@ def parse_config(config: dict[str, Any]) -> ModelArchitecture:
         head_dim=mla.qk_nope_head_dim + mla.qk_rope_head_dim if mla else head_dim,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_layernorm,
         moe=_mixture_of_experts(config, family, numbers["num_layers"]) if family.moe_keys else None,
@@ -154,13 +132,27 @@ def make_config(arch: ModelArchitecture) -> dict[str, Any]:
     return config
 
 
+def said_in_config(arch: ModelArchitecture, field: str) -> str:
+    """What the config.json of an architecture says of one field (`ModelArchitecture.flat`), as `key=value`."""
+    config, family = make_config(arch), FAMILIES[arch.family]
+    keys = _KEYS | {"num_query_groups": "num_key_value_heads", "moe.shared_ffn_hidden_size": "n_shared_experts"}
+    keys |= {f"moe.{name}": spellings[0] for name, spellings in family.moe_keys.items()}
+    if field == "moe.dense_layers":
+        key = "first_k_dense_replace" if "first_k_dense_replace" in config else "mlp_only_layers"
+    else:
+        key = keys.get(field, field.split(".")[-1])
+    if key not in config:
+        key = "architectures"  # which it follows from
+    return f"{key}={config[key]}"
+
+
 def check_config(arch: ModelArchitecture) -> None:
     """Raise UserError where no config.json that is read as this architecture can be written."""
     try:
         written = parse_config(make_config(arch)).flat()
         different = [f"{name}={value}" for name, value in arch.flat().items() if written.get(name) != value]
         reason = f"{', '.join(different)} is not supported for {FAMILIES[arch.family].hf_class}" if different else None
-    except _RefusedError as refused:
+    except RefusedError as refused:
         reason = str(refused)
     if reason:
         raise UserError(f"no config.json can describe this model: {reason}.")
@@ -168,65 +160,61 @@ def check_config(arch: ModelArchitecture) -> None:
 
 def _read_json(model_dir: Path) -> dict[str, Any]:
     if not model_dir.is_dir():
-        raise UserError(f"the model folder {model_dir} is not a directory; give the folder that holds config.json.")
+        raise UserError(
+            f"the model folder {model_dir} is not a directory; download the model and give the folder that holds its "
+            "config.json."
+        )
+    if adapter := describe_adapter(model_dir):
+        raise UserError(f"{model_dir} {adapter}.")
     path = model_dir / "config.json"
     if not path.is_file():
-        raise UserError(f"{model_dir} has no config.json; give a model folder saved by save_pretrained.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); download it again.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object; download it again.")
-    return config
+        kind = describe_folder(model_dir)
+        raise UserError(
+            f"{model_dir} {kind}."
+            if kind
+            else f"{model_dir} has no config.json; give a model folder saved by save_pretrained."
+        )
+    return read_json_object(path, "download it again")
 
 
 def _find_family(config: dict[str, Any]) -> Family:
     by_class = {family.hf_class: family for family in FAMILIES.values()}
-    name = (config.get("architectures") or ["none"])[0]
+    name = (list_of(config, "architectures", str, "names") or ["none"])[0]
     if name not in by_class:
-        raise _RefusedError(f"architecture {name} is not supported; use one of {', '.join(by_class)}")
+        raise RefusedError(f"architecture {name} is not supported; use one of {', '.join(by_class)}")
     return by_class[name]
 
 
 def _refuse_unmodelled(config: dict[str, Any], family: Family) -> None:
     """Raise for every key whose value would change what the model computes."""
     refused = [key for key, value in {"hidden_act": "silu", **family.only}.items() if config.get(key, value) != value]
-    if set(config.get("layer_types", ())) - {"full_attention"}:
+    if set(list_of(config, "layer_types", str, "names")) - {"full_attention"}:
         refused.append("layer_types")
-    known = _HARMLESS | _ALSO_READ | set(_KEYS.values()) | family.only.keys() | family.harmless
+    known = _ALSO_READ | set(_KEYS.values()) | family.only.keys() | family.harmless
     known |= {name for names in family.moe_keys.values() for name in names}
     if family.has_latent_attention:
         known |= {field.name for field in fields(LatentAttention)}
     known |= family.defaults.keys() - {"sliding_window"}
-    refused += [key for key, value in config.items() if value and key not in known]
+    refused += [key for key, value in config.items() if key not in known and not is_harmless(key, value)]
     if refused:
         values = ", ".join(f"`{key}: {config[key]}`" for key in refused)
-        remedy = _REMEDIES.get(refused[0], "use a model without, or add what it means (docs/adding-a-model.md)")
-        raise _RefusedError(f"{values} is not supported for {family.hf_class}; {remedy}")
-
-
-def _positive(config: dict[str, Any], *names: str, inside: str = "") -> Any:
-    """The number under the first of these keys that is there; `inside` names the object they are in."""
-    key = next((name for name in names if name in config), names[0])
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise _RefusedError(f"`{inside}{key}` must be a positive number, found {value!r}")
-    return value
+        remedies = [REMEDIES[key] for key in refused if key in REMEDIES]
+        remedy = (remedies or ["use a model without, or add what it means (docs/adding-a-model.md)"])[0]
+        raise RefusedError(f"{values} is not supported for {family.hf_class}; {remedy}")
 
 
 def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
     """(theta, scaling); transformers 5 keeps both in rope_parameters."""
     key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
     if not all(isinstance(config.get(name, {}), dict) for name in ("rope_scaling", "rope_parameters")):
-        raise _RefusedError(f"`{key}` must be an object, found {config[key]!r}")
+        raise RefusedError(f"`{key}` must be an object, found {config[key]!r}")
     rope = config.get("rope_scaling", {}) | config.get("rope_parameters", {})
-    theta = float(rope.pop("rope_theta", config.get("rope_theta", 10000.0)))
+    theta = float(positive({"rope_theta": config.get("rope_theta", 10000.0)} | rope, "rope_theta"))
     # "type" is the spelling of old checkpoints; transformers reads a mapping with neither as the default.
     old_name = rope.pop("type", "default")
     rope_type = rope.pop("rope_type", old_name)
     if rope_type not in family.rope_types:
-        raise _RefusedError(
+        raise RefusedError(
             f"`{key}` of type {rope_type} is not supported for {family.hf_class}; "
             f"use a model with one of {', '.join(family.rope_types)}"
         )
@@ -235,35 +223,50 @@ def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
     else:
         kind = _ROPE_TYPES[rope_type]
         names = [field.name for field in fields(kind)]
-        scaling = kind(**{name: _positive(_ROPE_DEFAULTS | rope, name, inside=f"{key}.") for name in names})
-    unknown = [name for name, value in rope.items() if value is not None and name not in names]
+        scaling = kind(**{name: positive(_ROPE_DEFAULTS | rope, name, inside=f"{key}.") for name in names})
+    unknown = [n for n, value in rope.items() if n not in ("rope_theta", *names) and not _is_off(n, value)]
     if unknown:
-        raise _RefusedError(f"`{key}` of type {rope_type} has {', '.join(unknown)}, which is not supported")
+        raise RefusedError(f"`{key}` of type {rope_type} has {', '.join(unknown)}, which is not supported")
     return theta, scaling
+
+
+def _is_off(name: str, value: Any) -> bool:
+    return value is None or (name in NEUTRAL and value == NEUTRAL[name])
 
 
 def _latent_attention(config: dict[str, Any]) -> LatentAttention:
     names = [field.name for field in fields(LatentAttention) if field.name != "q_lora_rank"]
     return LatentAttention(
-        q_lora_rank=_positive(config, "q_lora_rank") if "q_lora_rank" in config else None,
-        **{name: _positive(config, name) for name in names},
+        q_lora_rank=count(config, "q_lora_rank") if "q_lora_rank" in config else None,
+        **{name: count(config, name) for name in names},
     )
 
 
 def _mixture_of_experts(config: dict[str, Any], family: Family, num_layers: int) -> MixtureOfExperts:
-    values: dict[str, Any] = {
-        field: bool(config.get(names[0])) if field == "normalize_top_k" else _positive(config, *names)
-        for field, names in family.moe_keys.items()
-    }
+    config = {"decoder_sparse_step": 1} | config
+    values: dict[str, Any] = {field: _moe_value(config, field, names) for field, names in family.moe_keys.items()}
     _check_groups(values)
-    first, step = config.get("first_k_dense_replace", 0), config.get("decoder_sparse_step", 1)
-    named = config.get("mlp_only_layers", ())
+    first, step = (
+        count_or_none(config, "first_k_dense_replace"),
+        count({"decoder_sparse_step": 1} | config, "decoder_sparse_step"),
+    )
+    named = list_of(config, "mlp_only_layers", int, "layer numbers")
     dense = (layer for layer in range(num_layers) if layer < first or layer in named or (layer + 1) % step)
     return MixtureOfExperts(
         **family.moe_settings,
         **values,
         dense_layers=tuple(dense),
-        shared_ffn_hidden_size=values["ffn_hidden_size"] * config.get("n_shared_experts", 0) or None,
+        shared_ffn_hidden_size=values["ffn_hidden_size"] * count_or_none(config, "n_shared_experts") or None,
+    )
+
+
+def _moe_value(config: dict[str, Any], field: str, names: tuple[str, ...]) -> Any:
+    if field == "normalize_top_k":
+        return flag(config, *names)
+    return (
+        positive(config, *names)
+        if field == "routed_scaling_factor"
+        else count(config, *names, parts=field != "ffn_hidden_size")
     )
 
 
@@ -274,7 +277,7 @@ def _check_groups(values: dict[str, Any]) -> None:
     groups, chosen = values.get("top_k_groups"), values["experts_per_token"]
     # transformers adds up the two best scores of a group, group_limited_topk the chosen // groups best ones.
     if groups is not None and chosen // groups != 2:
-        raise _RefusedError(
+        raise RefusedError(
             f"`num_experts_per_tok: {chosen}` with `topk_group: {groups}` is not supported; "
             "use a model that chooses two experts per group, as DeepSeek-V3 does"
         )

@@ -90,7 +90,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 def is_ignorable(hf_name: str, arch: ModelArchitecture) -> bool:
     """Whether a checkpoint may hold this tensor although nothing reads it."""
-    # Old Llama checkpoints save the rotary buffer; some tied ones repeat the embedding as lm_head.
+    # Old Llama checkpoints save the rotary buffer; some tied ones repeat the embedding as lm_head (tied_head.py).
     if hf_name.endswith("rotary_emb.inv_freq") or (arch.tie_word_embeddings and hf_name == "lm_head.weight"):
         return True
     pattern = FAMILIES[arch.family].ignored_tensors

@@ -14,7 +14,8 @@ def list_names(names: Iterable[str]) -> str:
     count = 0
     for name in sorted(set(names)):
         numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
-        groups[re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name)].append(tuple(map(int, numbers)))
+        pattern = name.replace("{", "{{").replace("}", "}}")  # a name of somebody else's
+        groups[re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", pattern)].append(tuple(map(int, numbers)))
         count += 1
     return ", ".join(text for pattern, numbers in groups.items() for text in _fill(pattern, numbers)) + f" ({count})"
 

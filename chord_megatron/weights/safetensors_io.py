@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.files import is_lfs_pointer, read_json_object
 from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.foreign import describe_folder, remedy_for_names
 from chord_megatron.weights.mapping import hf_names, is_ignorable
 from chord_megatron.weights.names import list_names
 from chord_megatron.weights.schema import TensorSpec
 from chord_megatron.weights.shards import TensorSlice
 
+_HEAD = "lm_head.weight"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # As the headers of safetensors files spell them.
@@ -34,7 +36,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LFS_POINTER = b"version https://git-lfs"
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class SafetensorsReader:
@@ -90,16 +92,20 @@ class SafetensorsReader:
     def _read_index(self) -> dict[str, str]:
         index = self._directory / INDEX_FILE
         if not index.is_file():
+            kind = describe_folder(self._directory)
             raise UserError(
-                f"{self._directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with save_pretrained."
+                f"{self._directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; "
+                f"{f'it {kind}' if kind else 'save the model with save_pretrained'}."
             )
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index} is not a safetensors index; download it again.") from error
-        for file in set(weight_map.values()):
-            if not isinstance(file, str) or file in (".", "..") or Path(file).name != file:
+        weight_map = read_json_object(index, "download it again").get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index} is not a safetensors index; download it again.")
+        there = {path.name for path in self._directory.iterdir() if path.is_file()}
+        for file in dict.fromkeys(weight_map.values()):
+            if file in (".", "..") or Path(file).name != file:
                 raise UserError(f"{index} names the file {file!r}, which is not beside it; download the model again.")
+            if file not in there:
+                raise UserError(f"{self._directory} lacks {file}; download the model again.")
         return weight_map
 
     def _check_index(self, weight_map: dict[str, str]) -> None:
@@ -119,8 +125,6 @@ class SafetensorsReader:
         path = self._directory / file
         try:
             handle: Any = stack.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise UserError(f"{self._directory} lacks {file}; download the model again.") from None
         except (SafetensorError, OSError) as error:
             raise UserError(_damage(path, error)) from error
         for name in handle.keys():  # noqa: SIM118, not a mapping
@@ -134,7 +138,7 @@ class SafetensorsReader:
 
 def _damage(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
-        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+        if is_lfs_pointer(file.read(100)):
             return f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there."
     return f"{path} is not a complete safetensors file ({error}); download it again."
 
@@ -142,12 +146,26 @@ def _damage(path: Path, error: Exception) -> str:
 def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
     """Every tensor of the model is there and no other; UserError lists the names."""
     expected, found = hf_names(arch), reader.names()
-    if missing := expected - found:
+    missing, unexpected = expected - found, {name for name in found - expected if not is_ignorable(name, arch)}
+    remedy = remedy_for_names(unexpected, expected)
+    if missing == {_HEAD} and not remedy:
         raise UserError(
-            f"the checkpoint lacks tensors of a {arch.family} model: {list_names(missing)}; download it again."
+            f"the checkpoint lacks {_HEAD}; set tie_word_embeddings: true in config.json if the embedding is the "
+            "head, or save the model with its head"
         )
-    if unexpected := [name for name in found - expected if not is_ignorable(name, arch)]:
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks tensors of a {arch.family} model: {list_names(missing)}; "
+            f"{remedy or 'download it again'}."
+        )
+    if unexpected:
         raise UserError(
             f"the checkpoint has tensors that a {arch.family} model does not: {list_names(unexpected)}; "
-            "use the config.json that belongs to these weights."
+            f"{remedy or 'use the config.json that belongs to these weights'}."
+        )
+    dtypes = {name: reader.spec(name).dtype for name in expected}
+    if foreign := {name: dtype for name, dtype in dtypes.items() if dtype not in WEIGHT_DTYPES}:
+        kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in foreign.values()}))
+        raise UserError(
+            f"{list_names(foreign)} hold {kinds} numbers, which are no weights; use the unquantized checkpoint"
         )

@@ -64,6 +64,7 @@ def test_names_are_listed_in_ranges():
         "layers.3.experts.0, layers.3.experts.1, layers.4.experts.0 (3)"
     )
     assert list_names({"layers.1.a", "layers.1.b"}) == "layers.1.a, layers.1.b (2)"
+    assert list_names({"layers.1.{a}", "{}"}) == "layers.1.{a}, {} (2)"
 
 
 def test_missing_tensors_are_listed(tmp_path: Path) -> None:
@@ -98,14 +99,24 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"weight_map": 1}', '{"weight_map": {"a"', ""])
-def test_a_damaged_index_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{}", "is not a safetensors index"),
+        ('{"weight_map": 1}', "is not a safetensors index"),
+        ('{"weight_map": {"a": 3}}', "is not a safetensors index"),
+        ("[]", "does not hold a JSON object"),
+        ('{"weight_map": {"a"', "is not valid JSON (Expecting ':' delimiter: line 1 column 20 (char 19))"),
+        ("", "is not valid JSON (Expecting value: line 1 column 1 (char 0))"),
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, text: str, what: str) -> None:
     (tmp_path / INDEX).write_text(text)
-    assert refusal(tmp_path) == f"{tmp_path / INDEX} is not a safetensors index; download it again."
+    assert refusal(tmp_path).removesuffix(".") == f"{tmp_path / INDEX} {what}; download it again"
 
 
-@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "..", "a/b", 3])
-def test_an_index_must_name_files_beside_it(tmp_path: Path, file: object) -> None:
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "..", "a/b"])
+def test_an_index_must_name_files_beside_it(tmp_path: Path, file: str) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": file}}))
     assert refusal(tmp_path) == (
         f"{tmp_path / INDEX} names the file {file!r}, which is not beside it; download the model again."

@@ -18,6 +18,7 @@ import yaml
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from safetensors.torch import save_file
+from tiny_tokenizer import write_tokenizer
 from typer.testing import CliRunner
 
 from chord_megatron.checkpoints.conversion import hf_to_megatron
@@ -91,6 +92,7 @@ def run_config(tmp_path: Path) -> Path:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
+    write_tokenizer(model)
     specs = hf_tensors(read_architecture(model), torch.float32)
     save_file({name: torch.zeros(spec.shape) for name, spec in specs.items()}, model / "model.safetensors")
     settings = {
@@ -124,6 +126,7 @@ def test_the_command_on_this_machine(run_config: Path):
     assert all_reduce["status"] == "ok" and 0 < float(all_reduce["found"].removesuffix(" ms")) < 10_000
     assert found["torch"]["found"] == torch.__version__ and found["torch"]["status"] == "ok"
     assert found["chord_megatron"]["status"] == found["gloo"]["status"] == found["weights"]["status"] == "ok"
+    assert found["tokenizer"]["status"] == "ok"
 
 
 @pytest.mark.usefixtures("quick")
@@ -597,6 +600,31 @@ def test_incomplete_weights_of_a_converted_checkpoint_are_named(run_config: Path
     assert check.is_blocking and file.name in check.meaning
     (converted / ".metadata").write_text("cut off")
     assert "is damaged" in configuration.check_weights(converted, arch).meaning
+
+
+def test_the_tokenizer_and_its_end_tokens(run_config: Path):
+    config = load_config(run_config)
+    model = Path(config.model.path)
+    arch = read_architecture(model)
+    check = configuration.check_tokenizer(config, arch)
+    assert (check.status, check.found) == ("ok", "3 tokens") and "128" in check.meaning
+    check = configuration.check_tokenizer(config, replace(arch, vocab_size=2))
+    assert check.is_blocking and check.meaning.startswith("the tokenizer's eos_token has token 2, of which a model")
+    (model / "tokenizer.json").write_text("{")
+    check = configuration.check_tokenizer(config, arch)
+    assert check.is_blocking and "tokenizer.json is not valid JSON" in check.meaning
+
+
+def test_added_tokens_that_the_model_has_no_row_for(run_config: Path):
+    """Whether they occur, only the data says."""
+    config = load_config(run_config, ["rollout.stop_token_ids=[1]"])
+    arch = replace(read_architecture(Path(config.model.path)), vocab_size=3)
+    (Path(config.model.path) / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<end>", "extra_special_tokens": ["<more>", "<most>"]})
+    )
+    check = configuration.check_tokenizer(config, arch)
+    assert (check.status, check.found, check.is_blocking) == ("wrong", "5 tokens", False)
+    assert check.meaning == "the model has no row for those from 3 on: a run whose data hold one is refused"
 
 
 @pytest.mark.usefixtures("quick")

@@ -164,21 +164,25 @@ def test_the_arguments_of_a_model_do_not_contradict_its_config(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("qwen3", {"qk_layernorm": False}, "qk_layernorm=False where config.json says qk_layernorm=True"),
-        ("qwen2", {"num_experts": 4}, "num_experts=4 where config.json says num_experts=None"),
-        ("mixtral", {"num_experts": None}, "num_experts=None where config.json says num_experts=4"),
-        ("mixtral", {"moe_router_topk": 1}, "moe_router_topk=1 where config.json says experts_per_token=2"),
+        (
+            "qwen3",
+            {"qk_layernorm": False},
+            "qk_layernorm=False where config.json says architectures=['Qwen3ForCausalLM']",
+        ),
+        ("qwen2", {"num_experts": 4}, "num_experts=4 where config.json says architectures=['Qwen2ForCausalLM']"),
+        ("mixtral", {"num_experts": None}, "num_experts=None where config.json says num_local_experts=4"),
+        ("mixtral", {"moe_router_topk": 1}, "moe_router_topk=1 where config.json says num_experts_per_tok=2"),
         (
             "mixtral",
             {"moe_router_pre_softmax": True},
-            "moe_router_pre_softmax=True where config.json says normalize_top_k=True",
+            "moe_router_pre_softmax=True where config.json says architectures=['MixtralForCausalLM']",
         ),
         (
             "deepseek_v3",
             {"moe_router_topk_scaling_factor": None},
             "moe_router_topk_scaling_factor=None where config.json says routed_scaling_factor=2.5",
         ),
-        ("deepseek_v3", {"moe_layer_freq": 1}, "moe_layer_freq=1 where config.json says dense_layers=(0,)"),
+        ("deepseek_v3", {"moe_layer_freq": 1}, "moe_layer_freq=1 where config.json says first_k_dense_replace=1"),
         ("deepseek_v3", {"v_head_dim": 12}, "v_head_dim=12 where config.json says v_head_dim=10"),
         (
             "deepseek_v3-plain",

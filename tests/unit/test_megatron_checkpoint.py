@@ -23,6 +23,7 @@ from chord_megatron.checkpoints import writer as megatron_writer
 from chord_megatron.system import atomic as new_directory
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights import safetensors_writer
+from chord_megatron.weights.architecture import ModelArchitecture
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -268,7 +269,7 @@ def test_quantized_tensors_are_refused(model: Path, tmp_path: Path):
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(weights, source / "model.safetensors")
     assert to_megatron_refusal(source, tmp_path) == (
-        "decoder.final_layernorm.weight holds float8_e4m3fn numbers; use the unquantized checkpoint"
+        "model.norm.weight (1) hold float8_e4m3fn numbers, which are no weights; use the unquantized checkpoint"
     )
 
 
@@ -414,8 +415,8 @@ def test_verifying_finds_a_changed_bit(model: Path, megatron: Path, tmp_path: Pa
         write(self, target)
         flip(target / "model.safetensors")
 
-    def copy_and_change(sources: Iterator[Path], target: Path) -> None:
-        tell(sources, target)
+    def copy_and_change(sources: Iterator[Path], target: Path, arch: ModelArchitecture) -> None:
+        tell(sources, target, arch)
         flip(target / "__0_0.distcp")
 
     def flip(path: Path) -> None:

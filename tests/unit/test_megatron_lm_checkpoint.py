@@ -109,12 +109,12 @@ def test_with_the_config_of_the_model(source: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rms_norm_eps": 1e-5}, "layernorm_epsilon=1e-06 where config.json says norm_eps=1e-05"),
+        ({"rms_norm_eps": 1e-5}, "layernorm_epsilon=1e-06 where config.json says rms_norm_eps=1e-05"),
         ({"rope_theta": 1e4}, "rotary_base=500000 where config.json says rope_theta=10000.0"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
             "use_rope_scaling=False, rope_scaling_factor=8.0, rotary_seq_len_interpolation_factor=None "
-            "where config.json says rope_scaling=LinearRope(factor=2.0)",
+            "where config.json says rope_scaling={'rope_type': 'linear', 'factor': 2.0}",
         ),
         (
             {"tie_word_embeddings": True},
@@ -124,7 +124,7 @@ def test_with_the_config_of_the_model(source: Path, tmp_path: Path):
         (
             {"num_attention_heads": 8, "head_dim": 2, "num_key_value_heads": 4},
             "num_attention_heads=4 where config.json says num_attention_heads=8, group_query_attention=True, "
-            "num_query_groups=2 where config.json says num_query_groups=4, "
+            "num_query_groups=2 where config.json says num_key_value_heads=4, "
             "kv_channels=4 where config.json says head_dim=2",
         ),
     ],

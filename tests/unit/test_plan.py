@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_tokenizer import write_tokenizer
 from typer.testing import CliRunner
 
 from chord_megatron.cli import app
@@ -38,8 +39,9 @@ QWEN2_5_7B = {
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shape of Qwen2.5-7B, which is all that planning reads."""
+    """The shape of Qwen2.5-7B, which is all that planning reads, and some tokenizer."""
     path = tmp_path_factory.mktemp("Qwen2.5-7B")
+    write_tokenizer(path)
     (path / "config.json").write_text(json.dumps(QWEN2_5_7B), encoding="utf-8")
     return path
 

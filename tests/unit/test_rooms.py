@@ -32,11 +32,12 @@ MAY_IMPORT = {
     "rollout/serving": "rollout/updates rollout weights system",
     "rollout/servers": "rollout/updates rollout types system",
     "rollout": "rollout/updates rollout/servers backend config ops weights types system",
-    "doctor": "checkpoints planning tracking config weights system",
+    "doctor": "checkpoints planning tracking data config weights system",
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
     "train": "training",
-    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning config weights system",
+    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning data config weights "
+    "system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")

@@ -66,9 +66,10 @@ def _command(options: ServerOptions) -> list[str]:
         "port": options.port,
         "tensor_parallel_size": options.tensor_parallel_size,
         "gpu_memory_utilization": options.gpu_memory_utilization,
-        "weight_transfer_config": json.dumps({"backend": "chord"}),
+        "weight_transfer_config": {"backend": "chord"},
         "middleware": "chord_megatron.rollout.serving.guard.ServerGuard",
     }
+    arguments = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in arguments.items()}
     flags = [part for name, value in arguments.items() for part in ("--" + name.replace("_", "-"), str(value))]
     flags += ["--enable-scale-out", "--disable-uvicorn-access-log", *options.vllm_arguments]
     return [sys.executable, "-m", "chord_megatron.rollout.serving.vllm_server", *flags]

@@ -17,5 +17,6 @@ QWEN3 = Family(
     ),
     qk_layernorm=True,
     defaults={"head_dim": 128},
+    only={"use_qk_norm": True},
     harmless=QWEN2.harmless,
 )

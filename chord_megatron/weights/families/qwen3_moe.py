@@ -27,5 +27,6 @@ QWEN3_MOE = Family(
     },
     moe_settings={"score_function": "softmax"},
     defaults={"norm_topk_prob": False, "mlp_only_layers": [], "decoder_sparse_step": 1},
+    only={"use_qk_norm": True},
     harmless=QWEN2.harmless | {"router_aux_loss_coef", "output_router_logits"},
 )

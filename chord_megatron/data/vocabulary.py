@@ -1,0 +1,66 @@
+"""Token ids against the model's vocabulary: a tokenizer with tokens added, on a model that was not resized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from chord_megatron.config import Config
+from chord_megatron.data.tokenizer import generation_end_tokens
+from chord_megatron.system.errors import UserError
+from chord_megatron.types import ExpertSample, Prompt, foreign_tokens
+
+_REMEDY = (
+    "use the tokenizer that belongs to the model, or give the added tokens rows of their own by transformers' "
+    "resize_token_embeddings(len(tokenizer))"
+)
+
+
+class _Rows(Protocol):
+    """What is tokenized of a run's data."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt]: ...
+
+    @property
+    def eval_prompts(self) -> Sequence[Prompt]: ...
+
+    @property
+    def experts(self) -> Sequence[ExpertSample]: ...
+
+    @property
+    def end_token_ids(self) -> frozenset[int]: ...
+
+
+def check_vocabulary(config: Config, tokenizer: Any, vocab_size: int, data: _Rows | None = None) -> None:
+    """Raise UserError where an end token or a row has a token that the model has no row for.
+
+    Under tensor parallelism such a token would be a vector of zeros without a word, and an IndexError otherwise.
+    """
+    sources = (*_end_tokens(config, tokenizer), *(_rows(config, data) if data else ()))
+    foreign = [(where, token) for where, tokens in sources for token in foreign_tokens(tokens, vocab_size)]
+    if foreign:
+        where, first = foreign[0]
+        raise UserError(
+            f"{where} has token {first}, of which a model of vocab_size {vocab_size} has no row "
+            f"(the largest here is {max(token for _, token in foreign)}); {_REMEDY}"
+        )
+
+
+def _end_tokens(config: Config, tokenizer: Any) -> Iterator[tuple[str, Sequence[int]]]:
+    yield "the tokenizer's eos_token", (tokenizer.eos_token_id,)
+    if config.rollout.stop_token_ids is None:  # those are checked with the rest of the configuration
+        model_dir = Path(config.model.path)
+        yield f"{model_dir}/generation_config.json", generation_end_tokens(model_dir)
+
+
+def _rows(config: Config, data: _Rows) -> Iterator[tuple[str, Sequence[int]]]:
+    yield "the chat template's end of a turn", sorted(data.end_token_ids)
+    for source, rows in (
+        (config.data.dataset, data.prompts),
+        (config.data.eval_dataset, data.eval_prompts),
+        (config.chord.chord_sft_dataset, data.experts),
+    ):
+        for row in rows:
+            yield f"{source} row {row.id}", row.tokens
