@@ -304,6 +304,15 @@ def test_rows_that_cannot_be_rendered_are_named(tmp_path, model, row, data, mess
         load(tmp_path, TOKENIZERS[model], row, **data)
 
 
+def test_the_null_content_beside_a_tool_call_is_kept(tmp_path):
+    """Templates of DeepSeek tell a tool call by it; other keys that are null are as good as absent."""
+    template = "{% for m in messages %}{{ 'calls' if m.content is none else m.content }}{{ 'name' in m }};{% endfor %}"
+    tokenizer = tokenizer_of(QWEN25._replace(template=template))
+    messages = [{**SUM, "name": None}, {**CALL[0], "name": None}, SUM, {"role": "assistant", "content": "2"}]
+    (prompt,) = load(tmp_path, tokenizer, {"messages": messages}).prompts
+    assert prompt.text == "1+1?False;callsFalse;1+1?False;"
+
+
 def test_whatever_a_template_raises_is_the_rows_sentence(tmp_path):
     for expression in ("1 / 0", "messages[0] + 1", "messages.missing.key", "none | length", "[] | first | upper + 3"):
         tokenizer = tokenizer_of(QWEN25._replace(template="{{ " + expression + " }}"))

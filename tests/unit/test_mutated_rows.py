@@ -1,0 +1,82 @@
+"""Damaged bytes in data sets and chat templates: they are read, or one sentence says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from mutations import mutations
+
+from chord_megatron.config import ChordConfig, DataConfig
+from chord_megatron.data.load import load_run_data
+from chord_megatron.system.errors import UserError
+from tests.unit.chat_templates import LLAMA31, MISTRAL, QWEN3, QWEN25, R1_DISTILL, ChatModel, tokenizer_of
+
+CHAT = [
+    {"role": "system", "content": "Add."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "<think>\nadd\n</think>\n\nIt is 2"},
+]
+ROWS: list[dict[str, Any]] = [
+    {"messages": CHAT, "answer": "2", "tools": [{"type": "function", "function": {"name": "add"}}]},
+    {"messages": json.dumps(CHAT[1:2] + CHAT[4:]), "answer": 2.5, "system": "Add.", "level": [1, None]},
+    {"prompt": "1+2?", "answer": "3", "chat_template_kwargs": {"enable_thinking": False}},
+]
+TOKENIZER = tokenizer_of(QWEN25)
+EXAMPLES = 60
+
+
+def failure(source: Path, tokenizer: Any = TOKENIZER, **data: Any) -> str | None:
+    """What loading raises that is not one sentence for the user."""
+    settings = DataConfig(dataset=str(source), max_prompt_length=10_000, **data)
+    try:
+        load_run_data(settings, ChordConfig(chord_sft_dataset=str(source)), tokenizer, expert_max_length=10_000)
+    except UserError as error:
+        return None if str(error).strip() and "\n" not in str(error) else f"no sentence: {error!r}"
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def write_parquet(path: Path) -> None:
+    datasets.Dataset.from_list([{"prompt": CHAT[:2], "answer": "2", "level": 1}] * 3).to_parquet(str(path))
+
+
+@pytest.mark.parametrize("action", ["stop", "skip"])
+@pytest.mark.parametrize(("name", "write", "count"), [("jsonl", write_jsonl, 120), ("parquet", write_parquet, 40)])
+def test_damaged_rows(tmp_path: Path, monkeypatch, name: str, write: Callable[[Path], None], count: int, action: str):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    whole = tmp_path / f"whole.{name}"
+    write(whole)
+    failures = []
+    for number, damaged in enumerate(mutations(whole.read_bytes(), count, seed=name)):
+        path = tmp_path / f"{number}.{name}"  # of its own: `datasets` caches by name and time
+        path.write_bytes(damaged)
+        if found := failure(path, on_bad_row=action):
+            failures.append((found, damaged[:2000]))
+    assert not failures
+
+
+@pytest.mark.parametrize(
+    "model", [QWEN25, QWEN3, LLAMA31, MISTRAL, R1_DISTILL], ids=["Qwen2.5", "Qwen3", "Llama 3.1", "Mistral", "R1"]
+)
+def test_damaged_templates(tmp_path: Path, model: ChatModel):
+    write_jsonl(tmp_path / "rows.jsonl")
+    tokenizer = tokenizer_of(model)
+    failures = []
+    for damaged in mutations(model.template.encode(), EXAMPLES, seed=model.eos):
+        tokenizer.chat_template = damaged.decode(errors="replace")
+        for action in ("stop", "skip"):
+            if found := failure(tmp_path / "rows.jsonl", tokenizer, on_bad_row=action):
+                failures.append((found, tokenizer.chat_template[:2000]))
+    assert not failures
