@@ -113,6 +113,8 @@ def _read_message(message: Any, place: str, column: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise BadRow(f"column {column!r} needs messages of 'role' and 'content'", f"; {place} is {shown(message)}")
     read: Message = without_nulls(message)
+    if "content" in message:
+        read.setdefault("content", None)  # beside a tool call, which some templates tell by it
     content = read.get("content")
     if isinstance(content, list):
         read["content"] = content = _joined(content, place, column)

@@ -23,6 +23,6 @@ def _read_answer(row: Row, conversation: Conversation, answer_column: str) -> Me
     if conversation.column != MESSAGES_COLUMN:
         return {"role": "assistant", "content": read_text(row, answer_column)}
     answer = conversation.answer or {}
-    if not answer.get("content", "").strip() and not answer.get("tool_calls"):
+    if not (answer.get("content") or "").strip() and not answer.get("tool_calls"):
         raise BadRow(f"column {MESSAGES_COLUMN!r} does not end with an assistant's answer")
     return answer

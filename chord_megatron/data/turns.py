@@ -77,7 +77,7 @@ class TextTurns:
         return Turn(text, self._encode(text), "", "", int(self._tokenizer.eos_token_id))
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
-        tokens = tuple(self._tokenizer.encode(answer.get("content", ""), add_special_tokens=False))
+        tokens = tuple(self._tokenizer.encode(answer.get("content") or "", add_special_tokens=False))
         return tokens if tokens[-1:] == (turn.end_token_id,) else (*tokens, turn.end_token_id)
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -117,7 +117,7 @@ class ChatTurns:
         return Turn(text, self._encode(text), prefill, ending, self._end_token(ending))
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
-        content = self._without_end(answer.get("content", ""), turn)
+        content = self._without_end(answer.get("content") or "", turn)
         text = None
         if not self._begun(conversation):
             rendered = self._render([*self._messages(conversation)[0], {**answer, "content": content}], conversation)
@@ -149,7 +149,7 @@ class ChatTurns:
         question = conversation.question
         if isinstance(question, str) or question[-1]["role"] != "assistant":
             return ""
-        return str(question[-1].get("content", ""))
+        return str(question[-1].get("content") or "")
 
     def _render(self, messages: list[Message], conversation: Conversation, **how: Any) -> str:
         kwargs = self._template_kwargs | conversation.template_kwargs | {"tools": conversation.tools} | how
