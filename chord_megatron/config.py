@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
@@ -230,11 +230,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    shown = f"override {_SHORT.repr(override)}"
+    place = f"override {shown(override)}"
     if not equals or not key:
-        raise UserError(f"{shown} must look like group.key=value")
+        raise UserError(f"{place} must look like group.key=value")
     if key in Config.model_fields:
-        raise UserError(f"{shown}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
+        raise UserError(f"{place}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
     *groups, leaf = key.split(".")
     target = raw
     for group in groups:
@@ -242,12 +242,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = target[group] = {}
         if not isinstance(child, dict):
-            raise UserError(f"{shown}: {group!r} is a value, not a group")
+            raise UserError(f"{place}: {group!r} is a value, not a group")
         target = child
     try:
         target[leaf] = read_yaml(value)
     except YamlError:
-        raise UserError(f"{shown}: the value is not valid YAML") from None
+        raise UserError(f"{place}: the value is not valid YAML") from None
 
 
 _MOST_MISTAKES = 5  # in one sentence
@@ -270,7 +270,7 @@ _BOUNDS = {  # pydantic's name and ours
 
 def _explain(error: Any) -> str:
     """One pydantic error as a sentence with the dotted key."""
-    location = [_SHORT.repr(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"]]
+    location = [shown(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"unknown configuration key {name!r}{_nearest(location)}"
@@ -280,11 +280,7 @@ def _explain(error: Any) -> str:
     if bound := _BOUNDS.get(error["type"]):
         remedy = f"must be {bound[1]} {error['ctx'][bound[0]]:.10g}"
     remedy = remedy or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{name}={_SHORT.repr(error['input'])}: {remedy}"
-
-
-_SHORT = reprlib.Repr()  # values of aliases of aliases have no end
-_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 2
+    return f"{name}={shown(error['input'])}: {remedy}"
 
 
 def _nearest(location: list[str]) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from chord_megatron.data.bad_rows import BadRow
-from chord_megatron.data.columns import read_column, shown
+from chord_megatron.data.columns import read_column
 from chord_megatron.data.sources import Row
+from chord_megatron.system.sentences import shown
 
 Message: TypeAlias = dict[str, Any]
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.conversations import Conversation, Message
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,8 +157,7 @@ class ChatTurns:
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
         except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadRow("the chat template refuses the messages", f": {reason[:300]}") from None
+            raise BadRow("the chat template refuses the messages", f": {one_line(error)}") from None
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))  # the template has written them

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
 from chord_megatron.weights.architecture import ModelArchitecture
 
 
@@ -62,12 +63,12 @@ def _check_addresses(rollout: RolloutConfig) -> None:
     urls = [url.rstrip("/") for url in rollout.vllm_servers or ()]
     for url in urls:
         if not _is_server(url):
-            raise UserError(f"rollout.vllm_servers: {url[:80]!r} must look like http://host:port")
+            raise UserError(f"rollout.vllm_servers: {shown(url)} must look like http://host:port")
         if urls.count(url) > 1:
             raise UserError(f"rollout.vllm_servers names {url} twice; name each server once")
     address = rollout.weight_transfer_address
     if not re.fullmatch(_HOST, address):
-        raise UserError(f"rollout.weight_transfer_address={address[:80]!r} must be a host's name or address alone")
+        raise UserError(f"rollout.weight_transfer_address={shown(address)} must be a host's name or address alone")
     for url in urls if rollout.weight_transfer == "broadcast" else ():
         if _is_loopback(address) > _is_loopback(str(urlsplit(url).hostname)):
             raise UserError(

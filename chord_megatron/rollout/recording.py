@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_lines
+from chord_megatron.system.sentences import shown
 from chord_megatron.types import FinishReason, RolloutSample
 
 
@@ -68,10 +68,10 @@ def _as_sample(record: dict[str, Any], vocab_size: int) -> RolloutSample:
             raise ValueError(f"lacks {name!r}")
     for name in _COUNTS:
         if type(values[name]) is not int or values[name] < 0:
-            raise ValueError(f"{name!r} is {reprlib.repr(values[name])}, which is no integer from 0 on")
+            raise ValueError(f"{name!r} is {shown(values[name])}, which is no integer from 0 on")
     if values["finish_reason"] not in get_args(FinishReason):
         names = ", ".join(map(repr, get_args(FinishReason)))
-        raise ValueError(f"'finish_reason' is {reprlib.repr(values['finish_reason'])}, not one of {names}")
+        raise ValueError(f"'finish_reason' is {shown(values['finish_reason'])}, not one of {names}")
     for name, row in ROWS.items():
         _check_row(name, values[name], row)
     _check_completion(values["tokens"], values["response_mask"], values["rollout_log_probs"], vocab_size)
@@ -83,7 +83,7 @@ def _check_row(name: str, values: Any, row: _Row) -> None:
         raise ValueError(f"{name!r} is no list")
     for value in values:
         if type(value) not in row.types:  # not isinstance: a boolean is an int
-            raise ValueError(f"{name!r} holds {reprlib.repr(value)}, which is no {row.what}")
+            raise ValueError(f"{name!r} holds {shown(value)}, which is no {row.what}")
 
 
 def _check_completion(tokens: list[int], mask: list[bool], log_probs: list[float | None], vocab_size: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import read_yaml
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
@@ -42,7 +42,7 @@ class RunDir:
         match = _STEP.fullmatch(name)
         if match is None or not self.checkpoint(int(match[1])).is_dir():
             raise UserError(
-                f"{self._latest} names {reprlib.repr(name)}, which is not there; write a step_N that is, or remove it"
+                f"{self._latest} names {shown(name)}, which is not there; write a step_N that is, or remove it"
             )
         return int(match[1])
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
+from chord_megatron.system.sentences import shown
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,
@@ -207,7 +208,7 @@ def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
     """(theta, scaling); transformers 5 keeps both in rope_parameters."""
     key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
     if not all(isinstance(config.get(name, {}), dict) for name in ("rope_scaling", "rope_parameters")):
-        raise RefusedError(f"`{key}` must be an object, found {config[key]!r}")
+        raise RefusedError(f"`{key}` must be an object, found {shown(config[key])}")
     rope = config.get("rope_scaling", {}) | config.get("rope_parameters", {})
     theta = float(positive({"rope_theta": config.get("rope_theta", 10000.0)} | rope, "rope_theta"))
     # "type" is the spelling of old checkpoints; transformers reads a mapping with neither as the default.
