@@ -22,6 +22,8 @@ _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywher
 _LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
 _LONGEST_WAIT = 1e6  # seconds; poll() takes 2^31 milliseconds
 _LONGEST_NAME = 255  # bytes of one part of a path
+# Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
+_COLDEST, _HOTTEST = 0.01, 100.0
 
 
 def _text(value: str) -> str:
@@ -40,6 +42,12 @@ def _path(value: str) -> str:
     return value
 
 
+def _greedy_or_above(temperature: float) -> float:
+    if 0 < temperature < _COLDEST:
+        raise ValueError(f"must be 0 (greedy) or at least {_COLDEST}")
+    return temperature
+
+
 Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -47,10 +55,13 @@ Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
-# Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
-Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
+Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
+TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 PathName = Annotated[Text, AfterValidator(_path)]
+
+PromptFormat = Literal["chat", "text"]
+OnBadRow = Literal["stop", "skip"]
 
 
 class _Group(BaseModel):
@@ -84,11 +95,11 @@ class DataConfig(_Group):
     prompt_column: Text = "prompt"  # text, or a list of chat messages
     reference_column: Text = "answer"
     reference_pattern: Text | None = None  # a regular expression; group 1 of its match is the reference
-    prompt_format: Literal["chat", "text"] = "chat"
+    prompt_format: PromptFormat = "chat"
     system_prompt: Annotated[str, AfterValidator(_text)] | None = None
     chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as {enable_thinking: false}
     max_prompt_length: Positive = 1024
-    on_bad_row: Literal["stop", "skip"] = "stop"  # of all data sets; skipped rows are counted by reason
+    on_bad_row: OnBadRow = "stop"  # of all data sets; skipped rows are counted by reason
 
 
 class RewardsConfig(_Group):
@@ -104,9 +115,8 @@ class RolloutConfig(_Group):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: NonNegative = 0  # 0 = all
     max_completion_length: Positive = 256
-    stop_token_ids: list[NonNegative] | None = Field(
-        default=None, min_length=1
-    )  # None = the tokenizer's and the model's end tokens
+    # None = the end tokens of template, tokenizer and model.
+    stop_token_ids: list[NonNegative] | None = Field(default=None, min_length=1)
     max_batch_size: Positive = 256  # completions decoded at once per data-parallel rank
     record_to: PathName | None = None  # jsonl of all rollouts, readable by the replay engine
     replay_from: PathName | None = None
@@ -138,9 +148,8 @@ class GRPOConfig(_Group):
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
-    rollout_importance_sampling_threshold: float = Field(
-        default=2.0, gt=1, le=_LARGEST_NUMBER
-    )  # upper bound of a weight, or of its ratio
+    # Upper bound of a weight, or of its ratio.
+    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1, le=_LARGEST_NUMBER)
 
 
 class ChordConfig(_Group):
@@ -181,7 +190,7 @@ class TrainConfig(_Group):
     train_iters: Positive
     seed: NonNegative = 0
     eval_steps: Positive | None = None
-    eval_temperature: float = Field(default=0.0, ge=0, le=100)  # 0 = greedy
+    eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row

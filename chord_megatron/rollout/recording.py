@@ -13,7 +13,7 @@ from torch import Tensor
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_lines
 from chord_megatron.system.sentences import shown
-from chord_megatron.types import FinishReason, RolloutSample
+from chord_megatron.types import FinishReason, RolloutSample, foreign_tokens
 
 
 class _Row(NamedTuple):
@@ -92,9 +92,8 @@ def _check_completion(tokens: list[int], mask: list[bool], log_probs: list[float
     start = len(mask) - sum(mask)
     if start == 0 or any(mask[:start]):
         raise ValueError("'response_mask' is not false on a prompt, then true on its completion")
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"token {token} is not one of the model's {vocab_size}")
+    if foreign := foreign_tokens(tokens, vocab_size):
+        raise ValueError(f"token {foreign[0]} is not one of the model's {vocab_size}")
     for log_prob in log_probs[start:]:
         if log_prob is not None and math.isfinite(log_prob) and log_prob > _ROUNDING:
             raise ValueError(f"log-prob {log_prob} is above 0: these are not logarithms of probabilities")

@@ -62,7 +62,7 @@ class RunDir:
         for key, value in settings.items():
             if before[key] != value:
                 raise UserError(
-                    f"{self.path} holds a run with {key}={str(before[key])[:200]}, but this one has {value}; "
+                    f"{self.path} holds a run with {key}={shown(before[key])}, but this one has {shown(value)}; "
                     "choose another train.output_dir"
                 )
 
@@ -92,10 +92,8 @@ def _read_settings(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     """What a run's configuration says of dotted keys. Raises UserError."""
     try:
         groups = read_yaml(path.read_text(encoding="utf-8"))
-        pairs = {key: key.split(".") for key in keys}
-        values = {key: groups[group].get(leaf) for key, (group, leaf) in pairs.items()}
+        return {key: groups[group].get(leaf) for key in keys for group, leaf in [key.split(".")]}
     except (ValueError, KeyError, TypeError, AttributeError):
-        values = {"": []}
-    if any(isinstance(value, list | dict) for value in values.values()):
-        raise UserError(f"{path} is not the configuration of a run; remove it, or choose another train.output_dir")
-    return values
+        raise UserError(
+            f"{path} is not the configuration of a run; remove it, or choose another train.output_dir"
+        ) from None

@@ -265,7 +265,7 @@ SENTENCES: list[tuple[str, Any, str]] = [
     (
         "train.eval_temperature",
         1e-9,
-        "train.eval_temperature=1e-09 is neither 0 (greedy) nor at least 0.01; set one of them",
+        "train.eval_temperature=1e-09: must be 0 (greedy) or at least 0.01",
     ),
     (
         "rollout.num_generations",

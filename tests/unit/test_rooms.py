@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "batching": "algorithm types system",
     "data": "config types system",
     "rewards": "types system",
-    "planning": "config algorithm weights system",
+    "planning": "config algorithm weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints batching config ops weights types system",
