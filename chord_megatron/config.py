@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import shown
+from chord_megatron.system.sentences import one_line, shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
@@ -42,6 +43,16 @@ def _path(value: str) -> str:
     return value
 
 
+def _pattern(value: str) -> str:
+    try:
+        groups = re.compile(value).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression ({one_line(error)})") from None
+    if groups < 1:
+        raise ValueError(r"must have a group, as in '####\s*(.+)'")
+    return value
+
+
 def _greedy_or_above(temperature: float) -> float:
     if 0 < temperature < _COLDEST:
         raise ValueError(f"must be 0 (greedy) or at least {_COLDEST}")
@@ -58,6 +69,7 @@ Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
 TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+Pattern = Annotated[Text, AfterValidator(_pattern)]
 PathName = Annotated[Text, AfterValidator(_path)]
 
 PromptFormat = Literal["chat", "text"]
@@ -94,7 +106,7 @@ class DataConfig(_Group):
     num_eval_prompts: Positive | None = None  # the first N; None = all
     prompt_column: Text = "prompt"  # text, or a list of chat messages
     reference_column: Text = "answer"
-    reference_pattern: Text | None = None  # a regular expression; group 1 of its match is the reference
+    reference_pattern: Pattern | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: PromptFormat = "chat"
     system_prompt: Annotated[str, AfterValidator(_text)] | None = None
     chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as {enable_thinking: false}
@@ -263,6 +275,8 @@ _MOST_MISTAKES = 5  # in one sentence
 _REMEDIES = {
     "bool_type": "must be true or false",
     "dict_type": "must be a group of keys",
+    "float_type": "must be a number, without quotes",
+    "int_type": "must be an integer, without quotes",
     "list_type": "must be a list, such as [a, b]",
     "model_type": "must be a group of keys",
     "string_too_short": "must not be empty",

@@ -26,7 +26,8 @@ def read_column(row: Row, column: str) -> Any:
         if not isinstance(value, Mapping):
             raise BadRow(f"no column {column!r}", f"; {place} is no object")
         if key not in value:
-            raise BadRow(f"no column {column!r}", f"; {place} has {', '.join(map(repr, value))}")
+            there = ", ".join(map(repr, value))
+            raise BadRow(f"no column {column!r}", f"; {place} has {there}, of which the configuration may name one")
         value, place = value[key], repr(key)
     return value
 

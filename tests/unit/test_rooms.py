@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
     "train": "training",
-    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning data config weights "
-    "system",
+    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data config "
+    "weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")
