@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-import reprlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,12 +16,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import one_line, shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
 _LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
 _LONGEST_WAIT = 1e6  # seconds; poll() takes 2^31 milliseconds
 _LONGEST_NAME = 255  # bytes of one part of a path
+# Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
+_COLDEST, _HOTTEST = 0.01, 100.0
 
 
 def _text(value: str) -> str:
@@ -40,6 +43,22 @@ def _path(value: str) -> str:
     return value
 
 
+def _pattern(value: str) -> str:
+    try:
+        groups = re.compile(value).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"must be a regular expression ({one_line(error)})") from None
+    if groups < 1:
+        raise ValueError(r"must have a group, as in '####\s*(.+)'")
+    return value
+
+
+def _greedy_or_above(temperature: float) -> float:
+    if 0 < temperature < _COLDEST:
+        raise ValueError(f"must be 0 (greedy) or at least {_COLDEST}")
+    return temperature
+
+
 Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -47,10 +66,14 @@ Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
-# Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
-Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
+Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
+TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
 Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+Pattern = Annotated[Text, AfterValidator(_pattern)]
 PathName = Annotated[Text, AfterValidator(_path)]
+
+PromptFormat = Literal["chat", "text"]
+OnBadRow = Literal["stop", "skip"]
 
 
 class _Group(BaseModel):
@@ -83,12 +106,12 @@ class DataConfig(_Group):
     num_eval_prompts: Positive | None = None  # the first N; None = all
     prompt_column: Text = "prompt"  # text, or a list of chat messages
     reference_column: Text = "answer"
-    reference_pattern: Text | None = None  # a regular expression; group 1 of its match is the reference
-    prompt_format: Literal["chat", "text"] = "chat"
+    reference_pattern: Pattern | None = None  # a regular expression; group 1 of its match is the reference
+    prompt_format: PromptFormat = "chat"
     system_prompt: Annotated[str, AfterValidator(_text)] | None = None
     chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as {enable_thinking: false}
     max_prompt_length: Positive = 1024
-    on_bad_row: Literal["stop", "skip"] = "stop"  # of all data sets; skipped rows are counted by reason
+    on_bad_row: OnBadRow = "stop"  # of all data sets; skipped rows are counted by reason
 
 
 class RewardsConfig(_Group):
@@ -104,9 +127,8 @@ class RolloutConfig(_Group):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: NonNegative = 0  # 0 = all
     max_completion_length: Positive = 256
-    stop_token_ids: list[NonNegative] | None = Field(
-        default=None, min_length=1
-    )  # None = the tokenizer's and the model's end tokens
+    # None = the end tokens of template, tokenizer and model.
+    stop_token_ids: list[NonNegative] | None = Field(default=None, min_length=1)
     max_batch_size: Positive = 256  # completions decoded at once per data-parallel rank
     record_to: PathName | None = None  # jsonl of all rollouts, readable by the replay engine
     replay_from: PathName | None = None
@@ -138,9 +160,8 @@ class GRPOConfig(_Group):
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
-    rollout_importance_sampling_threshold: float = Field(
-        default=2.0, gt=1, le=_LARGEST_NUMBER
-    )  # upper bound of a weight, or of its ratio
+    # Upper bound of a weight, or of its ratio.
+    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1, le=_LARGEST_NUMBER)
 
 
 class ChordConfig(_Group):
@@ -181,7 +202,7 @@ class TrainConfig(_Group):
     train_iters: Positive
     seed: NonNegative = 0
     eval_steps: Positive | None = None
-    eval_temperature: float = Field(default=0.0, ge=0, le=100)  # 0 = greedy
+    eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
@@ -230,11 +251,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    shown = f"override {_SHORT.repr(override)}"
+    place = f"override {shown(override)}"
     if not equals or not key:
-        raise UserError(f"{shown} must look like group.key=value")
+        raise UserError(f"{place} must look like group.key=value")
     if key in Config.model_fields:
-        raise UserError(f"{shown}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
+        raise UserError(f"{place}: {key!r} is a group; set one of its keys, as in {key}.KEY=value")
     *groups, leaf = key.split(".")
     target = raw
     for group in groups:
@@ -242,18 +263,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if child is None:
             child = target[group] = {}
         if not isinstance(child, dict):
-            raise UserError(f"{shown}: {group!r} is a value, not a group")
+            raise UserError(f"{place}: {group!r} is a value, not a group")
         target = child
     try:
         target[leaf] = read_yaml(value)
     except YamlError:
-        raise UserError(f"{shown}: the value is not valid YAML") from None
+        raise UserError(f"{place}: the value is not valid YAML") from None
 
 
 _MOST_MISTAKES = 5  # in one sentence
 _REMEDIES = {
     "bool_type": "must be true or false",
     "dict_type": "must be a group of keys",
+    "float_type": "must be a number, without quotes",
+    "int_type": "must be an integer, without quotes",
     "list_type": "must be a list, such as [a, b]",
     "model_type": "must be a group of keys",
     "string_too_short": "must not be empty",
@@ -270,7 +293,7 @@ _BOUNDS = {  # pydantic's name and ours
 
 def _explain(error: Any) -> str:
     """One pydantic error as a sentence with the dotted key."""
-    location = [_SHORT.repr(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"]]
+    location = [shown(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"]]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"unknown configuration key {name!r}{_nearest(location)}"
@@ -280,11 +303,7 @@ def _explain(error: Any) -> str:
     if bound := _BOUNDS.get(error["type"]):
         remedy = f"must be {bound[1]} {error['ctx'][bound[0]]:.10g}"
     remedy = remedy or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return f"{name}={_SHORT.repr(error['input'])}: {remedy}"
-
-
-_SHORT = reprlib.Repr()  # values of aliases of aliases have no end
-_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 2
+    return f"{name}={shown(error['input'])}: {remedy}"
 
 
 def _nearest(location: list[str]) -> str:

@@ -1,28 +1,23 @@
-"""Damage to files, always the same for a seed: bytes that are changed, lost or added, and values of another type."""
+"""Damage to files, always the same: bytes that are lost, doubled or replaced, and values of another kind in JSON."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from typing import Any
 
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+# What parsers stumble over: pieces of JSON, YAML, numbers, text that is none.
 _SNIPPETS = (
-    b'"',
-    b"{",
-    b"[",
-    b"}",
-    b"]",
-    b",",
-    b"9",
-    b"-1",
-    b"null",
-    b"1e400",
-    b"\x00",
-    b"\xff",
-    b"\\ud800",
-    b"[" * 2000,
+    *(b"", b"\x00", b"\xff", b"\xed\xa0\x80", b"\\ud800", b"\\u0000", b"\n", b"\r", b"\t", b" ", b"'", b'"', b"\\"),
+    *(b"null", b"NaN", b"Infinity", b"-1e999", b"1e400", b"true", b"-1", b"0.5", b"1e-400", b"9"),
+    *(b"9" * 30, b"9" * 400, b"7" * 5000, b"[", b"]", b"{", b"}", b",", b":", b"=", b".", b"[]", b"{}", b'"x"'),
+    *(b"*r", b"&r", b"<<", b"!!int", b"? ", b"- ", b"#", b"|", b">", b"step_", "é\u2028".encode()),
+    *(b"[" * 1200, b"{a: " * 1200, b'{"a":' * 1200, b'{"a": [1]}'),
 )
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1.5, 2**40, 10**30, float("nan"), float("inf")),
@@ -30,47 +25,72 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
-def mutations(content: bytes, count: int, seed: str) -> Iterator[bytes]:
-    """`count` damaged copies; half of them of what JSON holds, where it is JSON."""
-    source = random.Random(seed)
-    try:
-        document = json.loads(content)
-    except ValueError:
-        document = None
-    for index in range(count):
-        yield _damaged_bytes(content, source) if document is None or index % 2 else _damaged_json(content, source)
+def check_damaged(content: bytes, examples: int, check: Callable[[bytes], None]) -> None:
+    """Call `check` with damaged copies of `content`; of one that fails hypothesis shows the least damage that does."""
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
+    @given(_damaged(content))
+    def check_each(damaged: bytes) -> None:
+        check(damaged)
+
+    check_each()
 
 
-def _damaged_bytes(content: bytes, source: random.Random) -> bytes:
-    data = bytearray(content)
-    for _ in range(source.choice((1, 1, 2, 4))):
-        place, length = source.randrange(len(data) + 1), source.randrange(1, 24)
-        match source.randrange(5):
-            case 0:
-                data[place : place + 1] = bytes([source.randrange(256)])
-            case 1:
-                del data[place : place + length]
-            case 2:
-                data[place:place] = source.choice(_SNIPPETS)
-            case 3:
-                data[place:place] = data[source.randrange(len(data) + 1) :][:length]
-            case 4 if source.random() < 0.3:
-                del data[place:]
-    return bytes(data)
+@st.composite
+def _damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    for _ in range(draw(st.sampled_from((1, 1, 2, 3)))):
+        change = draw(st.sampled_from((_change_slice, _change_slice, _change_word, _change_value, _change_lines)))
+        content = change(draw, content)
+    return content
 
 
-def _damaged_json(content: bytes, source: random.Random) -> bytes:
-    document = json.loads(content)
-    for _ in range(source.choice((1, 1, 2))):
-        places = list(_places(document))
-        if not places:
-            break
-        parent, key = source.choice(places)
-        if isinstance(parent, dict) and source.random() < 0.25:
+def _change_slice(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes are lost, doubled, replaced or put in between; or all that follow are lost."""
+    start = draw(st.integers(0, len(content)))
+    end = min(len(content), start + draw(st.sampled_from((0, 1, 2, 8, 24, 64))))
+    new = draw(st.sampled_from((*_SNIPPETS, content[start:end] * 2, bytes([draw(st.integers(0, 255))]))))
+    return content[:start] + new + content[end if draw(st.integers(0, 9)) else len(content) :]
+
+
+def _change_word(draw: st.DrawFn, content: bytes) -> bytes:
+    """A word, a number or a quoted text becomes something else."""
+    words = list(re.finditer(rb'"[^"]*"|[-\w.]+', content))
+    if not words:
+        return content
+    start, end = draw(st.sampled_from(words)).span()
+    return content[:start] + draw(st.sampled_from(_SNIPPETS)) + content[end:]
+
+
+def _change_lines(draw: st.DrawFn, content: bytes) -> bytes:
+    lines = content.splitlines(keepends=True)
+    one, other = (draw(st.integers(0, len(lines) - 1)) for _ in range(2)) if lines else (0, 0)
+    lines[one : one + 1], lines[other : other + 1] = lines[other : other + 1], lines[one : one + 1]
+    return b"".join(lines)
+
+
+def _change_value(draw: st.DrawFn, content: bytes) -> bytes:
+    """A value of a JSON text, or of one of its lines, is of another kind, or is not there."""
+    lines = content.splitlines(keepends=True) if _document(content) is None else [content]
+    number = draw(st.integers(0, max(0, len(lines) - 1)))
+    document = _document(lines[number]) if lines else None
+    if document is None:
+        return content
+    if places := list(_places(document)):
+        parent, key = draw(st.sampled_from(places))
+        if isinstance(parent, dict) and draw(st.integers(0, 3)) == 0:
             del parent[key]
         else:
-            parent[key] = deepcopy(source.choice(_VALUES))  # the next change may be in it
-    return json.dumps(document).encode()
+            parent[key] = deepcopy(draw(st.sampled_from(_VALUES)))  # the next change may be in it
+    lines[number] = json.dumps(document).encode() + b"\n"
+    return b"".join(lines)
+
+
+def _document(text: bytes) -> Any:
+    """What JSON says; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _places(node: Any) -> Iterator[tuple[Any, Any]]:

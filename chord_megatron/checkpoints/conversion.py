@@ -19,6 +19,7 @@ from chord_megatron.checkpoints.writer import Piece, plan_pieces, write_checkpoi
 from chord_megatron.system.atomic import new_directory
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.families.common import EMBEDDING, HF_EMBEDDING
 from chord_megatron.weights.hf_config import make_config, read_architecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes, padded_vocab_size, parameter_names
 from chord_megatron.weights.model_files import copy_model_files, set_config_dtype
@@ -27,8 +28,6 @@ from chord_megatron.weights.safetensors_io import WEIGHT_DTYPES, SafetensorsRead
 from chord_megatron.weights.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
 from chord_megatron.weights.schema import TensorLayout, TensorSpec
 from chord_megatron.weights.shards import export_parameter, import_parameter
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,9 @@ def hf_to_megatron(
             progress.start("converting", nbytes)
             write_checkpoint(partial, pieces, arch, lambda piece: _import_piece(piece, arch, reader, progress))
             conversion = Conversion(nbytes, time.monotonic() - start)
-            _finish_folder([source], partial, arch, next(piece.dtype for piece in pieces if piece.name == _EMBEDDING))
+            _finish_folder(
+                [source], partial, arch, next(piece.dtype for piece in pieces if piece.name == EMBEDDING.megatron)
+            )
             if verify:
                 progress.start("verifying", nbytes)
                 check = check_megatron(MegatronReader(partial, arch), reader, arch, progress.advance)
@@ -110,7 +111,7 @@ def megatron_to_hf(
         progress.start("converting", nbytes)
         _write_hf(reader, arch, specs, partial, max_shard_bytes, progress)
         conversion = Conversion(nbytes, time.monotonic() - start)
-        _finish_folder(folders, partial, arch, specs["model.embed_tokens.weight"].dtype)
+        _finish_folder(folders, partial, arch, specs[HF_EMBEDDING].dtype)
         if verify:
             progress.start("verifying", nbytes)
             with SafetensorsReader(partial) as written:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import pickle
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
+from chord_megatron.system.sentences import shown
 
 METADATA_FILE = ".metadata"
 # Where megatron-core keeps what is no tensor, since 0.19 (checkpoints/common_state.py).
@@ -35,9 +37,9 @@ def find_checkpoint(directory: Path) -> Path:
         raise UserError(f"the checkpoint folder {directory} is not a directory")
     if not (directory / METADATA_FILE).is_file() and tracker.is_file():
         latest = tracker.read_bytes().decode("ascii", errors="replace").strip()
-        if latest != "release" and not latest.isdecimal():
+        if not re.fullmatch("release|[0-9]{1,15}", latest):
             raise UserError(
-                f"{tracker} holds {latest[:40]!r}, neither a number nor `release`; name an iteration folder"
+                f"{tracker} holds {shown(latest)}, neither a number nor `release`; name an iteration folder"
             )
         below = directory / ("release" if latest == "release" else f"iter_{int(latest):07d}")
         if not below.is_dir():

@@ -23,7 +23,9 @@ def validated(config: Path, overrides: list[str] | None, world_size: int) -> tup
     """The configuration with its plan. Raises UserError."""
     from chord_megatron.config import load_config
     from chord_megatron.planning.plan import make_plan
+    from chord_megatron.rewards import check_reward_functions
     from chord_megatron.weights.hf_config import read_architecture
 
     resolved = load_config(config, overrides)
+    check_reward_functions(resolved.rewards.reward_funcs, resolved.rewards.reward_weights)
     return resolved, make_plan(resolved, read_architecture(Path(resolved.model.path)), world_size)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, TypeAlias
 
+from chord_megatron.config import OnBadRow
 from chord_megatron.system.errors import UserError
-
-OnBadRow: TypeAlias = Literal["stop", "skip"]
 
 
 class BadRow(Exception):

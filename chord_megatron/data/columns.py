@@ -8,8 +8,7 @@ from typing import Any
 
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.sources import Row
-
-_SHOWN = 80  # characters of a value in a message
+from chord_megatron.system.sentences import shown
 
 
 def read_text(row: Row, column: str) -> str:
@@ -27,7 +26,8 @@ def read_column(row: Row, column: str) -> Any:
         if not isinstance(value, Mapping):
             raise BadRow(f"no column {column!r}", f"; {place} is no object")
         if key not in value:
-            raise BadRow(f"no column {column!r}", f"; {place} has {', '.join(map(repr, value))}")
+            there = ", ".join(map(repr, value))
+            raise BadRow(f"no column {column!r}", f"; {place} has {there}, of which the configuration may name one")
         value, place = value[key], repr(key)
     return value
 
@@ -52,9 +52,3 @@ def as_text(value: Any, column: str) -> str:
         raise BadRow(f"column {column!r} holds an object", f", not text or a number; name {keys} instead")
     kind = "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
     raise BadRow(f"column {column!r} holds {kind}", f", not text or a number: {shown(value)}")
-
-
-def shown(value: Any) -> str:
-    """The beginning of a value, for a message."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from chord_megatron.data.bad_rows import BadRow
-from chord_megatron.data.columns import read_column, shown
+from chord_megatron.data.columns import read_column
 from chord_megatron.data.sources import Row
+from chord_megatron.system.sentences import shown
 
 Message: TypeAlias = dict[str, Any]
 
@@ -29,6 +30,13 @@ class Conversation:
     system: str | None = None
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template, of this row
+
+    @property
+    def begun(self) -> str:
+        """How far the question has written the model's turn: the text of an assistant's message at its end."""
+        if isinstance(self.question, str) or self.question[-1]["role"] != "assistant":
+            return ""
+        return str(self.question[-1].get("content") or "")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -92,21 +100,22 @@ def _read_messages(messages: list[Any], column: str) -> list[Message]:
     read = [_read_message(message, f"message {index}", column) for index, message in enumerate(messages)]
     *earlier, final = read
     for index, message in enumerate(earlier):
-        if message["role"] == "assistant" and any(message.get(flag) for flag in _LOSS_FLAGS):
+        if flag := _flag(message, True):
             raise BadRow(
                 f"column {column!r} trains an assistant's message that is not the last",
-                f", by the flag {_flag(message)!r} of message {index}; make it a row of its own, which ends there",
+                f", by the flag {flag!r} of message {index}; make it a row of its own, which ends there",
             )
-    if final["role"] == "assistant" and any(flag in final and not final[flag] for flag in _LOSS_FLAGS):
+    if flag := _flag(final, False):
         raise BadRow(
-            f"column {column!r} leaves its final answer out of the loss",
-            f", by the flag {_flag(final)!r}; leave such rows out",
+            f"column {column!r} leaves its final answer out of the loss", f", by the flag {flag!r}; leave such rows out"
         )
     return [{key: value for key, value in message.items() if key not in _LOSS_FLAGS} for message in read]
 
 
-def _flag(message: Message) -> str:
-    return next(flag for flag in _LOSS_FLAGS if flag in message)
+def _flag(message: Message, trains: bool) -> str | None:
+    """The flag by which an assistant's message is trained, or is not."""
+    flags = _LOSS_FLAGS if message["role"] == "assistant" else ()
+    return next((flag for flag in flags if flag in message and bool(message[flag]) is trains), None)
 
 
 def _read_message(message: Any, place: str, column: str) -> Message:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, cast
 
 from chord_megatron.data.bad_rows import BadRow, BadRows
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import one_line
 
 Row: TypeAlias = Mapping[str, Any]
 Rows: TypeAlias = Sequence[Row]
@@ -111,7 +112,7 @@ def _read_parquet(path: Path) -> Rows:
     try:
         return cast(Rows, Dataset.from_parquet(str(path)))
     except Exception as error:  # pyarrow and datasets share no base class
-        raise UserError(f"{path} is not a readable parquet file: {_one_line(error)}") from None
+        raise UserError(f"{path} is not a readable parquet file: {type(error).__name__}: {one_line(error)}") from None
 
 
 def _read_hub(source: str, split: str) -> Rows:
@@ -123,9 +124,5 @@ def _read_hub(source: str, split: str) -> Rows:
     except Exception as error:  # network, hub, missing subset or split: no shared base class
         raise UserError(
             f"cannot load the data set {source!r} (split {split!r}); check the name and the network, "
-            f"or give a .jsonl or .parquet file: {_one_line(error)}"
+            f"or give a .jsonl or .parquet file: {type(error).__name__}: {one_line(error)}"
         ) from None
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

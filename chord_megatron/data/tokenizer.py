@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
+from chord_megatron.system.sentences import one_line
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -32,7 +33,7 @@ def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
     except BaseException as error:  # damage fails in every way there is, and a panic in Rust is no Exception
         reason = next(_damages(model_dir), f"{_settings(model_dir)}: {type(error).__name__}: {error}")
         raise UserError(
-            f"{model_dir} has no tokenizer that transformers can load ({_shortened(reason)}); {_REMEDY}"
+            f"{model_dir} has no tokenizer that transformers can load ({one_line(reason)}); {_REMEDY}"
         ) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {model_dir} has no eos_token; set one in tokenizer_config.json")
@@ -77,7 +78,3 @@ def _damages(model_dir: Path) -> Iterator[str]:
 def _settings(model_dir: Path) -> str:
     """The files that say how to build a tokenizer."""
     return " or ".join(name for name in _JSON_FILES if name != "tokenizer.json" and (model_dir / name).is_file())
-
-
-def _shortened(text: str) -> str:
-    return " ".join(text.split())[:300]

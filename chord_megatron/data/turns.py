@@ -10,16 +10,16 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
+from chord_megatron.config import PromptFormat
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.conversations import Conversation, Message
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PromptFormat: TypeAlias = Literal["chat", "text"]
 
 _PROBE = "ChordAnswerProbe"  # stands for an answer; letters only, so that templates leave it as it is
 _THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
@@ -98,15 +98,15 @@ class ChatTurns:
         """template_kwargs: further variables of the template. Raises UserError."""
         if not tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template; set data.prompt_format: text")
-        ours = [name for name in template_kwargs if name in _arguments_of(tokenizer)]
-        if ours:
+        arguments = inspect.signature(tokenizer.apply_chat_template).parameters
+        if ours := [name for name in template_kwargs if name in arguments]:
             raise UserError(f"data.chat_template_kwargs: {ours[0]!r} is set for each row; remove it")
         self._tokenizer, self._system_prompt, self._template_kwargs = tokenizer, system_prompt, template_kwargs
         self._markers = set(tokenizer.added_tokens_decoder)
         self._end_tokens: dict[str, int] = {}  # by what follows an answer
 
     def open(self, conversation: Conversation) -> Turn:
-        messages, begun = self._messages(conversation)
+        messages, begun = self._messages(conversation), conversation.begun
         closed = self._render([*messages, _assistant(begun + _PROBE)], conversation)
         header, found, ending = closed.rpartition(_PROBE)
         if begun and not found:
@@ -119,8 +119,8 @@ class ChatTurns:
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
         content = self._without_end(answer.get("content") or "", turn)
         text = None
-        if not self._begun(conversation):
-            rendered = self._render([*self._messages(conversation)[0], {**answer, "content": content}], conversation)
+        if not conversation.begun:
+            rendered = self._render([*self._messages(conversation), {**answer, "content": content}], conversation)
             text = _difference(rendered, turn.text, content)
         if text is None:
             if answer.get("tool_calls"):
@@ -131,33 +131,25 @@ class ChatTurns:
             return tokens[: tokens.index(turn.end_token_id) + 1]
         return (*self._encode_behind(turn, text.removesuffix(turn.ending)), turn.end_token_id)
 
-    def _messages(self, conversation: Conversation) -> tuple[list[Message], str]:
-        """The messages before the model's turn, and how far a prompt has written that turn."""
+    def _messages(self, conversation: Conversation) -> list[Message]:
+        """The messages before the model's turn."""
         question = conversation.question
         messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
-        begun = self._begun(conversation)
         if messages[-1]["role"] == "assistant":
-            if not begun.strip():
+            if not conversation.begun.strip():
                 raise BadRow("the prompt ends with an assistant's message that has no text to go on from")
             messages = messages[:-1]
         system = conversation.system or self._system_prompt
         if system is not None and not (messages and messages[0]["role"] == "system"):
             messages = [{"role": "system", "content": system}, *messages]
-        return messages, begun
-
-    def _begun(self, conversation: Conversation) -> str:
-        question = conversation.question
-        if isinstance(question, str) or question[-1]["role"] != "assistant":
-            return ""
-        return str(question[-1].get("content") or "")
+        return messages
 
     def _render(self, messages: list[Message], conversation: Conversation, **how: Any) -> str:
         kwargs = self._template_kwargs | conversation.template_kwargs | {"tools": conversation.tools} | how
         try:
             return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
         except Exception as error:  # a template is a program: it may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise BadRow("the chat template refuses the messages", f": {reason[:300]}") from None
+            raise BadRow("the chat template refuses the messages", f": {one_line(error)}") from None
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))  # the template has written them
@@ -182,10 +174,6 @@ class ChatTurns:
             if end in content:
                 raise BadRow("the answer holds its end token in its middle", f": {end!r}")
         return content
-
-
-def _arguments_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    return set(inspect.signature(tokenizer.apply_chat_template).parameters)
 
 
 def _assistant(content: str) -> Message:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from chord_megatron.config import Config
+from chord_megatron.data.load import RunData
 from chord_megatron.data.tokenizer import generation_end_tokens
 from chord_megatron.system.errors import UserError
-from chord_megatron.types import ExpertSample, Prompt, foreign_tokens
+from chord_megatron.types import foreign_tokens
 
 _REMEDY = (
     "use the tokenizer that belongs to the model, or give the added tokens rows of their own by transformers' "
@@ -17,23 +18,7 @@ _REMEDY = (
 )
 
 
-class _Rows(Protocol):
-    """What is tokenized of a run's data."""
-
-    @property
-    def prompts(self) -> Sequence[Prompt]: ...
-
-    @property
-    def eval_prompts(self) -> Sequence[Prompt]: ...
-
-    @property
-    def experts(self) -> Sequence[ExpertSample]: ...
-
-    @property
-    def end_token_ids(self) -> frozenset[int]: ...
-
-
-def check_vocabulary(config: Config, tokenizer: Any, vocab_size: int, data: _Rows | None = None) -> None:
+def check_vocabulary(config: Config, tokenizer: Any, vocab_size: int, data: RunData | None = None) -> None:
     """Raise UserError where an end token or a row has a token that the model has no row for.
 
     Under tensor parallelism such a token would be a vector of zeros without a word, and an IndexError otherwise.
@@ -55,7 +40,7 @@ def _end_tokens(config: Config, tokenizer: Any) -> Iterator[tuple[str, Sequence[
         yield f"{model_dir}/generation_config.json", generation_end_tokens(model_dir)
 
 
-def _rows(config: Config, data: _Rows) -> Iterator[tuple[str, Sequence[int]]]:
+def _rows(config: Config, data: RunData) -> Iterator[tuple[str, Sequence[int]]]:
     yield "the chat template's end of a turn", sorted(data.end_token_ids)
     for source, rows in (
         (config.data.dataset, data.prompts),

@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
+from chord_megatron.types import foreign_tokens
 from chord_megatron.weights.architecture import ModelArchitecture
 
 
@@ -42,18 +44,16 @@ def check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> 
 
 
 def _check_sampling(config: Config, arch: ModelArchitecture) -> None:
-    for token in config.rollout.stop_token_ids or ():
-        if token >= arch.vocab_size:
-            raise UserError(
-                f"rollout.stop_token_ids: {token} is not one of the model's {arch.vocab_size} tokens; name tokens "
-                f"below {arch.vocab_size}, or null for the tokenizer's end tokens"
-            )
-    evaluated_at = config.train.eval_temperature
-    if 0 < evaluated_at < _COLDEST:
+    if foreign := foreign_tokens(config.rollout.stop_token_ids or (), arch.vocab_size):
         raise UserError(
-            f"train.eval_temperature={evaluated_at} is neither 0 (greedy) nor at least {_COLDEST}; set one of them"
+            f"rollout.stop_token_ids: {foreign[0]} is not one of the model's {arch.vocab_size} tokens; name tokens "
+            f"below {arch.vocab_size}, or null for the tokenizer's end tokens"
         )
-    for key, value in (("rollout.temperature", config.rollout.temperature), ("train.eval_temperature", evaluated_at)):
+    temperatures = {
+        "rollout.temperature": config.rollout.temperature,
+        "train.eval_temperature": config.train.eval_temperature,
+    }
+    for key, value in temperatures.items():
         if config.rollout.engine == "vllm" and value > _HOTTEST_OF_VLLM:
             raise UserError(f"{key}={value}, but vLLM samples at {_HOTTEST_OF_VLLM} at most; lower it")
 
@@ -62,12 +62,12 @@ def _check_addresses(rollout: RolloutConfig) -> None:
     urls = [url.rstrip("/") for url in rollout.vllm_servers or ()]
     for url in urls:
         if not _is_server(url):
-            raise UserError(f"rollout.vllm_servers: {url[:80]!r} must look like http://host:port")
+            raise UserError(f"rollout.vllm_servers: {shown(url)} must look like http://host:port")
         if urls.count(url) > 1:
             raise UserError(f"rollout.vllm_servers names {url} twice; name each server once")
     address = rollout.weight_transfer_address
     if not re.fullmatch(_HOST, address):
-        raise UserError(f"rollout.weight_transfer_address={address[:80]!r} must be a host's name or address alone")
+        raise UserError(f"rollout.weight_transfer_address={shown(address)} must be a host's name or address alone")
     for url in urls if rollout.weight_transfer == "broadcast" else ():
         if _is_loopback(address) > _is_loopback(str(urlsplit(url).hostname)):
             raise UserError(
@@ -76,7 +76,7 @@ def _check_addresses(rollout: RolloutConfig) -> None:
             )
 
 
-_COLDEST, _HOTTEST_OF_VLLM = 0.01, 2.0  # SamplingParams._verify_args of vLLM; the first also in config.py
+_HOTTEST_OF_VLLM = 2.0  # SamplingParams._verify_args
 _HOST = r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}"  # a name or an IPv4 address, or an IPv6 one
 
 

@@ -4,6 +4,12 @@ Every one has the same form: `function(prompts, completions, references, **colum
 those of these arguments that their parameters name.
 """
 
-from chord_megatron.rewards.functions import RewardFunctions, Rewards, build_reward_function, columns_of
+from chord_megatron.rewards.functions import (
+    RewardFunctions,
+    Rewards,
+    build_reward_function,
+    check_reward_functions,
+    columns_of,
+)
 
-__all__ = ["RewardFunctions", "Rewards", "build_reward_function", "columns_of"]
+__all__ = ["RewardFunctions", "Rewards", "build_reward_function", "check_reward_functions", "columns_of"]

@@ -44,7 +44,8 @@ class Offer:
         offered = [", ".join(FIXED), *(["the columns " + ", ".join(columns)] if columns else [])]
         return (
             f"needs {', '.join(map(repr, missing))}, which {'is' if len(missing) == 1 else 'are'} not offered; "
-            f"offered are {', '.join(offered)}, and the reference as {', '.join(self.reference_names)}"
+            f"offered are {', '.join(offered)}, and the reference as {', '.join(self.reference_names)}; "
+            "rename the parameter, or give it a default"
         )
 
     def choose(self, parameters: Parameters, fixed: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from chord_megatron.rewards.numbers import Number, read_number, same_number
+from chord_megatron.rewards.numbers import TEXT_COMMAND, Number, read_number, same_number
 
 if TYPE_CHECKING:
     from sympy import Basic
@@ -22,13 +22,12 @@ _SECONDS = 2  # of one call; it interrupts itself with SIGALRM, so only in the m
 _ROUNDED, _EVALUATED = 1e-6, 1e-12  # relative: what is written with a point; the arithmetic of exact formulas
 _SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?!\w)")
 _SENTENCE = re.compile(r"(?<![\\\w])[^\W\d_]{2,}[,:]?\s+[^\W\d_]{2,}")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
 _WORDS = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")
 
 
 def plain_words(text: str) -> str:
     r"""`\text{Paris}` and `**(B)**` as "paris" and "b"."""
-    return " ".join(_TEXT.sub(r"\1", text).lower().split()).strip(" .:*$()")
+    return " ".join(TEXT_COMMAND.sub(r"\1", text).lower().split()).strip(" .:*$()")
 
 
 def read_sentences(text: str) -> Formula:
@@ -48,7 +47,7 @@ def read_formula(text: str) -> Formula:
         return (_as_sympy(number),)
     if _WORDS.fullmatch(plain_words(text)):  # math-verify would multiply their letters
         return ()
-    if "$" in text or _SENTENCE.search(_TEXT.sub("", text)):
+    if "$" in text or _SENTENCE.search(TEXT_COMMAND.sub("", text)):
         return read_sentences(text)
     return read_sentences(f"${text[-_TAIL + 2 :]}$") or read_sentences(text)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from chord_megatron.rewards.arguments import Offer
 from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
-from chord_megatron.rewards.plugin import PluginReward
+from chord_megatron.rewards.plugin import PluginReward, is_plugin
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import Prompt
 
@@ -66,6 +66,25 @@ def columns_of(*data_sets: Sequence[Prompt]) -> list[str]:
     return sorted(set.intersection(*names)) if names else []
 
 
+def check_reward_functions(reward_funcs: list[str], reward_weights: list[float] | None) -> None:
+    """What the configuration says of them, as far as nothing has to be loaded. Raises UserError."""
+    if reward_weights is not None and len(reward_weights) != len(reward_funcs):
+        raise UserError(
+            f"rewards.reward_weights has {len(reward_weights)} values for {len(reward_funcs)} rewards.reward_funcs; "
+            "give one for each, or null"
+        )
+    for name in reward_funcs:
+        if reward_funcs.count(name) > 1:
+            raise UserError(f"rewards.reward_funcs names {name} twice; name it once, with the weight of both")
+        if name not in BUILTIN_REWARDS and not is_plugin(name):
+            match = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
+            nearest = f"; did you mean {match[0]!r}?" if match else ""
+            raise UserError(
+                f"rewards.reward_funcs: unknown reward function {name!r}; use {', '.join(BUILTIN_REWARDS)} or "
+                f"path.py:function{nearest}"
+            )
+
+
 def build_reward_function(
     reward_funcs: list[str],
     reward_weights: list[float] | None,
@@ -78,15 +97,8 @@ def build_reward_function(
 
     `columns` are those of the data: a function that needs another is refused, where they are given. Raises UserError.
     """
+    check_reward_functions(reward_funcs, reward_weights)
     weights = reward_weights if reward_weights is not None else [1.0] * len(reward_funcs)
-    if len(weights) != len(reward_funcs):
-        raise UserError(
-            f"rewards.reward_weights has {len(weights)} values for {len(reward_funcs)} rewards.reward_funcs"
-        )
-    if not all(map(math.isfinite, weights)):
-        raise UserError(f"rewards.reward_weights={weights} must be finite numbers")
-    if len(set(reward_funcs)) < len(reward_funcs):
-        raise UserError(f"rewards.reward_funcs={reward_funcs} names a function twice")
     offer = Offer(columns, reference_column)
     with ExitStack() as resources:  # ends the processes already started where a later function fails
         functions: dict[str, RewardFunction] = {}
@@ -94,19 +106,9 @@ def build_reward_function(
             if name in BUILTIN_REWARDS:
                 functions[name] = BUILTIN_REWARDS[name]
             else:
-                path, function_name = _split(name)
-                plugin = functions[name] = PluginReward(path, function_name, timeout_seconds, offer)
+                plugin = functions[name] = PluginReward(name, timeout_seconds, offer)
                 resources.callback(plugin.close)
         return RewardFunctions(functions, weights, columns or (), resources.pop_all())
-
-
-def _split(name: str) -> tuple[str, str]:
-    path, _, function_name = name.rpartition(":")
-    if path.endswith(".py") and function_name.isidentifier():
-        return path, function_name
-    match = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
-    nearest = f"; did you mean {match[0]!r}?" if match else ""
-    raise UserError(f"unknown reward function {name!r}: use {', '.join(BUILTIN_REWARDS)}, or path.py:function{nearest}")
 
 
 def _checked(name: str, rewards: Any, count: int) -> list[float]:

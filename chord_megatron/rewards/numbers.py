@@ -42,7 +42,7 @@ _PLAINER = (
 )
 _PLAINER_PATTERNS = [(re.compile(pattern), replacement) for pattern, replacement in _PLAINER]
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline\s*\{([0-9]+)\}")  # 0.1\overline{6}
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
+TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _NUMBER = re.compile(
     r"(?P<sign>[-+]?)\s*(?:"
     rf"(?:(?P<whole>{_WHOLE})\s+)?(?P<above>[-+]?\s*{_DECIMAL})\s*/\s*(?P<below>[-+]?\s*{_DECIMAL})"
@@ -110,7 +110,7 @@ def _plain(text: str) -> str:
     text = text.replace(r"\$", "").translate(_SYMBOLS).strip(" \t\r\n*")
     for pattern, replacement in _PLAINER_PATTERNS:
         text = pattern.sub(replacement, text)
-    return _TEXT.sub(_words_of, _REPEATING.sub(_fraction_of, text)).strip()
+    return TEXT_COMMAND.sub(_words_of, _REPEATING.sub(_fraction_of, text)).strip()
 
 
 def _fraction_of(repeating: re.Match[str]) -> str:

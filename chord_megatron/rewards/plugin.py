@@ -17,6 +17,16 @@ from chord_megatron.system.errors import UserError
 _WORKER = Path(__file__).with_name("worker.py")
 
 
+def is_plugin(name: str) -> bool:
+    """Whether it is `path.py:function`. Raises UserError where the file is not there."""
+    path, _, function_name = name.rpartition(":")
+    if not path.endswith(".py") or not function_name.isidentifier():
+        return False
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"reward function {name}: {Path(path).absolute()} does not exist; mend rewards.reward_funcs")
+    return True
+
+
 class PluginReward:
     """`path.py:function` in one persistent child (worker.py), with one JSON line per call and per answer.
 
@@ -24,16 +34,14 @@ class PluginReward:
     fork is unsafe once CUDA or gloo threads exist. After a failure the child is gone and is not restarted.
     """
 
-    def __init__(self, path: str, function_name: str, timeout_seconds: float, offer: Offer):
+    def __init__(self, name: str, timeout_seconds: float, offer: Offer):
         """Start the child and load the function.
 
         Raises UserError where that fails or takes too long, or where the function needs what is not offered.
         """
-        self._name = f"{path}:{function_name}"
-        self._timeout_seconds, self._offer = timeout_seconds, offer
+        self._name, self._timeout_seconds, self._offer = name, timeout_seconds, offer
+        path, _, function_name = name.rpartition(":")
         file = Path(path).expanduser().resolve()
-        if not file.is_file():
-            raise UserError(f"reward function {self._name}: {file} does not exist")
         # -P keeps this folder off the child's path; a new session keeps Ctrl-C for the parent.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(file), function_name],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import reprlib
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple, get_args
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_lines
-from chord_megatron.types import FinishReason, RolloutSample
+from chord_megatron.system.sentences import shown
+from chord_megatron.types import FinishReason, RolloutSample, foreign_tokens
 
 
 class _Row(NamedTuple):
@@ -68,10 +68,10 @@ def _as_sample(record: dict[str, Any], vocab_size: int) -> RolloutSample:
             raise ValueError(f"lacks {name!r}")
     for name in _COUNTS:
         if type(values[name]) is not int or values[name] < 0:
-            raise ValueError(f"{name!r} is {reprlib.repr(values[name])}, which is no integer from 0 on")
+            raise ValueError(f"{name!r} is {shown(values[name])}, which is no integer from 0 on")
     if values["finish_reason"] not in get_args(FinishReason):
         names = ", ".join(map(repr, get_args(FinishReason)))
-        raise ValueError(f"'finish_reason' is {reprlib.repr(values['finish_reason'])}, not one of {names}")
+        raise ValueError(f"'finish_reason' is {shown(values['finish_reason'])}, not one of {names}")
     for name, row in ROWS.items():
         _check_row(name, values[name], row)
     _check_completion(values["tokens"], values["response_mask"], values["rollout_log_probs"], vocab_size)
@@ -83,7 +83,7 @@ def _check_row(name: str, values: Any, row: _Row) -> None:
         raise ValueError(f"{name!r} is no list")
     for value in values:
         if type(value) not in row.types:  # not isinstance: a boolean is an int
-            raise ValueError(f"{name!r} holds {reprlib.repr(value)}, which is no {row.what}")
+            raise ValueError(f"{name!r} holds {shown(value)}, which is no {row.what}")
 
 
 def _check_completion(tokens: list[int], mask: list[bool], log_probs: list[float | None], vocab_size: int) -> None:
@@ -92,9 +92,8 @@ def _check_completion(tokens: list[int], mask: list[bool], log_probs: list[float
     start = len(mask) - sum(mask)
     if start == 0 or any(mask[:start]):
         raise ValueError("'response_mask' is not false on a prompt, then true on its completion")
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise ValueError(f"token {token} is not one of the model's {vocab_size}")
+    if foreign := foreign_tokens(tokens, vocab_size):
+        raise ValueError(f"token {foreign[0]} is not one of the model's {vocab_size}")
     for log_prob in log_probs[start:]:
         if log_prob is not None and math.isfinite(log_prob) and log_prob > _ROUNDING:
             raise ValueError(f"log-prob {log_prob} is above 0: these are not logarithms of probabilities")

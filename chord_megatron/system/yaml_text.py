@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from chord_megatron.system.sentences import one_line
+
 _STANDARD = "tag:yaml.org,2002:"
 # Tag, what it looks like (YAML 1.2.2, 10.3.2), and what it can begin with.
 _SCALARS = (
@@ -38,7 +40,7 @@ def read_yaml(text: str) -> Any:
     except RecursionError:
         raise YamlError("it is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise YamlError(" ".join(str(error).split())[:300]) from None
+        raise YamlError(one_line(error)) from None
 
 
 def write_yaml(value: Any) -> str:

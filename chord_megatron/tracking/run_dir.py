@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import reprlib
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import read_yaml
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
@@ -42,7 +42,7 @@ class RunDir:
         match = _STEP.fullmatch(name)
         if match is None or not self.checkpoint(int(match[1])).is_dir():
             raise UserError(
-                f"{self._latest} names {reprlib.repr(name)}, which is not there; write a step_N that is, or remove it"
+                f"{self._latest} names {shown(name)}, which is not there; write a step_N that is, or remove it"
             )
         return int(match[1])
 
@@ -62,7 +62,7 @@ class RunDir:
         for key, value in settings.items():
             if before[key] != value:
                 raise UserError(
-                    f"{self.path} holds a run with {key}={str(before[key])[:200]}, but this one has {value}; "
+                    f"{self.path} holds a run with {key}={shown(before[key])}, but this one has {shown(value)}; "
                     "choose another train.output_dir"
                 )
 
@@ -92,10 +92,8 @@ def _read_settings(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     """What a run's configuration says of dotted keys. Raises UserError."""
     try:
         groups = read_yaml(path.read_text(encoding="utf-8"))
-        pairs = {key: key.split(".") for key in keys}
-        values = {key: groups[group].get(leaf) for key, (group, leaf) in pairs.items()}
+        return {key: groups[group].get(leaf) for key in keys for group, leaf in [key.split(".")]}
     except (ValueError, KeyError, TypeError, AttributeError):
-        values = {"": []}
-    if any(isinstance(value, list | dict) for value in values.values()):
-        raise UserError(f"{path} is not the configuration of a run; remove it, or choose another train.output_dir")
-    return values
+        raise UserError(
+            f"{path} is not the configuration of a run; remove it, or choose another train.output_dir"
+        ) from None

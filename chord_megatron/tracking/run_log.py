@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
+from chord_megatron.system.sentences import shown
 from chord_megatron.tracking.progress import Metrics, ProgressLine
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     for line, record in enumerate(read_json_lines(path), start=1):
         for key, value in record.items():
             if value is not None and (type(value) not in (int, float) or not abs(value) < _LARGEST):
-                raise UserError(f"line {line} of {path}: {key[:80]!r} is no number; remove that line")
+                raise UserError(f"line {line} of {path}: {shown(key)} is no number; remove that line")
         yield record
 
 

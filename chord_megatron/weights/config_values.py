@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from chord_megatron.system.sentences import shown
+
 _LARGEST = 2**31 - 1
 _MOST_PARTS = 10**5  # layers, experts: more than any model has; the tables grow with them
 
@@ -14,11 +16,15 @@ class RefusedError(ValueError):
     """What is wrong with a config, without the name of its file."""
 
 
+def _refused(key: str, kind: str, value: Any) -> RefusedError:
+    return RefusedError(f"`{key}` must be {kind}, found {shown(value)}; copy config.json from the model again")
+
+
 def positive(config: Mapping[str, Any], *names: str, inside: str = "") -> Any:
     """The finite number above 0 under the first of these keys that is there; `inside` names the object they are in."""
     key, value = _find(config, names)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise RefusedError(f"`{inside}{key}` must be a positive number, found {_shown(value)}")
+        raise _refused(inside + key, "a positive number", value)
     return value
 
 
@@ -28,9 +34,9 @@ def count(config: Mapping[str, Any], *names: str, parts: bool = False) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or value < 1:
-        raise RefusedError(f"`{key}` must be a positive whole number, found {_shown(value)}")
+        raise _refused(key, "a positive whole number", value)
     if value > (largest := _MOST_PARTS if parts else _LARGEST):
-        raise RefusedError(f"`{key}` must be a positive whole number of up to {largest}, found {_shown(value)}")
+        raise _refused(key, f"a positive whole number of up to {largest}", value)
     return value
 
 
@@ -43,7 +49,7 @@ def flag(config: Mapping[str, Any], name: str) -> bool:
     """False where it is absent."""
     value = config.get(name, False)
     if not isinstance(value, bool):
-        raise RefusedError(f"`{name}` must be true or false, found {_shown(value)}")
+        raise _refused(name, "true or false", value)
     return value
 
 
@@ -51,16 +57,10 @@ def list_of(config: Mapping[str, Any], name: str, kind: type, what: str) -> list
     """Empty where it is absent."""
     value = config.get(name, [])
     if not isinstance(value, list) or not all(type(item) is kind for item in value):
-        raise RefusedError(f"`{name}` must be a list of {what}, found {_shown(value)}")
+        raise _refused(name, f"a list of {what}", value)
     return value
 
 
 def _find(config: Mapping[str, Any], names: tuple[str, ...]) -> tuple[str, Any]:
     key = next((name for name in names if name in config), names[0])
     return key, config.get(key)
-
-
-def _shown(value: Any) -> str:
-    """A value that may be as long as a damaged file."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from chord_megatron.weights.families.common import HF_EMBEDDING
+
 _ADAPTER = "adapter_config.json"
 # The first row of which a pattern is in the folder says what it is; {} is the first file that matches.
 _FOLDERS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -89,8 +91,7 @@ def remedy_for_names(found: Iterable[str], expected: set[str]) -> str | None:
     for pattern, meaning in _NAMES:
         if any(re.search(pattern, name) for name in found):
             return meaning
-    embedding = "model.embed_tokens.weight"
-    prefix = next((name.removesuffix(embedding) for name in found if name.endswith(f".{embedding}")), None)
+    prefix = next((name.removesuffix(HF_EMBEDDING) for name in found if name.endswith(f".{HF_EMBEDDING}")), None)
     if prefix and any(prefix + name in found for name in expected):
         return _WRAPPER.format(prefix)
     return None

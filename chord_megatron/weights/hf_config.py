@@ -13,6 +13,7 @@ from typing import Any
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
+from chord_megatron.system.sentences import shown
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,
@@ -168,12 +169,8 @@ def _read_json(model_dir: Path) -> dict[str, Any]:
         raise UserError(f"{model_dir} {adapter}.")
     path = model_dir / "config.json"
     if not path.is_file():
-        kind = describe_folder(model_dir)
-        raise UserError(
-            f"{model_dir} {kind}."
-            if kind
-            else f"{model_dir} has no config.json; give a model folder saved by save_pretrained."
-        )
+        kind = describe_folder(model_dir) or "has no config.json; give a model folder saved by save_pretrained"
+        raise UserError(f"{model_dir} {kind}.")
     return read_json_object(path, "download it again")
 
 
@@ -207,7 +204,7 @@ def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
     """(theta, scaling); transformers 5 keeps both in rope_parameters."""
     key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
     if not all(isinstance(config.get(name, {}), dict) for name in ("rope_scaling", "rope_parameters")):
-        raise RefusedError(f"`{key}` must be an object, found {config[key]!r}")
+        raise RefusedError(f"`{key}` must be an object, found {shown(config[key])}")
     rope = config.get("rope_scaling", {}) | config.get("rope_parameters", {})
     theta = float(positive({"rope_theta": config.get("rope_theta", 10000.0)} | rope, "rope_theta"))
     # "type" is the spelling of old checkpoints; transformers reads a mapping with neither as the default.
@@ -243,13 +240,10 @@ def _latent_attention(config: dict[str, Any]) -> LatentAttention:
 
 
 def _mixture_of_experts(config: dict[str, Any], family: Family, num_layers: int) -> MixtureOfExperts:
-    config = {"decoder_sparse_step": 1} | config
     values: dict[str, Any] = {field: _moe_value(config, field, names) for field, names in family.moe_keys.items()}
     _check_groups(values)
-    first, step = (
-        count_or_none(config, "first_k_dense_replace"),
-        count({"decoder_sparse_step": 1} | config, "decoder_sparse_step"),
-    )
+    first = count_or_none(config, "first_k_dense_replace")
+    step = count({"decoder_sparse_step": 1} | config, "decoder_sparse_step")
     named = list_of(config, "mlp_only_layers", int, "layer numbers")
     dense = (layer for layer in range(num_layers) if layer < first or layer in named or (layer + 1) % step)
     return MixtureOfExperts(
@@ -263,11 +257,9 @@ def _mixture_of_experts(config: dict[str, Any], family: Family, num_layers: int)
 def _moe_value(config: dict[str, Any], field: str, names: tuple[str, ...]) -> Any:
     if field == "normalize_top_k":
         return flag(config, *names)
-    return (
-        positive(config, *names)
-        if field == "routed_scaling_factor"
-        else count(config, *names, parts=field != "ffn_hidden_size")
-    )
+    if field == "routed_scaling_factor":
+        return positive(config, *names)
+    return count(config, *names, parts=field != "ffn_hidden_size")
 
 
 def _check_groups(values: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import torch
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families import FAMILIES
-from chord_megatron.weights.families.common import EMBEDDING, FINAL_NORM, OUTPUT, TIED_OUTPUT
+from chord_megatron.weights.families.common import EMBEDDING, FINAL_NORM, HF_HEAD, OUTPUT, TIED_OUTPUT
 from chord_megatron.weights.schema import ParameterMapping, TensorSpec
 
 _VOCAB_MULTIPLE = 128  # Megatron-LM's --make-vocab-size-divisible-by
@@ -91,7 +91,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def is_ignorable(hf_name: str, arch: ModelArchitecture) -> bool:
     """Whether a checkpoint may hold this tensor although nothing reads it."""
     # Old Llama checkpoints save the rotary buffer; some tied ones repeat the embedding as lm_head (tied_head.py).
-    if hf_name.endswith("rotary_emb.inv_freq") or (arch.tie_word_embeddings and hf_name == "lm_head.weight"):
+    if hf_name.endswith("rotary_emb.inv_freq") or (arch.tie_word_embeddings and hf_name == HF_HEAD):
         return True
     pattern = FAMILIES[arch.family].ignored_tensors
     return pattern is not None and re.fullmatch(pattern.format(num_layers=arch.num_layers), hf_name) is not None

@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import is_lfs_pointer, read_json_object
 from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.families.common import HF_HEAD
 from chord_megatron.weights.foreign import describe_folder, remedy_for_names
 from chord_megatron.weights.mapping import hf_names, is_ignorable
 from chord_megatron.weights.names import list_names
 from chord_megatron.weights.schema import TensorSpec
 from chord_megatron.weights.shards import TensorSlice
 
-_HEAD = "lm_head.weight"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 # As the headers of safetensors files spell them.
@@ -148,9 +148,9 @@ def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
     expected, found = hf_names(arch), reader.names()
     missing, unexpected = expected - found, {name for name in found - expected if not is_ignorable(name, arch)}
     remedy = remedy_for_names(unexpected, expected)
-    if missing == {_HEAD} and not remedy:
+    if missing == {HF_HEAD} and not remedy:
         raise UserError(
-            f"the checkpoint lacks {_HEAD}; set tie_word_embeddings: true in config.json if the embedding is the "
+            f"the checkpoint lacks {HF_HEAD}; set tie_word_embeddings: true in config.json if the embedding is the "
             "head, or save the model with its head"
         )
     if missing:

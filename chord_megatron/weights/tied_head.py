@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.weights.families.common import HF_EMBEDDING, HF_HEAD
 from chord_megatron.weights.safetensors_io import SafetensorsReader
 
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _NUMBERS_AT_ONCE = 2**22
 
 
@@ -22,16 +22,16 @@ def has_own_head(model_dir: Path) -> bool:
     """
     try:
         with SafetensorsReader(model_dir) as reader:
-            return reader.names() >= {_EMBEDDING, _HEAD} and not _are_equal(reader)
+            return reader.names() >= {HF_EMBEDDING, HF_HEAD} and not _are_equal(reader)
     except UserError:
         return False
 
 
 def _are_equal(reader: SafetensorsReader) -> bool:
-    shape = reader.spec(_EMBEDDING).shape
-    if reader.spec(_HEAD).shape != shape:
+    shape = reader.spec(HF_EMBEDDING).shape
+    if reader.spec(HF_HEAD).shape != shape:
         return False
-    head, embedding = reader.get_slice(_HEAD), reader.get_slice(_EMBEDDING)
+    head, embedding = reader.get_slice(HF_HEAD), reader.get_slice(HF_EMBEDDING)
     step = max(1, _NUMBERS_AT_ONCE // max(1, *shape[1:]))
     return all(_same_numbers(head[i : i + step], embedding[i : i + step]) for i in range(0, shape[0], step))
 

@@ -58,7 +58,7 @@ BEFORE_THE_FIRST_STEP = {
         ("unknown configuration key 'train.train_itres'; did you mean 'train.train_iters'?",),
     ),
     "override without a value": (("train.train_iters",), ("'train.train_iters' must look like group.key=value",)),
-    "wrong type": (("train.train_iters=many",), ("train.train_iters='many': must be a valid integer",)),
+    "wrong type": (("train.train_iters=many",), ("train.train_iters='many': must be an integer, without quotes",)),
     "TP and heads": (
         ("parallel.tensor_model_parallel_size=3",),
         ("parallel.tensor_model_parallel_size=3 does not divide the model's 4 attention heads", "divisor of 4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -263,7 +264,7 @@ def test_the_resolved_configuration_reads_back_equal(minimal: Path, tmp_path: Pa
                 {"dataset": st.text(min_size=1, max_size=60)},
                 optional={
                     "system_prompt": st.none() | st.text(),
-                    "reference_pattern": st.none() | st.text(min_size=1),
+                    "reference_pattern": st.none() | st.text().map(lambda text: f"({re.escape(text)})"),
                     "prompt_column": st.text(min_size=1),
                 },
             ),

@@ -236,17 +236,23 @@ def test_extremes_of_several_keys_compute_or_are_refused(tmp_path_factory: pytes
 # Key, value, and the sentence.
 SENTENCES: list[tuple[str, Any, str]] = [
     ("train.seed", 2**31, "train.seed=2147483648: must be at most 2147483647"),
-    ("train.train_iters", True, "train.train_iters=True: must be a valid integer"),
-    ("train.train_iters", "12", "train.train_iters='12': must be a valid integer"),
-    ("train.train_iters", 12.0, "train.train_iters=12.0: must be a valid integer"),
-    ("train.train_iters", None, "train.train_iters=None: must be a valid integer"),
+    ("train.train_iters", True, "train.train_iters=True: must be an integer, without quotes"),
+    ("train.train_iters", "12", "train.train_iters='12': must be an integer, without quotes"),
+    ("train.train_iters", 12.0, "train.train_iters=12.0: must be an integer, without quotes"),
+    ("train.train_iters", None, "train.train_iters=None: must be an integer, without quotes"),
     ("train.output_dir", "", "train.output_dir='': must not be empty"),
     ("train.output_dir", "a\0b", "train.output_dir='a\\x00b': must be text without NUL and halves of characters"),
     ("data.dataset_split", False, "data.dataset_split=False: must be text; put it in quotes"),
     ("data.dataset_split", 7, "data.dataset_split=7: must be text; put it in quotes"),
     ("grpo.loss_type", "bnpo", "grpo.loss_type='bnpo': must be 'dapo', 'grpo' or 'dr_grpo'"),
     ("model.recompute", 1, "model.recompute=1: must be true or false"),
-    ("optimizer.lr", "x", "optimizer.lr='x': must be a valid number"),
+    (
+        "data.reference_pattern",
+        "(",
+        "data.reference_pattern='(': must be a regular expression (missing ), unterminated subpattern at position 0)",
+    ),
+    ("data.reference_pattern", "1", r"data.reference_pattern='1': must have a group, as in '####\s*(.+)'"),
+    ("optimizer.lr", "x", "optimizer.lr='x': must be a number, without quotes"),
     ("optimizer.lr", math.inf, "optimizer.lr=inf: must be a finite number"),
     ("optimizer.adam_beta1", 1.0, "optimizer.adam_beta1=1.0: must be below 1"),
     ("optimizer.adam_eps", 0, "optimizer.adam_eps=0: must be at least 1e-30"),
@@ -265,7 +271,7 @@ SENTENCES: list[tuple[str, Any, str]] = [
     (
         "train.eval_temperature",
         1e-9,
-        "train.eval_temperature=1e-09 is neither 0 (greedy) nor at least 0.01; set one of them",
+        "train.eval_temperature=1e-09: must be 0 (greedy) or at least 0.01",
     ),
     (
         "rollout.num_generations",

@@ -497,3 +497,18 @@ def test_the_examples_validate(model_dir: Path, example: str, rows: tuple[str, .
     assert result.exit_code == 0, result.stderr
     for row in rows:
         assert row in result.stdout
+
+
+def test_validate_looks_at_the_names_of_reward_functions(model_dir: Path):
+    arguments = ["validate", str(EXAMPLES / "gsm8k/gsm8k.yaml"), f"model.path={model_dir}", "--nproc-per-node", "8"]
+    result = CliRunner().invoke(app, [*arguments, "rewards.reward_funcs=[acuracy]"])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: rewards.reward_funcs: unknown reward function 'acuracy'; use accuracy, format or path.py:function; did "
+        "you mean 'accuracy'?\n",
+    )
+    result = CliRunner().invoke(app, [*arguments, "rewards.reward_weights=[1.0, 2.0]"])
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error: rewards.reward_weights has 2 values for 1 rewards.reward_funcs; give one for each, or null\n",
+    )

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "batching": "algorithm types system",
     "data": "config types system",
     "rewards": "types system",
-    "planning": "config algorithm weights system",
+    "planning": "config algorithm weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints batching config ops weights types system",
@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
     "train": "training",
-    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning data config weights "
-    "system",
+    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data config "
+    "weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")

@@ -111,9 +111,7 @@ def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path, below: st
     assert str(error.value) == f"{tmp_path / 'file'} is a file; choose another train.output_dir"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "- a\n", "train: 3\n", "train: {seed: [0]}\n", "train: {seed: 1\n", "\x00", "a: 1"]
-)
+@pytest.mark.parametrize("text", ["", "- a\n", "train: 3\n", "train: {seed: 1\n", "\x00", "a: 1"])
 def test_a_configuration_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.config.write_text(text, encoding="utf-8")

@@ -292,6 +292,12 @@ def test_the_end_of_a_turn_stops_rollouts(tmp_path, model, ends):
         ),
         (
             QWEN25,
+            {"messages": [SUM, {"role": "assistant", "content": "2", "loss": True, "loss_scale": 0.0}]},
+            {},
+            r":1: .*final answer out of the loss, by the flag 'loss_scale'",
+        ),
+        (
+            QWEN25,
             {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "answer": "2"},
             {},
             r":1: .*message 0.*'image'",

@@ -9,6 +9,7 @@ import httpx
 
 from chord_megatron.rollout.updates.agreement import TOKEN_VARIABLE
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import one_line
 
 Json = dict[str, Any]
 
@@ -62,7 +63,7 @@ class ServerClient:
             raise ServerError(f"{path}: {type(error).__name__} {error}".rstrip()) from None
         if response.status_code == 401:
             raise UserError(f"{server.url} refuses the token; set the {TOKEN_VARIABLE} that it was started with")
-        text = " ".join(response.text.split())[:300]
+        text = one_line(response.text)
         if response.status_code in (400, 404, 422):
             raise UserError(f"{server.url} refuses {path}: {text}; is it a `chord-megatron serve` of this release?")
         if not response.is_success:

@@ -17,14 +17,15 @@ def is_moe(arch: ModelArchitecture, layer: int) -> bool:
     return arch.is_moe_layer(layer)
 
 
+HF_EMBEDDING, HF_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Outside the layers.
 EMBEDDING = ParameterMapping(
-    "embedding.word_embeddings.weight", {"model.embed_tokens.weight": ("vocab", "hidden")}, TensorLayout.VOCAB
+    "embedding.word_embeddings.weight", {HF_EMBEDDING: ("vocab", "hidden")}, TensorLayout.VOCAB
 )
 FINAL_NORM = ParameterMapping(
     "decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}, TensorLayout.REPLICATED
 )
-OUTPUT = ParameterMapping("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, TensorLayout.VOCAB)
+OUTPUT = ParameterMapping("output_layer.weight", {HF_HEAD: ("vocab", "hidden")}, TensorLayout.VOCAB)
 # With tied embeddings only the last pipeline stage has this parameter: its own copy of the embedding.
 TIED_OUTPUT = ParameterMapping(OUTPUT.megatron, EMBEDDING.hf, TensorLayout.VOCAB, is_copy=True)
 

@@ -1,0 +1,21 @@
+"""What others wrote, quoted in a sentence: on one line, and no longer than one reads."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+_LONGEST = 300  # characters of a library's message
+# Of lists and groups the first items alone: values of YAML's aliases of aliases have no end.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxother, _SHORT.maxlevel = 80, 80, 2
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, without its middle where it is long."""
+    return _SHORT.repr(value)
+
+
+def one_line(error: object) -> str:
+    """The text of an error, or of somebody's answer; the error's type where it says nothing."""
+    return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
