@@ -71,7 +71,7 @@ def test_a_thought_that_does_not_fit_the_opened_turn_is_refused(tmp_path):
             DEEPSEEK_V3,
             {"messages": [DEVELOPER, SUM, said("2")]},
             {},
-            r":1: the chat template does not write .*developer",
+            r":1: the chat template .*developer",
         ),
         (QWEN25._replace(template="{{ messages[-1].content }}="), ROW, {"system_prompt": "Add."}, r":1: .*system"),
         (QWEN25, {"messages": [SUM, said("2", reasoning_content="add")]}, {}, r":1: .*'reasoning_content'"),
@@ -101,7 +101,7 @@ def test_the_next_turn_ends_one_that_the_template_leaves_open(tmp_path):
 def test_a_beginning_of_text_ends_no_turn(tmp_path):
     template = "{% for message in messages %}{{ bos_token + message.content + '=' }}{% endfor %}"
     model = ChatModel(template, "</s>", ("<s>", "</s>"), bos="<s>")
-    assert read(tmp_path, model, {"prompt": "1", "answer": "2"})[2].endswith("2=</s>")
+    assert read(tmp_path, model, {"prompt": "1", "answer": "2"})[2] == "<s>2</s>"
 
 
 @pytest.mark.parametrize("answer", ["2<|endoftext|>", "2<|endoftext|>\n", "2<|im_end|>", "2<|im_end|><|endoftext|>"])
