@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,6 +17,8 @@ Message: TypeAlias = dict[str, Any]
 
 MESSAGES_COLUMN = "messages"  # ms-swift's rows: the whole conversation in one column
 _MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+_LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content)\1\s*:""")
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant", "model": "assistant"}
 _LOSS_FLAGS = ("loss", "loss_scale", "step_loss_mask")  # of ms-swift and slime, on a message
 
 
@@ -47,14 +50,14 @@ class Conversation:
 
 def read_conversation(row: Row, prompt_column: str) -> Conversation:
     """A row without `prompt_column` may have `messages`. Raises BadRow."""
-    for name in _MEDIA_COLUMNS:
-        if row.get(name):
-            raise BadRow(f"column {name!r}", " changes what is asked, and only text is read; leave such rows out")
+    _refuse_columns(row, prompt_column)
     column = prompt_column if prompt_column in row or MESSAGES_COLUMN not in row else MESSAGES_COLUMN
     question = read_column(row, column)
     kind = "text"
     if isinstance(question, str) and (parsed := _messages_in_text(question)):
         question, kind = _read_messages(parsed, column), "chat messages in JSON text"
+    elif isinstance(question, str) and _LOOKS_LIKE_MESSAGES.match(question):
+        raise BadRow(f"column {column!r} holds chat messages as text that is not JSON", f": {shown(question)}")
     elif isinstance(question, list):
         question, kind = _read_messages(question, column), "chat messages"
     elif not isinstance(question, str) or not question.strip():
@@ -73,6 +76,17 @@ def read_conversation(row: Row, prompt_column: str) -> Conversation:
         tools=_read_tools(row.get("tools")),
         template_kwargs=_read_template_kwargs(row.get("chat_template_kwargs")),
     )
+
+
+def _refuse_columns(row: Row, prompt_column: str) -> None:
+    """Columns that change what is asked, and that no prompt here would hold."""
+    for name in _MEDIA_COLUMNS:
+        if row.get(name):
+            raise BadRow(f"column {name!r}", " changes what is asked, and only text is read; leave such rows out")
+    if isinstance(row.get("history"), list) and row["history"]:  # ms-swift's, of earlier turns
+        raise BadRow("column 'history' holds earlier turns", "; give the conversation as chat messages")
+    if prompt_column == "instruction" and row.get("input"):  # Alpaca's
+        raise BadRow("column 'input' belongs to the column 'instruction'", "; join both in one column")
 
 
 def without_nulls(value: Any) -> Any:
@@ -124,6 +138,10 @@ def _read_message(message: Any, place: str, column: str) -> Message:
     read: Message = without_nulls(message)
     if "content" in message:
         read.setdefault("content", None)  # beside a tool call, which some templates tell by it
+    role = read["role"]
+    usual = _ROLES.get(role.strip().lower(), role.strip().lower())
+    if role != usual:
+        raise BadRow(f"column {column!r} has the role {role!r}", f" in {place}, which templates call {usual!r}")
     content = read.get("content")
     if isinstance(content, list):
         read["content"] = content = _joined(content, place, column)

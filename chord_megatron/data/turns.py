@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from chord_megatron.config import PromptFormat
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.conversations import Conversation, Message
+from chord_megatron.data.tool_calls import is_written_twice, with_other_arguments
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import one_line
+from chord_megatron.system.sentences import one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "ChordAnswerProbe"  # stands for an answer; letters only, so that templates leave it as it is
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
 _THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 
 
@@ -77,8 +79,11 @@ class TextTurns:
         return Turn(text, self._encode(text), "", "", int(self._tokenizer.eos_token_id))
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
-        tokens = tuple(self._tokenizer.encode(answer.get("content") or "", add_special_tokens=False))
-        return tokens if tokens[-1:] == (turn.end_token_id,) else (*tokens, turn.end_token_id)
+        content = _without_ends(answer.get("content") or "", {self._tokenizer.eos_token})
+        whole, length = self._encode(turn.text + content), len(turn.tokens)
+        fits = whole[:length] == turn.tokens  # else the two merge at the seam
+        tokens = whole[length:] if fits else self._tokenizer.encode(content, add_special_tokens=False)
+        return (*tokens, turn.end_token_id)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Without what a tokenizer puts behind a text, which ends it: the model goes on there."""
@@ -107,20 +112,24 @@ class ChatTurns:
 
     def open(self, conversation: Conversation) -> Turn:
         messages, begun = self._messages(conversation), conversation.begun
-        closed = self._render([*messages, _assistant(begun + _PROBE)], conversation)
-        header, found, ending = closed.rpartition(_PROBE)
-        if begun and not found:
-            raise BadRow("the chat template does not write the assistant's message that the prompt ends with")
-        text = header if begun else self._render(messages, conversation, add_generation_prompt=True)
-        prefill = begun or _opened_by_template(text, header if found else text)
+        text = self._render(messages, conversation, add_generation_prompt=True)
+        self._refuse_unwritten(messages, conversation, text)
+        header, found, ending = self._closed(messages, conversation)
+        prefill = _opened_by_template(text, header if found else text)
         ending = ending if found else ""
-        return Turn(text, self._encode(text), prefill, ending, self._end_token(ending))
+        if begun:
+            continued, found, _ = self._closed(messages, conversation, begun)
+            text = continued if found and _holds(continued, begun) else text + _behind(prefill, begun)
+        end = self._end_token(ending, messages, conversation)
+        return Turn(text, self._encode(text), begun or prefill, ending, end)
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
-        content = self._without_end(answer.get("content") or "", turn)
+        ends = {str(self._tokenizer.convert_ids_to_tokens(turn.end_token_id)), self._tokenizer.eos_token}
+        content = _without_ends(answer.get("content") or "", ends)
         text = None
         if not conversation.begun:
             rendered = self._render([*self._messages(conversation), {**answer, "content": content}], conversation)
+            _refuse_unwritten_thoughts(answer, rendered)
             text = _difference(rendered, turn.text, content)
         if text is None:
             if answer.get("tool_calls"):
@@ -146,10 +155,37 @@ class ChatTurns:
 
     def _render(self, messages: list[Message], conversation: Conversation, **how: Any) -> str:
         kwargs = self._template_kwargs | conversation.template_kwargs | {"tools": conversation.tools} | how
-        try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
-        except Exception as error:  # a template is a program: it may raise anything
-            raise BadRow("the chat template refuses the messages", f": {one_line(error)}") from None
+        other = with_other_arguments(messages) if any("tool_calls" in message for message in messages) else messages
+        reason = ""
+        for form in (messages, other):
+            try:
+                text = str(self._tokenizer.apply_chat_template(form, tokenize=False, **kwargs))
+            except Exception as error:  # a template is a program: it may raise anything
+                reason = reason or one_line(error)
+            else:
+                if not is_written_twice(form, text):
+                    return text
+        raise BadRow("the chat template refuses the messages", f": {reason}")
+
+    def _closed(self, messages: list[Message], conversation: Conversation, begun: str = "") -> tuple[str, str, str]:
+        """What is written before an answer that has `begun`, the mark that it is there, and what is written behind."""
+        return self._render([*messages, _assistant(begun + _PROBE)], conversation).rpartition(_PROBE)
+
+    def _refuse_unwritten(self, messages: list[Message], conversation: Conversation, text: str) -> None:
+        """Raise BadRow where the prompt lacks tools or what anyone but the model has said."""
+        for index, message in enumerate(messages):
+            content = message.get("content") or ""
+            if message["role"] == "assistant" or content.strip() in text:
+                continue
+            other = [*messages[:index], {**message, "content": _PROBE}, *messages[index + 1 :]]
+            if self._render(other, conversation, add_generation_prompt=True) == text:
+                raise BadRow(f"the chat template does not write the {message['role']}'s message", f": {shown(content)}")
+        if conversation.tools:
+            without = replace(conversation, tools=None)
+            if self._render(messages, without, add_generation_prompt=True) == text:
+                raise BadRow(
+                    "the chat template writes no tools", "; remove the column 'tools', or take another template"
+                )
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))  # the template has written them
@@ -159,25 +195,56 @@ class ChatTurns:
         whole, length = self._encode(turn.text + text), len(turn.tokens)
         return whole[length:] if whole[:length] == turn.tokens else self._encode(text)
 
-    def _end_token(self, ending: str) -> int:
-        """The first marker behind an answer; the tokenizer's eos where the template writes none."""
+    def _end_token(self, ending: str, messages: list[Message], conversation: Conversation) -> int:
+        """The first marker behind an answer, or of the turn after it; the tokenizer's eos where there is none."""
         if ending not in self._end_tokens:
-            markers = (token for token in self._encode(ending) if token in self._markers)
-            self._end_tokens[ending] = next(markers, int(self._tokenizer.eos_token_id))
+            following = [ending, self._following(messages, conversation)]
+            markers = (token for text in following for token in self._encode(text) if token in self._markers)
+            eos = int(self._tokenizer.eos_token_id)
+            self._end_tokens[ending] = next((token for token in markers if token != self._tokenizer.bos_token_id), eos)
         return self._end_tokens[ending]
 
-    def _without_end(self, content: str, turn: Turn) -> str:
-        """Answers often carry their end token already; the model could write nothing behind it."""
-        end = str(self._tokenizer.convert_ids_to_tokens(turn.end_token_id))
-        if end in content:
-            content = content.rstrip().removesuffix(end)
-            if end in content:
-                raise BadRow("the answer holds its end token in its middle", f": {end!r}")
-        return content
+    def _following(self, messages: list[Message], conversation: Conversation) -> str:
+        """What the template writes between an answer and the next question."""
+        turns = [_assistant(_PROBE), {"role": "user", "content": _PROBE}]
+        try:
+            parts = self._render([*messages, *turns], conversation).split(_PROBE)
+        except BadRow:  # a template may have reasons against another turn
+            return ""
+        return parts[-2] if len(parts) > 2 else ""
 
 
 def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
+
+
+def _without_ends(content: str, ends: set[str]) -> str:
+    """Answers often carry an end token already; the model could write nothing behind it. Raises BadRow."""
+    while any(content.rstrip().endswith(end) for end in ends):
+        content = next(content.rstrip().removesuffix(end) for end in ends if content.rstrip().endswith(end))
+    for end in sorted(ends):
+        if end in content:
+            raise BadRow("the answer holds its end token in its middle", f": {end!r}")
+    return content
+
+
+def _refuse_unwritten_thoughts(answer: Message, rendered: str) -> None:
+    for key in _THOUGHTS:
+        if isinstance(thought := answer.get(key), str) and _squeezed(thought) not in _squeezed(rendered):
+            raise BadRow(
+                f"the chat template does not write the {key!r} of the answer",
+                "; put it in front of the content, between <think> and </think>",
+            )
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _holds(continued: str, begun: str) -> bool:
+    """Whether a rendered turn ends with `begun`, without a thought of the template's before one of its own."""
+    header, found, _ = _squeezed(continued).rpartition(_squeezed(begun))
+    return bool(found) and not ("<think>" in begun and header.endswith("</think>"))
 
 
 def _opened_by_template(text: str, header: str) -> str:
@@ -191,7 +258,7 @@ def _opened_by_template(text: str, header: str) -> str:
 def _difference(rendered: str, prompt: str, content: str) -> str | None:
     """What follows the prompt in the rendered conversation; None where something of the answer is not in it."""
     behind = rendered[len(prompt) :]
-    is_whole = rendered.startswith(prompt) and "".join(content.split()) in "".join(behind.split())
+    is_whole = rendered.startswith(prompt) and _squeezed(content) in _squeezed(behind)
     return behind if is_whole else None
 
 

@@ -21,6 +21,7 @@ _TAIL = 2000  # characters that math-verify reads, from the end; its cost grows 
 _SECONDS = 2  # of one call; it interrupts itself with SIGALRM, so only in the main thread
 _ROUNDED, _EVALUATED = 1e-6, 1e-12  # relative: what is written with a point; the arithmetic of exact formulas
 _SCIENTIFIC = re.compile(r"(?<![\w.])([0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE]([-+]?[0-9]{1,3})(?!\w)")
+_BASE = re.compile(r"(?<=[0-9])_\s*\{?\s*([0-9]+)")
 _SENTENCE = re.compile(r"(?<![\\\w])[^\W\d_]{2,}[,:]?\s+[^\W\d_]{2,}")
 _WORDS = re.compile(r"[^\W\d_]+(?:\s+[^\W\d_]+)*")
 
@@ -59,12 +60,21 @@ def same_formula(expected: Formula, found: Formula) -> bool:
 
     if not expected or not found:
         return False
+    bases = [_bases(expected), _bases(found)]
+    if all(bases) and bases[0] != bases[1]:
+        return False
     a, b = _as_number(expected[0]), _as_number(found[0])
     if a is not None and b is not None:
         return same_number(a, b)
     return verify([*expected], [*found], timeout_seconds=_SECONDS) and not timeout(_SECONDS)(_differ)(
         expected[0], found[0]
     )
+
+
+def _bases(formula: Formula) -> list[str]:
+    """The subscripts of numbers, which math-verify leaves out: 101_2 is not 101_3."""
+    latex = formula[-1]
+    return sorted(_BASE.findall(latex)) if isinstance(latex, str) else []
 
 
 def _as_sympy(number: Number) -> Basic:

@@ -52,6 +52,7 @@ _NUMBER = re.compile(
 _UNIT = re.compile(r"\s*(?P<percent>%?)(?:[^\W\d_](?:\^\{?-?[0-9]\}?)?|-(?=[^\W\d_])|[\s.,()/~'’])*+")
 
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_HALVES = {"am", "pm"}
 _PERCENT = {"percent", "percentage", "pct"}
 _SHORT_UNITS = {"mm", "cm", "km", "ft", "yd", "mi", "mg", "kg", "lb", "oz", "ml", "cl", "hr", "am", "pm"}
 # Words of three letters and more that do change the number before them.
@@ -66,6 +67,7 @@ class Number:
     value: Fraction  # 18 of "18%"
     is_exact: bool  # written without a decimal point or an exponent: nothing was rounded
     is_percent: bool
+    half: str = ""  # of the day: "am" or "pm"
 
 
 def read_number(text: str) -> Number | None:
@@ -85,7 +87,8 @@ def read_number(text: str) -> Number | None:
         return None
     is_percent = bool(unit["percent"]) or (bool(words) and words[0].strip("~").lower() in _PERCENT)
     is_exact = "." not in match[0] and match["exponent"] is None
-    return Number(value * _scale(words), is_exact, is_percent)
+    half = words[0].strip("~").lower() if words else ""
+    return Number(value * _scale(words), is_exact, is_percent, half if half in _HALVES else "")
 
 
 def same_number(a: Number, b: Number) -> bool:
@@ -94,6 +97,8 @@ def same_number(a: Number, b: Number) -> bool:
     Exact numbers must be equal. A decimal may be rounded: to six decimals, below 1 to six significant digits, so that
     numbers that are small both are not the same for that.
     """
+    if a.half and b.half and a.half != b.half:
+        return False
     is_exact = a.is_exact and b.is_exact
     if a.is_percent == b.is_percent:
         return _close(a.value, b.value, is_exact)

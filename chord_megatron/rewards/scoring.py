@@ -39,7 +39,12 @@ def completion_text(prompt: Prompt, rollout: RolloutSample, tokenizer: Any) -> s
     tokens = rollout.response_tokens
     if rollout.finish_reason == "stop":
         tokens = tokens[:-1]
-    return prompt.prefill + str(tokenizer.decode(tokens, skip_special_tokens=False))
+    if not prompt.prefill:
+        return str(tokenizer.decode(tokens, skip_special_tokens=False))
+    # Behind a token: SentencePiece's decoders drop the space that a text begins with.
+    before = [prompt.tokens[-1]]
+    whole = str(tokenizer.decode([*before, *tokens], skip_special_tokens=False))
+    return prompt.prefill + whole.removeprefix(str(tokenizer.decode(before, skip_special_tokens=False)))
 
 
 def _reward(prompts: list[Prompt], completions: list[str], reward_function: RewardFunctions) -> Rewards | str:

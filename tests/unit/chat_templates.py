@@ -141,6 +141,37 @@ R1_DISTILL = ChatModel(
     bos="<｜begin▁of▁sentence｜>",
 )
 
+# Writes nothing behind an answer: the role of the next turn ends it.
+GLM4 = ChatModel(
+    template="""\
+{{- '[gMASK]<sop>' }}
+{%- for message in messages %}{{- '<|' + message.role + '|>\\n' + message.content }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+""",
+    eos="<|endoftext|>",
+    markers=("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
+
+# Writes neither tools nor the messages of a developer; joins a tool call's arguments, which must be text for that.
+DEEPSEEK_V3 = ChatModel(
+    template="""\
+{{- bos_token }}
+{%- for message in messages %}{%- if message.role == 'system' %}{{- message.content }}{%- endif %}{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{{- '<｜User｜>' + message.content }}
+{%- elif message.role == 'assistant' %}
+{{- '<｜Assistant｜>' + (message.content or '') }}
+{%- for call in message.tool_calls or [] %}{{- '<call>' + call.function.name + call.function.arguments }}{%- endfor %}
+{{- '<｜end▁of▁sentence｜>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<｜Assistant｜>' }}{%- endif %}
+""",
+    eos="<｜end▁of▁sentence｜>",
+    markers=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"),
+    bos="<｜begin▁of▁sentence｜>",
+)
+
 
 def tokenizer_of(model: ChatModel) -> PreTrainedTokenizerFast:
     """One token a byte, and one a marker, so that tokens and text say the same."""

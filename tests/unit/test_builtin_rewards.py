@@ -274,3 +274,34 @@ def test_an_interrupt_is_no_reward(monkeypatch):
     monkeypatch.setattr(builtin, "final_answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         accuracy_of("72", "72")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "reward"),
+    [
+        ("101_2", "101_2", 1.0),
+        ("101_{2}", "101_2", 1.0),
+        ("101", "101_2", 1.0),  # the question has named the base
+        ("101_2", "101_3", 0.0),
+        ("101_2", "101_{12}", 0.0),
+        ("11_2, 101_2", "101_2, 11_2", 1.0),
+        ("11_2, 101_3", "101_2, 11_2", 0.0),
+        ("a_1", "a_1", 1.0),
+    ],
+)
+def test_numbers_of_another_base_are_others(answer, reference, reward):
+    assert accuracy_of(f"\\boxed{{{answer}}}", reference) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "reward"),
+    [
+        ("10 AM", "10 a.m.", 1.0),
+        ("10", r"10\text{ p.m.}", 1.0),
+        ("10 p.m.", r"10 \text{ PM}", 1.0),
+        ("10 AM", "10 PM", 0.0),
+        (r"10\text{ a.m.}", r"10\text{ p.m.}", 0.0),
+    ],
+)
+def test_ten_in_the_morning_is_not_ten_in_the_evening(answer, reference, reward):
+    assert accuracy_of(f"\\boxed{{{answer}}}", reference) == reward

@@ -291,3 +291,29 @@ def test_parquet_fills_absent_keys_with_null(tmp_path, monkeypatch):
     assert '{"name": "f", "arguments": {"x": 1}}' in data.prompts[0].text
     assert '{"name": "f", "arguments": {"y": 2}}' in data.prompts[0].text
     assert "null" not in data.prompts[0].text
+
+
+# Conversations in other forms
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"prompt": "[{'role': 'user', 'content': 'a'}]"}, r":1: column 'prompt' .*messages.* JSON"),
+        ({"prompt": '[{"role": "user", "content": "a'}, r":1: column 'prompt' .*messages.* JSON"),
+        ({"prompt": [{"role": "human", "content": "a"}]}, r":1: .*role 'human'.*'user'"),
+        ({"prompt": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "1"}]}, r":1: .*'gpt'.*'assistant'"),
+        ({"prompt": [{"role": "User", "content": "a"}]}, r":1: .*role 'User'.*'user'"),
+        ({"history": [["a", "b"]]}, r":1: column 'history'"),
+    ],
+)
+def test_what_would_be_read_differently_than_meant_is_refused(load, values, message):
+    with pytest.raises(UserError, match=message):
+        load(row(**values))
+
+
+def test_an_instruction_has_an_input(load):
+    line = json.dumps({"instruction": "a", "input": "b", "answer": "1"})
+    with pytest.raises(UserError, match=r":1: column 'input'.*'instruction'"):
+        load(line, prompt_column="instruction")
+    assert load(json.dumps({"instruction": "a", "input": "", "answer": "1"}), prompt_column="instruction").prompts
