@@ -107,11 +107,14 @@ def _read_parquet(path: Path) -> Rows:
     if not path.is_file():
         raise UserError(f"cannot read {path}: no such file")
     from datasets import Dataset
+    from pyarrow.parquet import read_metadata
 
     try:
+        if not read_metadata(path).num_rows:  # `datasets` fails on such a file
+            return []
         return cast(Rows, Dataset.from_parquet(str(path)))
-    except Exception as error:  # pyarrow and datasets share no base class
-        raise UserError(f"{path} is not a readable parquet file: {_one_line(error)}") from None
+    except Exception as error:  # pyarrow and datasets share no base class; datasets hides what pyarrow says
+        raise UserError(f"{path} is not a readable parquet file: {_one_line(error.__cause__ or error)}") from None
 
 
 def _read_hub(source: str, split: str) -> Rows:
@@ -127,5 +130,5 @@ def _read_hub(source: str, split: str) -> Rows:
         ) from None
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
