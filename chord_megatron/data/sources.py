@@ -108,11 +108,15 @@ def _read_parquet(path: Path) -> Rows:
     if not path.is_file():
         raise UserError(f"cannot read {path}: no such file")
     from datasets import Dataset
+    from pyarrow.parquet import read_metadata
 
     try:
+        if not read_metadata(path).num_rows:  # `datasets` fails on such a file
+            return []
         return cast(Rows, Dataset.from_parquet(str(path)))
-    except Exception as error:  # pyarrow and datasets share no base class
-        raise UserError(f"{path} is not a readable parquet file: {type(error).__name__}: {one_line(error)}") from None
+    except Exception as error:  # pyarrow and datasets share no base class; datasets hides what pyarrow says
+        cause = error.__cause__ or error
+        raise UserError(f"{path} is not a readable parquet file: {type(cause).__name__}: {one_line(cause)}") from None
 
 
 def _read_hub(source: str, split: str) -> Rows:

@@ -317,3 +317,11 @@ def test_an_instruction_has_an_input(load):
     with pytest.raises(UserError, match=r":1: column 'input'.*'instruction'"):
         load(line, prompt_column="instruction")
     assert load(json.dumps({"instruction": "a", "input": "", "answer": "1"}), prompt_column="instruction").prompts
+
+
+def test_a_parquet_file_without_rows_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.parquet"
+    Dataset.from_dict({"prompt": ["a"], "answer": ["1"]}).select([]).to_parquet(str(path))
+    with pytest.raises(UserError, match=r"rows.parquet has no rows"):
+        load_run_data(DataConfig(dataset=str(path)), ChordConfig(), TOKENIZER, expert_max_length=500)
