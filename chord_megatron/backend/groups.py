@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from chord_megatron.backend.cpu import enable_cpu_support
 from chord_megatron.config import ParallelConfig
+from chord_megatron.system.processes import STORE_FILE
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
     enable_cpu_support()
     if not dist.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        store = None if "MASTER_PORT" in os.environ else dist.HashStore()
+        world_size = int(os.environ.get("WORLD_SIZE", 1))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             rank=int(os.environ.get("RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            world_size=world_size,
             timeout=timedelta(minutes=30),
-            store=store,
+            store=_store(world_size),
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -111,6 +112,13 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
         ep_group=parallel_state.get_expert_model_parallel_group(),
         vpp_size=parallel.virtual_pipeline_model_parallel_size,
     )
+
+
+def _store(world_size: int) -> dist.Store | None:
+    """Where the processes meet; None: torchrun's, as its environment variables say."""
+    if STORE_FILE in os.environ:
+        return dist.FileStore(os.environ[STORE_FILE], world_size)
+    return None if "MASTER_PORT" in os.environ else dist.HashStore()
 
 
 def shut_down_distributed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +13,7 @@ import typer
 
 from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.processes import STORE_FILE
 
 
 @dataclass(frozen=True)
@@ -57,26 +60,43 @@ def train(
 
 def _launch(launch: Launch, arguments: list[str]) -> int:
     """torchrun -m chord_megatron.train, without its traceback of a child that already said what was wrong."""
+    with ExitStack() as resources:
+        if launch.nnodes == 1:
+            meeting = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="chord-")))  # the user's alone
+            return _run_agent(launch, _on_one_node(meeting), arguments)
+        options = [
+            f"--node-rank={launch.node_rank}",
+            f"--master-addr={launch.master_addr}",
+            f"--master-port={launch.master_port}",
+        ]
+        return _run_agent(launch, options, arguments)
+
+
+def _on_one_node(meeting: Path) -> list[str]:
+    """Agent and processes meet through files: torch's TCPStore listens on every interface, for everybody."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent's own, for its processes
+    os.environ[STORE_FILE] = str(meeting / "processes")
+    return [
+        "--rdzv-backend=c10d",
+        "--rdzv-conf=store_type=file",
+        f"--rdzv-endpoint={meeting / 'agent'}",
+        f"--rdzv-id={os.getpid()}",
+        "--local-addr=127.0.0.1",
+    ]
+
+
+def _run_agent(launch: Launch, options: list[str], arguments: list[str]) -> int:
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
     from torch.distributed.run import config_from_args, parse_args
 
-    options = [f"--nproc-per-node={launch.nproc_per_node}", f"--nnodes={launch.nnodes}"]
-    if launch.nnodes > 1:
-        options += [
-            f"--node-rank={launch.node_rank}",
-            f"--master-addr={launch.master_addr}",
-            f"--master-port={launch.master_port}",
-        ]
-    else:
-        # What --standalone means: a free port on the loopback device.
-        options += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={os.getpid()}"]
     # One compute thread per process, unless the user says otherwise: torchrun's own default, without its warning.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    run = parse_args([*options, "-m", "chord_megatron.train", *arguments])
+    counts = [f"--nproc-per-node={launch.nproc_per_node}", f"--nnodes={launch.nnodes}"]
+    run = parse_args([*counts, *options, "-m", "chord_megatron.train", *arguments])
     config, command, command_arguments = config_from_args(run)
     try:
         elastic_launch(config=config, entrypoint=command)(*command_arguments)

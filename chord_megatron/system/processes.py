@@ -6,6 +6,8 @@ import ctypes
 import signal
 import sys
 
+STORE_FILE = "CHORD_STORE_FILE"  # environment variable: where the processes of a run on one machine meet
+
 
 def end_with_parent() -> None:
     """Have Linux kill this process when the one that started it ends, however that ends."""
