@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import ipaddress
+import os
 import signal
+import socket
 import sys
 
-STORE_FILE = "CHORD_STORE_FILE"  # environment variable: where the processes of a run on one machine meet
+# Environment variables that the launcher sets.
+STORE_FILE = "CHORD_STORE_FILE"  # where the processes of a run on one machine meet
+LAUNCHER = "CHORD_LAUNCHER"  # its process id
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def end_with_launcher() -> None:
+    """End with the launcher or torchrun's agent: orphans would train on, into a resumed run's files."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+    if launcher and os.getppid() != int(launcher):  # it has ended before this process could ask for that
+        sys.exit(128 + signal.SIGKILL)
 
 
 def end_with_parent() -> None:
@@ -14,3 +38,24 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def listen_on_loopback(*, nccl: bool) -> None:
+    """Have gloo, and NCCL, listen on the loopback device, unless the user names one.
+
+    By themselves they take the device that this machine's host name stands for, which may be a public one.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    if nccl:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without = NCCL takes a prefix
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine as only itself reaches it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

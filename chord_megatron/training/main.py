@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.backend.importing import silence_cuda_advice
-from chord_megatron.config import load_config
+from chord_megatron.config import Config, load_config
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.processes import end_with_parent
+from chord_megatron.system.processes import end_with_parent, is_loopback, listen_on_loopback
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.training.run import Run
 
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(f"{config.train.output_dir} is finished; raise train.train_iters to train on", flush=True)
             return 0
+        _stay_on_this_machine(config)
         Run(config).train()
     except UserError as error:
         if _is_first_to_fail():
@@ -54,6 +55,13 @@ def _end_with_launcher() -> None:
     """Under torchrun, end when it is killed: orphans would train on, into a resumed run's files."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
+
+
+def _stay_on_this_machine(config: Config) -> None:
+    """Listen to nobody else where all processes are here; NCCL must still reach servers elsewhere."""
+    if os.environ.get("WORLD_SIZE", "1") == os.environ.get("LOCAL_WORLD_SIZE", "1"):
+        rollout = config.rollout
+        listen_on_loopback(nccl=rollout.weight_transfer != "broadcast" or is_loopback(rollout.weight_transfer_address))
 
 
 def _leave_others(exit_code: int) -> None:
