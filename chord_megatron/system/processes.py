@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import ipaddress
 import os
 import signal
 import socket
 import sys
+
+from chord_megatron.system.errors import UserError
 
 # Environment variables that the launcher sets.
 STORE_FILE = "CHORD_STORE_FILE"  # where the processes of a run on one machine meet
@@ -59,3 +62,19 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def listen_at(host: str, port: int) -> socket.socket | None:
+    """Listen at that address alone; None where it is not this machine's, or a name by which only this machine knows it.
+
+    Raises UserError where somebody has the port.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if is_loopback(str(address[0])) and not is_loopback(host):
+            return None
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is taken, by another run? choose another --master-port") from None
+        return None

@@ -137,7 +137,7 @@ def test_a_checkpoint_is_not_saved_inside_a_generation_batch(config: Path, patie
         "train.save_steps=null",
         "train.train_iters=8",
     )
-    run = start("chord_megatron.cli", "train", config, *options)
+    run = start("chord_megatron.cli", "train", config, *options, "train.train_iters=8")
     wait_until(waiting(tmp_path, 1), run)  # the third batch waits for its rewards
     run.send_signal(signal.SIGTERM)
     (tmp_path / "go").touch()
@@ -153,6 +153,8 @@ def test_a_rank_that_stops_answering_is_named_and_waited_for_as_long_as_configur
     run = start("chord_megatron.cli", "train", config, *options, *TWO)
     wait_until(waiting(tmp_path, 2), run)
     frozen = ranks(run)[1]
+    store = Path(frozen.environ()["CHORD_STORE_FILE"])
+    wait_until(lambda: b'"reward", 2' in store.read_bytes().rpartition(b"chord_megatron/rank_1")[2], run)
     frozen.suspend()
     (tmp_path / "go").touch()
     since = time.monotonic()
