@@ -12,11 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import (
+    files_below,
     finish,
     kill,
     read_metrics,
     start,
     succeeded,
+    train_here,
     train_on_two,
     wait_until,
     weight_bytes,
@@ -143,6 +145,26 @@ def test_a_checkpoint_is_not_saved_inside_a_generation_batch(config: Path, patie
     (tmp_path / "go").touch()
     assert finish(run).code == 143
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_6\n"
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_second_run_in_the_directory_is_refused(config: Path, patient: str, tmp_path: Path, processes: str):
+    """It leaves every file as it is; and when the first is killed, the same command goes on at once."""
+    first = start("chord_megatron.cli", "train", config, patient)
+    wait_until(waiting(tmp_path, 1), first)
+    before = files_below(tmp_path / "run")
+    second = finish(start("chord_megatron.cli", "train", config, patient, "--nproc-per-node", processes))
+    assert second.code == 2
+    (sentence,) = sentences(second.stderr)
+    assert sentence.startswith(f"error: {tmp_path / 'run'} is in use by process {first.pid} on ")
+    after = files_below(tmp_path / "run")
+    assert after.pop("lock")[0] == before.pop("lock")[0]  # whose time is the first run's sign of life
+    assert after == before
+    kill(first)
+    (tmp_path / "go").touch()
+    outcome = succeeded(train_here(config, patient))
+    assert f"resuming {tmp_path / 'run'} at step 2" in outcome.stdout
+    assert not (tmp_path / "run" / "lock").exists()
 
 
 @pytest.mark.slow
