@@ -19,6 +19,7 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.system.processes import end_with_launcher, is_loopback, listen_on_loopback, signal_name
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.tracking.run_lock import held
 from chord_megatron.training.run import Run
 from chord_megatron.training.stopping import Stopped, StopSignals
 
@@ -81,6 +82,8 @@ class _Process:
         self._limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
         _stay_on_this_machine(config)
         with ExitStack() as opened:
+            if self._rank == 0:
+                opened.enter_context(held(Path(config.train.output_dir)))
             if self._world_size > 1:
                 opened.enter_context(self._heartbeat())
             Run(config, self.signals, self.where).train()
