@@ -127,14 +127,16 @@ class Heartbeat:
         self._ended.set()
 
     def _run(self) -> None:
-        told, next_beat, beat = -1, 0.0, 0
+        told, beat, next_beat = -1, 0, 0.0
         try:
             while not self._ended.wait(self._interval / _LOOKS_PER_BEAT):
-                if self._where.moves == told and time.monotonic() < next_beat:
-                    continue
-                told, next_beat, beat = self._where.moves, time.monotonic() + self._interval, beat + 1
-                self._store.set(_key(self._rank), json.dumps([beat, *astuple(self._where)]))
-                self._look()
+                is_beat = time.monotonic() >= next_beat
+                if is_beat or self._where.moves != told:
+                    told, beat = self._where.moves, beat + 1
+                    self._store.set(_key(self._rank), json.dumps([beat, *astuple(self._where)]))
+                if is_beat:
+                    next_beat = time.monotonic() + self._interval
+                    self._look()
         except RuntimeError:  # the store's rank has ended; the others meet that in what they do
             return
 

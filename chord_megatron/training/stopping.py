@@ -28,7 +28,6 @@ class StopSignals:
         self.received = 0  # the signal's number
         self.is_noted_only = False
         self._since = 0.0
-        self._raised = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -44,10 +43,9 @@ class StopSignals:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
-        is_again = self.received and time.monotonic() - self._since > _SECONDS_TO_ASK_AGAIN
-        if not self.received:
-            self.received, self._since = number, time.monotonic()
-        if self._raised or (self.is_noted_only and not is_again):
+        is_first, now = not self.received, time.monotonic()
+        if not is_first and now - self._since <= _SECONDS_TO_ASK_AGAIN:
             return
-        self._raised = True
-        raise Stopped(number)
+        self.received, self._since = self.received or number, now
+        if not (is_first and self.is_noted_only):
+            raise Stopped(number)
