@@ -71,6 +71,13 @@ def test_training_listens_on_the_loopback_device_alone(config: Path, tmp_path: P
     assert seen or processes == 1, "gloo's own sockets are not seen: the test looks at the wrong processes"
 
 
+@pytest.mark.distributed
+def test_the_doctor_listens_on_the_loopback_device_alone(tmp_path: Path):
+    """While two processes of its own try an all-reduce."""
+    examination = start("chord_megatron.cli", "doctor", log=tmp_path)
+    assert beyond_loopback(seen := listened(examination)) == set() != seen
+
+
 @pytest.mark.vllm
 @needs_vllm
 @pytest.mark.slow
