@@ -127,13 +127,13 @@ def meet(limit: timedelta) -> dist.Store:
     if world_size == 1:
         return dist.HashStore()
     if STORE_FILE in os.environ:
-        store: dist.Store = dist.FileStore(os.environ[STORE_FILE], world_size)
+        store = dist.FileStore(os.environ[STORE_FILE], world_size)
         store.set_timeout(limit)
         return store
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_keeper = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     listener = listen_at(address, port) if is_keeper else None
-    store = dist.TCPStore(
+    return dist.TCPStore(
         address,
         port,
         is_master=is_keeper,
@@ -141,8 +141,6 @@ def meet(limit: timedelta) -> dist.Store:
         wait_for_workers=False,
         master_listen_fd=listener.detach() if listener else None,
     )
-    # An agent's store outlives the processes that it starts again.
-    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def shut_down_distributed() -> None:

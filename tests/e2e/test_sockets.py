@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -45,6 +46,7 @@ def listened(process: subprocess.Popen[str], until: Callable[[], bool] = lambda:
     seen: set[str] = set()
     while process.poll() is None and not until():
         seen |= listening(process)
+        time.sleep(0.02)  # what listens does so for seconds; the processes want the cores
     return seen
 
 
@@ -137,5 +139,6 @@ def test_a_server_and_its_trainer_listen_on_the_loopback_device_alone(
     )
     while run.poll() is None:
         seen |= listening(run) | listening(process)
+        time.sleep(0.02)
     assert run.returncode == 0, (tmp_path / "trainer" / "output").read_text()[-2000:]
     assert beyond_loopback(seen) == set() != seen
