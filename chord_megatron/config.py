@@ -65,6 +65,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
+Minutes = Annotated[float, Field(ge=0.1, le=1e5)]
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
 TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
@@ -96,6 +97,7 @@ class ParallelConfig(_Group):
     sequence_parallel: bool = False
     context_parallel_size: Literal[1] = 1
     expert_model_parallel_size: Positive = 1  # splits each layer's experts over TP x DP ranks
+    distributed_timeout_minutes: Minutes = 30.0  # how long a rank waits for another
 
 
 class DataConfig(_Group):
@@ -205,6 +207,7 @@ class TrainConfig(_Group):
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
+    save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
 
 

@@ -23,6 +23,7 @@ from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
 from chord_megatron.system.errors import UserError
+from chord_megatron.tracking.heartbeat import Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.evaluation import Evaluator
@@ -33,6 +34,7 @@ from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
 from chord_megatron.training.scorer import Scorer
+from chord_megatron.training.stopping import Stopped, StopSignals
 from chord_megatron.training.trainer import ChordTrainer, StepResult
 from chord_megatron.types import Prompt, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
@@ -43,7 +45,9 @@ _NUM_PROBES = 8
 class Run:
     """One run: everything it needs, and the loop over its steps. Every method is a collective call."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, signals: StopSignals | None = None, where: Whereabouts | None = None) -> None:
+        """`signals`: what this process is told; `where`: what it tells the others."""
+        self.signals, self.where = signals or StopSignals(), where or Whereabouts()
         model_dir = Path(config.model.path)
         self.config = config
         self.run_dir = RunDir(Path(config.train.output_dir))
@@ -58,6 +62,7 @@ class Run:
         arch = read_architecture(model_dir)
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
+        self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
@@ -79,7 +84,7 @@ class Run:
             )
             rollout = build_rollout(config, self.engine, self.groups)
             opened.callback(rollout.close)
-            timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+            timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None, where=self.where)
             scorer = Scorer(tokenizer, reward_function, timer)
             stop = stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids, data.end_token_ids)
             params = _sampling_params(config, stop)
@@ -105,13 +110,15 @@ class Run:
 
     def train(self) -> None:
         """Evaluate, step, log and save until train_iters."""
-        with self._opened:
+        self.signals.is_noted_only = self.config.train.save_on_signal
+        with self._opened, self.where.within("log"):
             while self.next_step < self.config.train.train_iters:
+                self.where.step = self.next_step
                 self._evaluate()
                 result = self.trainer.step(self.next_step)
-                self._log(result)
+                told = self._log(result)
                 self.next_step += 1
-                self._save()
+                self._save(told)
                 self._stop_if_diverged()
             self._evaluate()
         if self.outputs:
@@ -141,30 +148,44 @@ class Run:
         is_due = eval_steps is not None and (step % eval_steps == 0 or step == self.config.train.train_iters)
         answer = [is_due and self.outputs is not None and self.outputs.log.last_eval_step != step]
         dist.broadcast_object_list(answer, src=0)
-        if answer[0]:
+        if not answer[0]:
+            return
+        with self.where.within("evaluation"):
             metrics, scored = self.evaluator.evaluate()
             if self.outputs:
                 self.outputs.evaluation(step, metrics, scored)
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, result: StepResult) -> int:
+        """Returns the signal that any rank was told to end by, the same on all; 0 for none."""
         self.skipped_in_row = 0 if result.stepped else self.skipped_in_row + 1
         self.skipped_steps += not result.stepped
-        peak = torch.tensor([_peak_memory_bytes()], dtype=torch.int64, device=self.groups.device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        found = torch.tensor([_peak_memory_bytes(), self.signals.received], device=self.groups.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        peak, told = found.tolist()
         if self.outputs:
             metrics = {
                 "step": self.next_step,
                 **result.metrics,
                 "skipped_steps": self.skipped_steps,
-                "peak_memory_bytes": int(peak.item()),
+                "peak_memory_bytes": peak,
             }
             self.outputs.step(self.next_step, metrics, result.rollouts)
+        return told
 
-    def _save(self) -> None:
-        """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
+    def _save(self, told: int) -> None:
+        """A checkpoint where one is due, or where a signal asks for one; after that the run ends."""
         train, step = self.config.train, self.next_step
-        if step != train.train_iters and (train.save_steps is None or step % train.save_steps):
-            return
+        is_due = step == train.train_iters or (train.save_steps is not None and step % train.save_steps == 0)
+        is_last = told and step % self._steps_per_rollout == 0  # elsewhere a run cannot be resumed
+        if is_due or is_last:
+            with self.where.within("save"):
+                self._save_now(step)
+        if is_last and step != train.train_iters:
+            dist.barrier()  # the pointer is written
+            raise Stopped(told, saved_step=step)
+
+    def _save_now(self, step: int) -> None:
+        """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
         state = {
             "trainer": self.trainer.state_dict(),
             "step": step,  # of mu and of everything else that follows a schedule
@@ -174,7 +195,7 @@ class Run:
         export_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step))
         self.engine.save(self.run_dir.checkpoint(step), state)
         if self.outputs:
-            self.run_dir.publish(step, train.save_total_limit)
+            self.run_dir.publish(step, self.config.train.save_total_limit)
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_row >= self.config.train.max_skipped_steps:
