@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from safetensors.torch import load_file, save_file
 
 from chord_megatron.backend import releases
+from chord_megatron.backend.checkpoint_writer import InProcessStrategy
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
@@ -65,7 +66,8 @@ def save(
     """
     with _folder_of_all_ranks(directory, groups) as folder:
         _allocate_adam_state(optimizer)
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(folder))
+        state_of_all = _sharded_state(chunks, optimizer, is_loading=False)
+        dist_checkpointing.save(state_of_all, str(folder), InProcessStrategy())
         save_file(_rng_state(), folder / f"rng_{groups.rank:05d}.safetensors")
         if groups.rank == 0:
             document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": releases.installed()}

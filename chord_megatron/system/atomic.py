@@ -61,7 +61,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
             yield partial
             partial.rename(target)
     except Exception as error:
-        if (cause := _os_error(error)) is None:
+        if (cause := os_error(error)) is None:
             raise
         raise UserError(_explain(cause, target)) from error
 
@@ -84,7 +84,7 @@ def _check_space(directory: Path, nbytes: int) -> None:
         )
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
+def os_error(error: BaseException | None) -> OSError | None:
     """The operating system's error behind one of torch, which reports a failed write as RuntimeError."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__

@@ -24,7 +24,7 @@ def test_a_save_starts_no_process(config: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail(f"started {self}"))
     succeeded(train_here(config, "train.train_iters=2"))
-    assert (tmp_path / "run" / "checkpoints" / "step_2" / "__0_0.distcp").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step_2" / "__0_0_0.distcp").is_file()
 
 
 # What is killed: the launcher, or a rank. Always amid a save.

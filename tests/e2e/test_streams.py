@@ -195,7 +195,7 @@ def test_a_checkpoint_of_other_data_is_refused(config: Path, tmp_path: Path, ass
     ]
 
 
-@pytest.mark.parametrize("missing", ["state.json", "__0_0.distcp"])
+@pytest.mark.parametrize("missing", ["state.json", "__0_0_0.distcp"])
 def test_an_incomplete_checkpoint_is_named(missing: str, config: Path, recorded: Path, tmp_path: Path):
     shutil.copytree(recorded, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_2"
