@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import Metadata
@@ -19,8 +20,20 @@ from chord_megatron.system.atomic import os_error
 _FILES = 2  # of a rank, written at once: as many as Megatron-Core 0.16 has writers
 
 
-class InProcessStrategy(torch_dist.TorchDistSaveShardedStrategy):
-    """For `dist_checkpointing.save`: the same files and entries, written here; an error is raised on all ranks.
+def save_sharded(state: dict[str, Any], directory: Path) -> None:
+    """What dist_checkpointing.save does, but by `_InProcess`. Collective; an error is raised on all ranks.
+
+    It raises what kept a rank from writing, such as an OSError, in place of torch's CheckpointException of many lines.
+    """
+    try:
+        dist_checkpointing.save(state, str(directory), _InProcess())
+    except checkpoint.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
+
+
+class _InProcess(torch_dist.TorchDistSaveShardedStrategy):
+    """The same entries as Megatron-Core's, written here.
 
     Megatron-Core forks writers (0.16.1; threads in 0.19.2) and starts a server for their answers (both). It waits for a
     killed one without a limit, and SIGKILL of the rank leaves them behind, with its memory and its pipes.
@@ -30,7 +43,7 @@ class InProcessStrategy(torch_dist.TorchDistSaveShardedStrategy):
         super().__init__("torch_dist", 1)
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Collective. Raises torch's CheckpointException."""
+        """See save_sharded."""
         main_replicas, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(  # noqa: SLF001 - no public name
             sharded_state_dict, keep_only_main_replica=True
         )

@@ -71,7 +71,9 @@ def test_a_run_that_is_taken_back_keeps_what_was_newer(run: Path, config: Path):
     outcome = succeeded(train_here(config, "train.train_iters=4", "train.save_total_limit=1"))
 
     kept = ("checkpoints/step_4.set-aside", "hf/step_4.set-aside")
-    assert f"newer than step 2, and kept: {', '.join(kept)}\n" in outcome.stdout
+    logs = ("metrics.jsonl.set-aside", "completions.jsonl.set-aside")
+    assert f"newer than step 2, and kept: {', '.join((*kept, *logs))}\n" in outcome.stdout
+    assert [line["step"] for line in read_lines(run / logs[0])] == [0, 1, 2, 3]
     assert [files_below(run / name) for name in kept] == [*newer.values()]
     assert weight_bytes(run, 4) == weights
     assert sorted(path.name for path in (run / "hf").iterdir()) == ["step_4", "step_4.set-aside"]
@@ -81,7 +83,7 @@ def test_checkpoints_that_are_gone_are_no_new_run(run: Path, config: Path):
     shutil.rmtree(run / "checkpoints")
     before = files_below(run)
     assert refusal(config, "train.train_iters=4") == (
-        f"{run} holds hf/step_4 and no complete checkpoint; restore one, or choose another train.output_dir"
+        f"{run} holds hf/step_2 and no complete checkpoint; restore one, or choose another train.output_dir"
     )
     assert files_below(run) == before
 
@@ -156,31 +158,34 @@ def files_at_most(nbytes: int) -> Iterator[None]:
 
 # The largest file that may be, and which one is then too large.
 TOO_LARGE = {
-    "export": (10_000, "hf/step_2"),
-    "checkpoint": (60_000, "checkpoints/step_2"),
-    "metrics": (1_500, "metrics.jsonl"),
-    "configuration": (100, "config.yaml"),
+    "configuration": (1_000, "config.yaml"),
+    "completions": (2_900, "completions.jsonl"),
+    "metrics": (2_900, "metrics.jsonl"),
+    "export": (100_000, "hf/step_2"),
+    "checkpoint": (200_000, "checkpoints/step_2"),
 }
 
 
 @pytest.mark.parametrize("case", TOO_LARGE)
 def test_a_file_that_cannot_grow_is_named_and_the_next_run_goes_on(case: str, config: Path, tmp_path: Path):
     limit, name = TOO_LARGE[case]
+    only_metrics = ("tracking.log_completions=0", "train.save_steps=4", "train.train_iters=4")
+    overrides = only_metrics if case == "metrics" else ("train.train_iters=2",)
     with files_at_most(limit):
-        error = refusal(config, "train.train_iters=2")
+        error = refusal(config, *overrides)
     assert error == (
         f"{tmp_path / 'run' / name} cannot be written (File too large); make room, and start the same command again"
     )
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("*.tmp")]
-    succeeded(train_here(config, "train.train_iters=2"))
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [0, 1]
+    succeeded(train_here(config, *overrides))
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(4 if case == "metrics" else 2)]
 
 
 @pytest.mark.distributed
 def test_two_ranks_say_once_that_a_checkpoint_cannot_be_written(config: Path, tmp_path: Path):
     arguments = ("chord_megatron.cli", "train", config, "train.train_iters=2", "--nproc-per-node", "2")
-    with files_at_most(60_000):
+    with files_at_most(200_000):
         outcome = finish(start(*arguments))
     assert outcome.code == 2
     assert outcome.errors == [

@@ -185,13 +185,14 @@ def test_a_checkpoint_of_other_data_is_refused(config: Path, tmp_path: Path, ass
     outcome = train_here(config, "train.train_iters=4", f"data.dataset={prompts}")
     assert outcome.code == 2
     assert outcome.errors == [
-        "error: the data set or the seed changed since the checkpoint: size was 24, now 23; "
-        "restore it or start a new run"
+        f"error: data.dataset={prompts} has other rows than when the run began; restore them, or choose another "
+        "train.output_dir"
     ]
     outcome = train_here(config, "train.train_iters=4", f"data.dataset={prompts}", "train.seed=1")
     assert outcome.code == 2
     assert outcome.errors == [
-        f"error: {tmp_path / 'run'} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
+        f"error: {tmp_path / 'run'} holds a run with train.seed=0, but this one has 1; restore it, or choose another "
+        "train.output_dir"
     ]
 
 

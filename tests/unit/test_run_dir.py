@@ -155,7 +155,7 @@ def test_the_settings_of_a_run(tmp_path: Path) -> None:
 def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as error:
-        RunDir(tmp_path / "file" / below).refuse_no_directory()
+        RunDir(tmp_path / "file" / below).refuse_unusable()
     assert str(error.value) == f"{tmp_path / 'file'} is a file; choose another train.output_dir"
 
 
@@ -163,10 +163,10 @@ def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path, below: st
 def test_a_directory_that_cannot_be_written_is_named(
     tmp_path: Path, below: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunDir(tmp_path / below).refuse_no_directory()
+    RunDir(tmp_path / below).refuse_unusable()
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK | os.X_OK))
     with pytest.raises(UserError) as error:
-        RunDir(tmp_path / below).refuse_no_directory()
+        RunDir(tmp_path / below).refuse_unusable()
     assert str(error.value) == f"{tmp_path} cannot be written to; choose another train.output_dir"
 
 
@@ -202,11 +202,14 @@ def test_what_is_newer_than_the_step_resumed_from_is_set_aside(tmp_path: Path) -
     """A run taken back to step 10, twice: its own checkpoints take the names of others, which stay."""
     run = saved(tmp_path, 10, 22)
     (run.hf(22) / "weights").rename(run.hf(22) / "first")
-    assert run.set_aside(10) == ["checkpoints/step_22.set-aside", "hf/step_22.set-aside"]
+    (tmp_path / "metrics.jsonl").write_text("lines", encoding="utf-8")
+    moved = ["checkpoints/step_22.set-aside", "hf/step_22.set-aside", "metrics.jsonl.set-aside"]
+    assert run.set_aside(10) == moved
     for directory in (complete(run.checkpoint(22)), run.hf(22)):
         directory.mkdir(parents=True, exist_ok=True)
     run.publish(22, keep=1)
-    assert run.set_aside(10) == ["checkpoints/step_22.set-aside-2", "hf/step_22.set-aside-2"]
+    assert run.set_aside(10) == [f"{name}-2" for name in moved]
     assert names(tmp_path / "hf") == {"step_22.set-aside", "step_22.set-aside-2"}
     assert names(tmp_path / "hf" / "step_22.set-aside") == {"first"}
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl.set-aside").read_text() == "lines"
     assert run.set_aside(10) == []
