@@ -118,7 +118,9 @@ class RunDir:
                 moved.append(str(path.rename(_free_name(path)).relative_to(self.path)))
         logs = [self.path / name for name in (METRICS_FILE, COMPLETIONS_FILE)] if moved else []
         for log in (log for log in logs if log.exists()):
-            moved.append(str(shutil.copy2(log, _free_name(log)).relative_to(self.path)))
+            copy = _free_name(log)
+            shutil.copy2(log, copy)
+            moved.append(str(copy.relative_to(self.path)))
         return moved
 
     def publish(self, step: int, keep: int | None) -> None:

@@ -127,9 +127,10 @@ class Run:
         _refuse_other_data(self.config, state.get("data"), self._fingerprints)
         try:
             self.trainer.load_state_dict(state["trainer"])
-            self.skipped_steps, self.skipped_in_row = int(state["skipped_steps"]), int(state["skipped_in_row"])
-            if state["step"] != step:
-                raise TypeError(f"it is of step {state['step']!r:.40}")
+            counts = [state[name] for name in ("skipped_steps", "skipped_in_row", "step")]
+            if not all(type(count) is int and count >= 0 for count in counts) or counts[2] != step:
+                raise TypeError("its counts are not those of this step")
+            self.skipped_steps, self.skipped_in_row, _ = counts
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"{directory / 'state.json'} is damaged ({error}); name an earlier one in {directory.parent}/latest"
