@@ -79,9 +79,8 @@ class MegatronReader:
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self._sources = _match(self._tensors, arch, self.directory)
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
-        refuse_foreign_dtypes(
-            {key: self._tensors[key].properties.dtype for s in self._sources.values() for key in s.keys}
-        )
+        keys = (key for source in self._sources.values() for key in source.keys)
+        refuse_foreign_dtypes({key: self._tensors[key].properties.dtype for key in keys})
         self._check_files()
 
     @property
