@@ -24,7 +24,7 @@ from chord_megatron.weights.hf_config import make_config, read_architecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes, padded_vocab_size, parameter_names
 from chord_megatron.weights.model_files import copy_model_files, set_config_dtype
 from chord_megatron.weights.names import list_names
-from chord_megatron.weights.safetensors_io import WEIGHT_DTYPES, SafetensorsReader, check_complete
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.weights.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
 from chord_megatron.weights.schema import TensorLayout, TensorSpec
 from chord_megatron.weights.shards import export_parameter, import_parameter
@@ -159,8 +159,6 @@ def _megatron_specs(
 
 
 def _target_dtype(name: str, found: torch.dtype, arch: ModelArchitecture, asked: torch.dtype | None) -> torch.dtype:
-    if found not in WEIGHT_DTYPES:
-        raise UserError(f"{name} holds {str(found).removeprefix('torch.')} numbers; use the unquantized checkpoint")
     return found if asked is None or find_mapping(name, arch).mapping.is_float32 else asked
 
 

@@ -35,6 +35,7 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import MappedParameter, hf_shapes, mapped_parameters
 from chord_megatron.weights.names import list_names
+from chord_megatron.weights.safetensors_io import refuse_foreign_dtypes
 from chord_megatron.weights.schema import TensorLayout, TensorSpec
 
 # What training saves beside the model; none of it is read.
@@ -78,6 +79,8 @@ class MegatronReader:
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self._sources = _match(self._tensors, arch, self.directory)
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        keys = (key for source in self._sources.values() for key in source.keys)
+        refuse_foreign_dtypes({key: self._tensors[key].properties.dtype for key in keys})
         self._check_files()
 
     @property

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from chord_megatron.system.atomic import atomic_write
+from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.system.errors import UserError
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -43,12 +43,15 @@ class JsonLines:
     """Appends strict JSON objects to a file, one per line, each on disk before `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # so that nothing of a failed write is left to be written
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object. Non-finite numbers become null, because JSON has no NaN."""
-        self._file.write(_encode(record))
-        self._file.flush()
+        """Append one object. Non-finite numbers become null, because JSON has no NaN. Raises UserError."""
+        line = _encode(record)
+        with failed_writes_named(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,10 +15,12 @@ import torch.distributed as dist
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
+from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
+from chord_megatron.planning.resuming import changes
 from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
@@ -28,7 +30,7 @@ from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.evaluation import Evaluator
 from chord_megatron.training.expert_stream import ExpertStream
-from chord_megatron.training.export import export_hf
+from chord_megatron.training.export import exported_hf
 from chord_megatron.training.objective import build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.rollout_stream import RolloutStream
@@ -51,14 +53,9 @@ class Run:
         model_dir = Path(config.model.path)
         self.config = config
         self.run_dir = RunDir(Path(config.train.output_dir))
-        self.run_dir.refuse_other_run(
-            {
-                "model.path": config.model.path,
-                "data.dataset": config.data.dataset,
-                "chord.chord_sft_dataset": config.chord.chord_sft_dataset,
-                "train.seed": config.train.seed,
-            }
-        )
+        self.run_dir.refuse_unusable()
+        changed = changes(self.run_dir.settings(), config, self.run_dir.path) if self.run_dir.has_begun else []
+        self._resume_step = self.run_dir.resume_step()
         arch = read_architecture(model_dir)
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
@@ -66,6 +63,7 @@ class Run:
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
+        self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
                 **config.rewards.model_dump(),
@@ -96,7 +94,9 @@ class Run:
             self.outputs: RunOutputs | None = None  # rank 0 writes
             if self.groups.rank == 0:
                 notes = [self.engine.acceleration_note, *data.notes]
-                self.outputs = RunOutputs(config, self.run_dir, tokenizer, self.next_step, notes)
+                self.outputs = RunOutputs(
+                    config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=changed
+                )
                 opened.callback(self.outputs.close)
             self._opened = opened.pop_all()
 
@@ -125,17 +125,27 @@ class Run:
             self.outputs.finish(self.next_step)
 
     def _resume(self) -> int:
-        """Load the latest checkpoint of the run directory; returns the step to go on with."""
-        step = self.run_dir.latest_step()
+        """Load the checkpoint to go on from; returns the step to go on with."""
+        step = self._resume_step
         if step is None:
             return 0
-        state = self.engine.load(self.run_dir.checkpoint(step))
-        self.trainer.load_state_dict(state["trainer"])
-        self.skipped_steps, self.skipped_in_row = state["skipped_steps"], state["skipped_in_row"]
+        directory = self.run_dir.checkpoint(step)
+        state = self.engine.load(directory)
+        _refuse_other_data(self.config, state.get("data"), self._fingerprints)
+        try:
+            self.trainer.load_state_dict(state["trainer"])
+            counts = [state[name] for name in ("skipped_steps", "skipped_in_row", "step")]
+            if not all(type(count) is int and count >= 0 for count in counts) or counts[2] != step:
+                raise TypeError("its counts are not those of this step")
+            self.skipped_steps, self.skipped_in_row, _ = counts
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{directory / 'state.json'} is damaged ({error}); name an earlier one in {directory.parent}/latest"
+            ) from error
         return step
 
     def _refuse_inside_generation(self, plan: Plan) -> None:
-        step = self.run_dir.latest_step() or 0
+        step = self._resume_step or 0
         if step % plan.steps_per_rollout:
             raise UserError(
                 f"the checkpoint of step {step} lies inside a generation batch of grpo.steps_per_generation x "
@@ -188,12 +198,13 @@ class Run:
         """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
         state = {
             "trainer": self.trainer.state_dict(),
+            "data": self._fingerprints,
             "step": step,  # of mu and of everything else that follows a schedule
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
         }
-        export_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step))
-        self.engine.save(self.run_dir.checkpoint(step), state)
+        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
+            self.engine.save(self.run_dir.checkpoint(step), state)
         if self.outputs:
             self.run_dir.publish(step, self.config.train.save_total_limit)
 
@@ -218,6 +229,20 @@ def _build_trainer(
         expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
         timer=sampler.timer,
     )
+
+
+def _refuse_other_data(config: Config, before: object, now: Mapping[str, str]) -> None:
+    """Raise UserError where a data set has other rows than a checkpoint's. Those of older releases do not say."""
+    sources = {
+        "prompts": ("data.dataset", config.data.dataset),
+        "experts": ("chord.chord_sft_dataset", config.chord.chord_sft_dataset),
+    }
+    for name, (key, source) in sources.items():
+        if isinstance(before, dict) and before.get(name, now[name]) != now[name]:
+            raise UserError(
+                f"{key}={source} has other rows than when the run began; restore them, or choose another "
+                "train.output_dir"
+            )
 
 
 def _probes(config: Config, rollout: RolloutEngine, data: RunData) -> Sequence[Prompt]:

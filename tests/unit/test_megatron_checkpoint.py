@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from chord_megatron.checkpoints import conversion
 from chord_megatron.checkpoints import writer as megatron_writer
+from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.system import atomic as new_directory
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights import safetensors_writer
 from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.hf_config import read_architecture
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -224,6 +226,21 @@ def test_missing_and_unknown_parameters_are_all_named(damaged: Path, tmp_path: P
         "missing decoder.layers.{0-1,3}.mlp.linear_fc2.weight (3); "
         "unknown decoder.layers.{0-1,3}.mlp.linear_fc3.weight (3); "
         "use the config.json that belongs to these weights"
+    )
+
+
+def test_numbers_that_are_no_weights_are_refused_where_training_reads_them_too(damaged: Path):
+    """Training and `convert` open a checkpoint through the same reader, which read int8 as weights."""
+
+    def quantize(metadata: Metadata) -> None:
+        entry = metadata.state_dict_metadata[EMBEDDING]
+        entry.properties.dtype = torch.int8
+
+    edit_metadata(damaged, quantize)
+    with pytest.raises(UserError) as error:
+        MegatronReader(damaged, read_architecture(damaged))
+    assert str(error.value) == (
+        f"{EMBEDDING} (1) hold int8 numbers, which are no weights; use the unquantized checkpoint"
     )
 
 
