@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.yaml_text import YamlError, read_yaml, write_yaml
+from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_value, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
 _LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
@@ -206,7 +206,7 @@ class Config(_Group):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read YAML, apply `group.key=value` overrides (YAML values), and check every field.
+    """Read YAML, apply `group.key=value` overrides (values as of `read_yaml_value`), and check every field.
 
     Relative paths stay relative to the working directory. Raises UserError.
     """
@@ -245,9 +245,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"{shown}: {group!r} is a value, not a group")
         target = child
     try:
-        target[leaf] = read_yaml(value)
+        target[leaf] = read_yaml_value(value)
     except YamlError:
-        raise UserError(f"{shown}: the value is not valid YAML") from None
+        raise UserError(f"{shown}: the value is not valid YAML; put text in quotes") from None
 
 
 _MOST_MISTAKES = 5  # in one sentence

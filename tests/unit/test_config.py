@@ -333,9 +333,7 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, ch
     assert load_config(path) == config
     path.write_text(MINIMAL, encoding="utf-8")
     overrides = [
-        f"{group}.{leaf}={as_override(value)}"
-        for group, values in changes.items()
-        for leaf, value in values.items()
+        f"{group}.{leaf}={as_override(value)}" for group, values in changes.items() for leaf, value in values.items()
     ]
     assert load_config(path, overrides) == config
 
