@@ -46,6 +46,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
+Memory = Annotated[float, Field(ge=0.1, le=1e6)]  # GB; a Python with NumPy takes a tenth of one
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 # Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
 Temperature = Annotated[float, Field(ge=0.01, le=100.0)]
@@ -95,6 +96,8 @@ class RewardsConfig(_Group):
     reward_funcs: list[Text] = Field(default=["accuracy"], min_length=1)  # names, or path.py:function
     reward_weights: list[Number] | None = None  # None = 1 each
     timeout_seconds: Seconds = 60.0  # of one call of a user's function
+    memory_limit_gb: Memory | None = None  # address space of each process of a user's function
+    environment: list[Text] = []  # variables that users' functions see beside those that every program needs
 
 
 class RolloutConfig(_Group):

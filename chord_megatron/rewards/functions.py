@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Any
 
 from chord_megatron.rewards.arguments import Offer
 from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
-from chord_megatron.rewards.plugin import PluginReward
+from chord_megatron.rewards.plugin import Limits, PluginReward
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import Prompt
+
+_LARGEST_REWARD = 1e30  # as of the numbers of a configuration: a weighted sum and its square stay finite
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,15 @@ def build_reward_function(
     reward_weights: list[float] | None,
     timeout_seconds: float,
     *,
+    memory_limit_gb: float | None = None,
+    environment: Sequence[str] = (),
     columns: Collection[str] | None = None,
     reference_column: str | None = None,
 ) -> RewardFunctions:
     """Reward functions from names or `path.py:function`, loaded now; weights are 1 by default.
 
-    `columns` are those of the data: a function that needs another is refused, where they are given. Raises UserError.
+    Time, memory and environment are those of plugin.py's `Limits`. `columns` are those of the data: a function that
+    needs another is refused, where they are given. Raises UserError.
     """
     weights = reward_weights if reward_weights is not None else [1.0] * len(reward_funcs)
     if len(weights) != len(reward_funcs):
@@ -87,6 +93,7 @@ def build_reward_function(
         raise UserError(f"rewards.reward_weights={weights} must be finite numbers")
     if len(set(reward_funcs)) < len(reward_funcs):
         raise UserError(f"rewards.reward_funcs={reward_funcs} names a function twice")
+    limits = Limits(timeout_seconds, memory_limit_gb, tuple(environment))
     offer = Offer(columns, reference_column)
     with ExitStack() as resources:  # ends the processes already started where a later function fails
         functions: dict[str, RewardFunction] = {}
@@ -95,7 +102,7 @@ def build_reward_function(
                 functions[name] = BUILTIN_REWARDS[name]
             else:
                 path, function_name = _split(name)
-                plugin = functions[name] = PluginReward(path, function_name, timeout_seconds, offer)
+                plugin = functions[name] = PluginReward(path, function_name, limits, offer)
                 resources.callback(plugin.close)
         return RewardFunctions(functions, weights, columns or (), resources.pop_all())
 
@@ -109,13 +116,22 @@ def _split(name: str) -> tuple[str, str]:
     raise UserError(f"unknown reward function {name!r}: use {', '.join(BUILTIN_REWARDS)}, or path.py:function{nearest}")
 
 
+_SHORT = reprlib.Repr()
+
+
 def _checked(name: str, rewards: Any, count: int) -> list[float]:
     """`rewards`, as far as they are `count` finite numbers. Raises UserError."""
     if not isinstance(rewards, list):
-        raise UserError(f"reward function {name} must return a list of numbers, not {rewards!r}")
+        raise UserError(f"reward function {name} must return a list of numbers, not {_SHORT.repr(rewards)}")
     if len(rewards) != count:
         raise UserError(f"reward function {name} returned {len(rewards)} rewards for {count} completions")
     for index, reward in enumerate(rewards):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise UserError(f"reward function {name} returned {reward!r}, not a finite number, at index {index}")
+        if not isinstance(reward, (int, float)) or (isinstance(reward, float) and not math.isfinite(reward)):
+            raise UserError(
+                f"reward function {name} returned {_SHORT.repr(reward)}, not a finite number, at index {index}"
+            )
+        if abs(reward) > _LARGEST_REWARD:
+            raise UserError(
+                f"reward function {name} returned {_SHORT.repr(reward)}, beyond {_LARGEST_REWARD:g}, at index {index}"
+            )
     return [reward if isinstance(reward, FailedReward) else float(reward) for reward in rewards]
