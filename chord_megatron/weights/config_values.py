@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LARGEST = 2**31 - 1
-_MOST_PARTS = 10**5  # layers, experts: more than any model has; the tables grow with them
+MOST_PARTS = 10**4  # layers, experts of a layer: more than any model has; the tables of names grow with them
 
 
 class RefusedError(ValueError):
@@ -29,7 +29,7 @@ def count(config: Mapping[str, Any], *names: str, parts: bool = False) -> int:
         value = int(value)
     if type(value) is not int or value < 1:
         raise RefusedError(f"`{key}` must be a positive whole number, found {_shown(value)}")
-    if value > (largest := _MOST_PARTS if parts else _LARGEST):
+    if value > (largest := MOST_PARTS if parts else _LARGEST):
         raise RefusedError(f"`{key}` must be a positive whole number of up to {largest}, found {_shown(value)}")
     return value
 

