@@ -38,4 +38,5 @@ def export_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> None:
     with replaced_directory(target_dir) as partial:
         first = next(weights)  # the embedding, which has the dtype of the model
         write_safetensors(partial, hf_tensors(engine.arch, first[1].dtype), chain([first], weights))
-        copy_model_files([source_dir], partial, engine.arch)
+        for left_out in copy_model_files([source_dir], partial, engine.arch):
+            print(left_out, flush=True)

@@ -414,9 +414,10 @@ def test_verifying_finds_a_changed_bit(model: Path, megatron: Path, tmp_path: Pa
         write(self, target)
         flip(target / "model.safetensors")
 
-    def copy_and_change(sources: Iterator[Path], target: Path, arch: ModelArchitecture) -> None:
-        tell(sources, target, arch)
+    def copy_and_change(sources: Iterator[Path], target: Path, arch: ModelArchitecture) -> list[str]:
+        left_out = tell(sources, target, arch)
         flip(target / "__0_0.distcp")
+        return left_out
 
     def flip(path: Path) -> None:
         data = bytearray(path.read_bytes())

@@ -77,7 +77,7 @@ STAY = (
 
 
 def write(folder: Path, *names: str, text: str = "text") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
