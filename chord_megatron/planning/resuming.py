@@ -28,9 +28,9 @@ STAYS = _keys(
 MAY_CHANGE = _keys(
     model="recompute export_bucket_megabytes trust_remote_code",
     parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "sequence_parallel context_parallel_size expert_model_parallel_size",
+    "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
     data="eval_dataset eval_dataset_split num_eval_prompts on_bad_row",
-    rewards="reward_funcs reward_weights timeout_seconds",
+    rewards="reward_funcs reward_weights timeout_seconds memory_limit_gb environment",
     rollout="engine num_generations temperature top_p top_k max_completion_length stop_token_ids max_batch_size "
     "record_to replay_from vllm_mode vllm_tensor_parallel_size vllm_gpu_memory_utilization vllm_enforce_eager "
     "sleep_level offload_optimizer offload_model vllm_servers vllm_server_timeout weight_transfer weight_transfer_dir "
@@ -42,7 +42,7 @@ MAY_CHANGE = _keys(
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
     train="output_dir micro_batch_size global_batch_size packing_order train_iters eval_steps eval_temperature "
-    "save_steps save_total_limit max_skipped_steps",
+    "save_steps save_total_limit save_on_signal max_skipped_steps",
     tracking="report_to log_completions",
 )
 

@@ -36,11 +36,11 @@ def end_with_launcher() -> None:
         sys.exit(128 + signal.SIGKILL)
 
 
-def end_with_parent() -> None:
-    """Have Linux kill this process when the one that started it ends, however that ends."""
+def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when the thread that started it ends, however that ends."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
 
 
 def listen_on_loopback(*, nccl: bool) -> None:
