@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.conversations import Conversation, Message
+from chord_megatron.data.token_lengths import characters_per_token
 from chord_megatron.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PromptFormat: TypeAlias = Literal["chat", "text"]
+
+UNREAD = -1  # in place of each token of a text that is too long to be read
 
 _PROBE = "ChordAnswerProbe"  # stands for an answer; letters only, so that templates leave it as it is
 _THINKING = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
@@ -39,8 +42,11 @@ class Turn:
 class Turns(Protocol):
     """How conversations become tokens."""
 
-    def open(self, conversation: Conversation) -> Turn:
-        """Up to where the model goes on. Raises BadRow."""
+    def open(self, conversation: Conversation, most_tokens: int) -> Turn:
+        """Up to where the model goes on; UNREAD tokens where they are more than `most_tokens` for certain.
+
+        Raises BadRow.
+        """
         ...
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
@@ -65,8 +71,9 @@ class TextTurns:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
         self._tokenizer, self._system_prompt = tokenizer, system_prompt
+        self._characters_per_token = characters_per_token(tokenizer)
 
-    def open(self, conversation: Conversation) -> Turn:
+    def open(self, conversation: Conversation, most_tokens: int) -> Turn:
         question = conversation.question
         if not isinstance(question, str):
             raise BadRow(f"column {conversation.column!r} holds chat messages", ", which need data.prompt_format: chat")
@@ -74,7 +81,8 @@ class TextTurns:
             raise BadRow("column 'tools' needs data.prompt_format: chat")
         system = conversation.system or self._system_prompt
         text = question if system is None else f"{system}\n\n{question}"
-        return Turn(text, self._encode(text), "", "", int(self._tokenizer.eos_token_id))
+        tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
+        return Turn(text, tokens, "", "", int(self._tokenizer.eos_token_id))
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
         tokens = tuple(self._tokenizer.encode(answer.get("content") or "", add_special_tokens=False))
@@ -104,8 +112,9 @@ class ChatTurns:
         self._tokenizer, self._system_prompt, self._template_kwargs = tokenizer, system_prompt, template_kwargs
         self._markers = set(tokenizer.added_tokens_decoder)
         self._end_tokens: dict[str, int] = {}  # by what follows an answer
+        self._characters_per_token = characters_per_token(tokenizer)
 
-    def open(self, conversation: Conversation) -> Turn:
+    def open(self, conversation: Conversation, most_tokens: int) -> Turn:
         messages, begun = self._messages(conversation)
         closed = self._render([*messages, _assistant(begun + _PROBE)], conversation)
         header, found, ending = closed.rpartition(_PROBE)
@@ -114,7 +123,8 @@ class ChatTurns:
         text = header if begun else self._render(messages, conversation, add_generation_prompt=True)
         prefill = begun or _opened_by_template(text, header if found else text)
         ending = ending if found else ""
-        return Turn(text, self._encode(text), prefill, ending, self._end_token(ending))
+        tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
+        return Turn(text, tokens, prefill, ending, self._end_token(ending))
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
         content = self._without_end(answer.get("content") or "", turn)
@@ -164,6 +174,8 @@ class ChatTurns:
 
     def _encode_behind(self, turn: Turn, text: str) -> tuple[int, ...]:
         """The tokens of a text that follows the prompt; apart from it, where the two would merge at the seam."""
+        if turn.tokens[:1] == (UNREAD,):
+            return self._encode(text)
         whole, length = self._encode(turn.text + text), len(turn.tokens)
         return whole[length:] if whole[:length] == turn.tokens else self._encode(text)
 
@@ -182,6 +194,12 @@ class ChatTurns:
             if end in content:
                 raise BadRow("the answer holds its end token in its middle", f": {end!r}")
         return content
+
+
+def _unread(text: str, most_tokens: int, characters_per_token: int | None) -> tuple[int, ...]:
+    """One more than `most_tokens` in place of more tokens than that; none where a text may be shorter."""
+    is_too_long = characters_per_token is not None and len(text) > most_tokens * characters_per_token
+    return (UNREAD,) * (most_tokens + 1) if is_too_long else ()
 
 
 def _arguments_of(tokenizer: PreTrainedTokenizerBase) -> set[str]:

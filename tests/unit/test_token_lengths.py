@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chord_megatron.data.token_lengths import characters_per_token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.load import load_run_data
+from chord_megatron.data.token_lengths import characters_per_token
 from chord_megatron.system.errors import UserError
 
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
