@@ -32,10 +32,10 @@ def characters_per_token(tokenizer: Any) -> int | None:
         return None
     if any(split["type"] == "ByteLevel" for split in splits):
         covers_bytes = set(pre_tokenizers.ByteLevel.alphabet()) <= model["vocab"].keys()
-        lengths = map(len, model["vocab"])  # a character stands for a byte
+        lengths = [len(token) for token in model["vocab"]]  # a character stands for a byte
     else:
         covers_bytes = model["byte_fallback"] and model["vocab"].keys() >= _BYTES
-        lengths = (len(token.encode()) for token in model["vocab"])
+        lengths = [len(token.encode()) for token in model["vocab"]]
     longest = max(*lengths, *(len(token["content"].encode()) for token in added), 1)
     return longest * per_character if covers_bytes else None
 
