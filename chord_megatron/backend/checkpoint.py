@@ -156,8 +156,8 @@ def _folder_of_all_ranks(directory: Path, groups: ParallelGroups) -> Iterator[Pa
 def _written_by(directory: Path) -> str:
     """Which release wrote a checkpoint, where it is another one than reads it."""
     try:
-        release = _read_document(directory / "state.json").get("megatron_core")
-    except (OSError, ValueError, RecursionError):
+        release = json.loads((directory / "state.json").read_text(encoding="utf-8")).get("megatron_core")
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     if release in (None, releases.installed()):
         return ""

@@ -126,9 +126,7 @@ def _checked(name: str, rewards: Any, count: int) -> list[float]:
         raise UserError(f"reward function {name} returned {len(rewards)} rewards for {count} completions")
     for index, reward in enumerate(rewards):
         if not isinstance(reward, (int, float)) or (isinstance(reward, float) and not math.isfinite(reward)):
-            raise UserError(
-                f"reward function {name} returned {shown(reward)}, not a finite number, at index {index}"
-            )
+            raise UserError(f"reward function {name} returned {shown(reward)}, not a finite number, at index {index}")
         if abs(reward) > _LARGEST_REWARD:
             raise UserError(
                 f"reward function {name} returned {shown(reward)}, beyond {_LARGEST_REWARD:g}, at index {index}"

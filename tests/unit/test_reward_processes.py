@@ -208,7 +208,7 @@ def test_an_answer_has_a_length(plugin: Callable[..., Any]) -> None:
         ("-(10**400)", "returned -10000000000000000...0000000000000000000, beyond 1e+30, at index 1"),
         ("10**5000", "ValueError: Exceeds the limit (4300 digits) for integer string conversion"),
         ("1e308", "returned 1e+308, beyond 1e+30, at index 1"),
-        ("'x' * 1000", "returned 'xxxxxxxxxxxx...xxxxxxxxxxxxx', not a finite number, at index 1"),
+        ("'x' * 1000", f"returned '{'x' * 37}...{'x' * 38}', not a finite number, at index 1"),
     ],
 )
 def test_numbers_that_no_sum_holds_are_said(plugin: Callable[..., Any], value: str, said: str) -> None:
