@@ -28,6 +28,7 @@ def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
         if not tokenizer.vocab_size:
             raise ValueError("its vocabulary is empty")
+        tokenizer.decode(tokenizer.encode("1"))  # some settings are looked at with the first text only
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # damage fails in every way there is, and a panic in Rust is no Exception

@@ -114,6 +114,14 @@ def test_a_tokenizer_that_knows_no_token_is_none(folder: Path) -> None:
         load(folder)
 
 
+def test_damage_that_shows_in_use_is_named(folder: Path) -> None:
+    edit(folder / "tokenizer_config.json", model_max_length="many")
+    with pytest.raises(
+        UserError, match=r"has no tokenizer that transformers can load \(.*tokenizer_config.json: TypeE"
+    ):
+        load(folder)
+
+
 def test_no_end_token(folder: Path) -> None:
     edit(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(UserError, match=r"has no eos_token; set one in tokenizer_config\.json"):
