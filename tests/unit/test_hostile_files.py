@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -23,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from chord_megatron.checkpoints.conversion import hf_to_megatron
-from tests import forked
 from tests.tiny_families import write_model
 from tests.tiny_tokenizer import write_tokenizer
 
