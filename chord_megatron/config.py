@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import one_line, shown
-from chord_megatron.system.yaml_text import YamlError, read_yaml, write_yaml
+from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_value, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
 _LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
@@ -65,6 +65,8 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
+Minutes = Annotated[float, Field(ge=0.1, le=1e5)]
+Memory = Annotated[float, Field(ge=0.1, le=1e6)]  # GB; a Python with NumPy takes a tenth of one
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
 TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
@@ -96,6 +98,7 @@ class ParallelConfig(_Group):
     sequence_parallel: bool = False
     context_parallel_size: Literal[1] = 1
     expert_model_parallel_size: Positive = 1  # splits each layer's experts over TP x DP ranks
+    distributed_timeout_minutes: Minutes = 30.0  # how long a rank waits for another
 
 
 class DataConfig(_Group):
@@ -118,6 +121,8 @@ class RewardsConfig(_Group):
     reward_funcs: list[Text] = Field(default=["accuracy"], min_length=1)  # names, or path.py:function
     reward_weights: list[Number] | None = None  # None = 1 each
     timeout_seconds: Seconds = 60.0  # of one call of a user's function
+    memory_limit_gb: Memory | None = None  # address space of each process of a user's function
+    environment: list[Text] = []  # variables that users' functions see beside those that every program needs
 
 
 class RolloutConfig(_Group):
@@ -205,6 +210,7 @@ class TrainConfig(_Group):
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
+    save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
 
 
@@ -227,7 +233,7 @@ class Config(_Group):
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read YAML, apply `group.key=value` overrides (YAML values), and check every field.
+    """Read YAML, apply `group.key=value` overrides (values as of `read_yaml_value`), and check every field.
 
     Relative paths stay relative to the working directory. Raises UserError.
     """
@@ -266,9 +272,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"{place}: {group!r} is a value, not a group")
         target = child
     try:
-        target[leaf] = read_yaml(value)
+        target[leaf] = read_yaml_value(value)
     except YamlError:
-        raise UserError(f"{place}: the value is not valid YAML") from None
+        raise UserError(f"{place}: the value is not valid YAML; put text in quotes") from None
 
 
 _MOST_MISTAKES = 5  # in one sentence

@@ -6,6 +6,7 @@ else, and each process of a job is a fork of that one: as fresh as a new interpr
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import socket
@@ -87,7 +88,8 @@ def _places(processes: int) -> list[dict[str, str]]:
 
 
 @cache
-def _context() -> ForkServerContext:
+def context() -> ForkServerContext:
+    """Of the fork server, of which a process has one: who starts processes otherwise calls this first."""
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     with patch.dict(os.environ, ENVIRONMENT):
@@ -96,14 +98,16 @@ def _context() -> ForkServerContext:
 
 
 def _start(program: str, arguments: tuple[object, ...], output: Path, env: dict[str, str]) -> ForkServerProcess:
-    process = _context().Process(target=_run, args=(program, [*map(str, arguments)], output, env))
+    process = context().Process(target=_run, args=(program, [*map(str, arguments)], output, env))
     process.start()
     return process
 
 
 def _run(program: str, arguments: list[str], output: Path, env: dict[str, str]) -> None:
     """What a forked process does."""
-    assert "chord_megatron.training.main" in sys.modules, "the fork server could not import what it should"
+    if _PRELOADED[0] not in sys.modules:
+        importlib.import_module(_PRELOADED[0])  # raises what the fork server passes over in silence
+        raise AssertionError("the fork server has not imported what it should: something else has started it before")
     end_with_parent()  # the fork server, which ends with the tests
     os.environ.clear()
     os.environ.update(env)

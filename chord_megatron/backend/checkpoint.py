@@ -15,20 +15,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 
 from chord_megatron.backend import releases
+from chord_megatron.backend.checkpoint_writer import save_sharded
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
 from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
-from chord_megatron.system.atomic import partial_path, replaced_directory
+from chord_megatron.system.atomic import failed_writes_named, partial_path, replaced_directory
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.model_files import copy_model_files
@@ -61,12 +63,13 @@ def save(
 ) -> None:
     """Write a checkpoint beside `directory` and rename it into place when it is complete. Collective.
 
-    The configuration and tokenizer of `model_dir` come along, so that it can be converted by itself.
+    The configuration and tokenizer of `model_dir` come along, so that it can be converted by itself. Raises UserError,
+    on all ranks, where the tensors cannot be written.
     """
-    with _folder_of_all_ranks(directory, groups) as folder:
+    with failed_writes_named(directory), _folder_of_all_ranks(directory, groups) as folder:
         _allocate_adam_state(optimizer)
-        dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(folder))
-        save_file(_rng_state(), folder / f"rng_{groups.rank:05d}.safetensors")
+        save_sharded(_sharded_state(chunks, optimizer, is_loading=False), folder)
+        (folder / _rng_file(groups)).write_bytes(safetensors_bytes(_rng_state()))
         if groups.rank == 0:
             document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": releases.installed()}
             (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
@@ -82,15 +85,10 @@ def load(
     configured = [dict(group) for group in optimizer.param_groups]
     _allocate_adam_state(optimizer)
     sharded_state = _sharded_state(chunks, optimizer, is_loading=True)
-    try:
-        document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-        loaded = load_sharded(sharded_state, directory, read_common_state(directory, remedy))
-    except UserError:
-        raise
-    except READ_ERRORS as error:
-        raise UserError(
-            f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause_of(error)}); {remedy}"
-        ) from error
+    with _failed_reads_named(directory, remedy):
+        document = _read_document(directory / "state.json")
+        rng_state = _read_rng(directory / _rng_file(groups))
+        loaded = load_sharded(sharded_state, directory, _with_optimizer(read_common_state(directory, remedy)))
     for name, chunk in _named_chunks(chunks):
         set_weights(unwrap(chunk), loaded[name])
     _translate_steps(loaded["optimizer"], by_parameter=_counts_by_parameter(optimizer))
@@ -103,9 +101,45 @@ def load(
         group.update({key: settings[key] for key in _CONFIGURED if key in settings})
         # The groups are those that were saved, in which another Adam has not said what only this one reads.
         group.update({key: value for key, value in settings.items() if key not in group and key != "step"})
-    scheduler.load_state_dict(document["scheduler"])
-    _restore_rng(directory / f"rng_{groups.rank:05d}.safetensors")
+    with _failed_reads_named(directory, remedy):
+        _load_scheduler(scheduler, document["scheduler"])
+    if rng_state:
+        _restore_rng(rng_state)
     return document["state"]
+
+
+@contextlib.contextmanager
+def _failed_reads_named(directory: Path, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except (*READ_ERRORS, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {directory}{_written_by(directory)} cannot be read ({cause_of(error)}); {remedy}"
+        ) from error
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """What `save` wrote to state.json. Raises OSError and ValueError."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), dict) for k in ("state", "scheduler")):
+        raise ValueError(f"{path.name} is damaged: it lacks what a run writes there")
+    return document
+
+
+def _with_optimizer(common_state: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises ValueError where it has nothing of an optimizer."""
+    if not isinstance(common_state.get("optimizer"), dict):
+        raise ValueError("its common state is damaged: it lacks the optimizer's settings")
+    return common_state
+
+
+def _load_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+    try:
+        scheduler.load_state_dict(state)
+    except (KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"state.json is damaged: the scheduler's {error}") from error
 
 
 @contextlib.contextmanager
@@ -123,7 +157,7 @@ def _written_by(directory: Path) -> str:
     """Which release wrote a checkpoint, where it is another one than reads it."""
     try:
         release = json.loads((directory / "state.json").read_text(encoding="utf-8")).get("megatron_core")
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     if release in (None, releases.installed()):
         return ""
@@ -230,11 +264,25 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return states
 
 
-def _restore_rng(path: Path) -> None:
-    """Restore this rank's random state; a rank that the saving job did not have keeps its seeded one."""
+def _rng_file(groups: ParallelGroups) -> str:
+    return f"rng_{groups.rank:05d}.safetensors"
+
+
+def _read_rng(path: Path) -> dict[str, torch.Tensor]:
+    """A rank's random state; nothing where the saving job did not have the rank, which keeps its seeded one.
+
+    Raises SafetensorError and ValueError.
+    """
     if not path.exists():
-        return
+        return {}
     states = load_file(path)
+    now = torch.get_rng_state()
+    if "cpu" not in states or states["cpu"].shape != now.shape or any(s.dtype != now.dtype for s in states.values()):
+        raise ValueError(f"{path.name} is damaged: it holds no random state")
+    return states
+
+
+def _restore_rng(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states.pop("cpu"))
     if "cuda" in states:
         torch.cuda.set_rng_state(states.pop("cuda"))

@@ -29,6 +29,7 @@ from chord_megatron.backend.model import build_model_chunks, run_micro_batch, un
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
 from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
+from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.types import GlobalBatch, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
@@ -63,6 +64,7 @@ class MegatronEngine:
         self.groups = groups
         self._model_dir = Path(model.path)
         self.arch = read_architecture(self._model_dir)
+        check_weights(self._model_dir, self.arch)
         installed = find_installed()
         acceleration = choose_acceleration(
             installed, data_parallel_size=groups.dp_size, overlap_grad_reduce=optimizer.overlap_grad_reduce

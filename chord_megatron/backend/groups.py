@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from chord_megatron.backend.cpu import enable_cpu_support
 from chord_megatron.config import ParallelConfig
+from chord_megatron.system.processes import STORE_FILE, listen_at
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,14 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
     if on_gpu:
         torch.cuda.set_device(local_rank)
     enable_cpu_support()
+    limit = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        store = None if "MASTER_PORT" in os.environ else dist.HashStore()
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
-            timeout=timedelta(minutes=30),
-            store=store,
+            timeout=limit,
+            store=dist.PrefixStore("default_group", meet(limit)),
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -99,6 +100,7 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
             # Experts are small: whole ones on more ranks compute faster than slices of them, and send less.
             expert_tensor_parallel_size=1,
             create_gloo_process_groups=True,  # checkpoints gather optimizer state over them
+            distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         )
     model_parallel_cuda_manual_seed(seed)
     return ParallelGroups(
@@ -113,8 +115,37 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
     )
 
 
+@cache
+def meet(limit: timedelta) -> dist.Store:
+    """What all processes of the job read and write, as the launcher's or torchrun's environment variables say.
+
+    Rank 0 keeps it, where it is no file, at MASTER_ADDR alone if that is an address of its machine. The others wait for
+    rank 0 until the limit. Raises UserError where rank 0 cannot have the port.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if world_size == 1:
+        return dist.HashStore()
+    if STORE_FILE in os.environ:
+        store = dist.FileStore(os.environ[STORE_FILE], world_size)
+        store.set_timeout(limit)
+        return store
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_keeper = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listener = listen_at(address, port) if is_keeper else None
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=is_keeper,
+        timeout=limit,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach() if listener else None,
+    )
+
+
 def shut_down_distributed() -> None:
     """Leave the job, and forget its groups: the same process may join another one."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+    meet.cache_clear()

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from chord_megatron.checkpoints.bounded_pickle import check_tensors
 from chord_megatron.checkpoints.metadata import COMMON_STATE, cause_of, read_metadata
 from chord_megatron.system.errors import UserError
 
@@ -40,7 +41,7 @@ def common_state_bytes(directory: Path, remedy: str) -> bytes | None:
     try:
         with (directory / info.relative_path).open("rb") as file:
             file.seek(info.offset)
-            return file.read(info.length)
+            return file.read(min(info.length, (directory / info.relative_path).stat().st_size))
     except OSError as error:
         raise UserError(
             f"the checkpoint {directory} cannot be read ({info.relative_path}: {error.strerror}); {remedy}"
@@ -53,6 +54,7 @@ def read_common_state(directory: Path, remedy: str) -> dict[str, Any]:
     if content is None:
         raise UserError(f"{directory} has neither {_FILE} nor {COMMON_STATE}; {remedy}")
     try:
+        check_tensors(io.BytesIO(content))
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles fail in every way there is
         cause = cause_of(error)

@@ -24,7 +24,7 @@ from chord_megatron.weights.hf_config import make_config, read_architecture
 from chord_megatron.weights.mapping import find_mapping, hf_shapes, padded_vocab_size, parameter_names
 from chord_megatron.weights.model_files import copy_model_files, set_config_dtype
 from chord_megatron.weights.names import list_names
-from chord_megatron.weights.safetensors_io import WEIGHT_DTYPES, SafetensorsReader, check_complete
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.weights.safetensors_writer import MAX_SHARD_BYTES, SafetensorsWriter
 from chord_megatron.weights.schema import TensorLayout, TensorSpec
 from chord_megatron.weights.shards import export_parameter, import_parameter
@@ -47,6 +47,7 @@ class Conversion:
 
     nbytes: int  # of tensors
     seconds: float  # without the checks
+    left_out: tuple[str, ...] = ()  # of the files beside the weights: a sentence each
     checks: tuple[str, ...] = ()  # a sentence each
 
 
@@ -73,10 +74,9 @@ def hf_to_megatron(
             start = time.monotonic()
             progress.start("converting", nbytes)
             write_checkpoint(partial, pieces, arch, lambda piece: _import_piece(piece, arch, reader, progress))
-            conversion = Conversion(nbytes, time.monotonic() - start)
-            _finish_folder(
-                [source], partial, arch, next(piece.dtype for piece in pieces if piece.name == EMBEDDING.megatron)
-            )
+            seconds = time.monotonic() - start
+            written_as = next(piece.dtype for piece in pieces if piece.name == EMBEDDING.megatron)
+            conversion = Conversion(nbytes, seconds, _finish_folder([source], partial, arch, written_as))
             if verify:
                 progress.start("verifying", nbytes)
                 check = check_megatron(MegatronReader(partial, arch), reader, arch, progress.advance)
@@ -110,8 +110,8 @@ def megatron_to_hf(
         start = time.monotonic()
         progress.start("converting", nbytes)
         _write_hf(reader, arch, specs, partial, max_shard_bytes, progress)
-        conversion = Conversion(nbytes, time.monotonic() - start)
-        _finish_folder(folders, partial, arch, specs[HF_EMBEDDING].dtype)
+        seconds = time.monotonic() - start
+        conversion = Conversion(nbytes, seconds, _finish_folder(folders, partial, arch, specs[HF_EMBEDDING].dtype))
         if verify:
             progress.start("verifying", nbytes)
             with SafetensorsReader(partial) as written:
@@ -159,8 +159,6 @@ def _megatron_specs(
 
 
 def _target_dtype(name: str, found: torch.dtype, arch: ModelArchitecture, asked: torch.dtype | None) -> torch.dtype:
-    if found not in WEIGHT_DTYPES:
-        raise UserError(f"{name} holds {str(found).removeprefix('torch.')} numbers; use the unquantized checkpoint")
     return found if asked is None or find_mapping(name, arch).mapping.is_float32 else asked
 
 
@@ -250,11 +248,13 @@ def _read_architecture(folders: list[Path], source: Path) -> ModelArchitecture:
     return arch
 
 
-def _finish_folder(sources: list[Path], target: Path, arch: ModelArchitecture, dtype: torch.dtype) -> None:
-    copy_model_files(sources, target, arch)
+def _finish_folder(sources: list[Path], target: Path, arch: ModelArchitecture, dtype: torch.dtype) -> tuple[str, ...]:
+    """All but the weights; returns what was left out."""
+    left_out = copy_model_files(sources, target, arch)
     if not sources:
         (target / "config.json").write_text(json.dumps(make_config(arch), indent=2) + "\n", encoding="utf-8")
     set_config_dtype(target, dtype)
+    return tuple(left_out)
 
 
 def _describe(check: Check, source: Path, target: Path) -> str:

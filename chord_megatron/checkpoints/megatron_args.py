@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import pickle
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chord_megatron.checkpoints.bounded_pickle import Inert, InertUnpickler, torch_pickle
 from chord_megatron.checkpoints.common_state import common_state_bytes, unwrap_common_state
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import (
@@ -20,6 +19,7 @@ from chord_megatron.weights.architecture import (
     ModelArchitecture,
     YarnRope,
 )
+from chord_megatron.weights.config_values import MOST_PARTS
 from chord_megatron.weights.hf_config import check_config, said_in_config
 
 # What every model of ours has; a checkpoint that says otherwise holds another model. Names change with the release.
@@ -65,14 +65,11 @@ def read_megatron_args(checkpoint: Path) -> dict[str, Any] | None:
     if content is None:
         return None
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-            with archive.open(name) as file:
-                common = unwrap_common_state(_InertUnpickler(file).load())
+        common = unwrap_common_state(InertUnpickler(torch_pickle(io.BytesIO(content))).load())
     except Exception as error:  # damaged pickles fail in every way there is
         raise UserError(f"the common state of {checkpoint} is damaged ({error}); copy the checkpoint again") from error
     args = common.get("args") if isinstance(common, dict) else None
-    return dict(vars(args)) if isinstance(args, _Inert) else None
+    return dict(vars(args)) if isinstance(args, Inert) else None
 
 
 @dataclass(frozen=True)
@@ -231,7 +228,7 @@ def _yarn(args: Mapping[str, Any]) -> YarnRope | None:
 
 def _dense_layers(args: Mapping[str, Any]) -> tuple[int, ...]:
     frequency = args.get("moe_layer_freq", 1)
-    every = range(args["num_layers"])
+    every = range(min(args["num_layers"], MOST_PARTS))  # more are refused in the end
     pattern = [int(layer % frequency == 0) for layer in every] if isinstance(frequency, int) else frequency
     return tuple(layer for layer in every if not pattern[layer])
 
@@ -294,24 +291,3 @@ _EXPERTS = {
     "moe.routed_scaling_factor": _optional("moe_router_topk_scaling_factor", lambda factor: factor or 1.0),
     "moe.has_expert_bias": _optional("moe_router_enable_expert_bias", bool),
 }
-
-
-class _Inert:
-    """Stands for an object of any class: keeps its attributes, does nothing."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-
-
-class _InertUnpickler(pickle.Unpickler):
-    """Builds plain values; of whatever names a class or function nothing is imported or called."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        return _Inert
-
-    def persistent_load(self, reference: Any) -> Any:  # a tensor's storage
-        return None

@@ -15,10 +15,12 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
 
+from chord_megatron.checkpoints.bounded_pickle import BoundedUnpickler, Inert
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
 from chord_megatron.system.sentences import shown
@@ -68,9 +70,9 @@ def _refuse_other_backend(directory: Path) -> None:
 def read_metadata(directory: Path, remedy: str) -> Metadata:
     """What a checkpoint holds, and where. UserError where it is damaged (with `remedy`) or could run code."""
     try:
-        with open(directory / METADATA_FILE, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-            is_sound = isinstance(metadata, Metadata) and _is_sound(metadata)
+        content = (directory / METADATA_FILE).read_bytes()
+        metadata = _MetadataUnpickler(content).load()
+        is_sound = isinstance(metadata, Metadata) and _is_sound(metadata, len(content))
     except FileNotFoundError:
         raise UserError(f"{directory} is not a checkpoint: it has no .metadata file") from None
     except UserError:
@@ -82,13 +84,15 @@ def read_metadata(directory: Path, remedy: str) -> Metadata:
     return metadata
 
 
-def _is_sound(metadata: Metadata) -> bool:
+def _is_sound(metadata: Metadata, length: int) -> bool:
     """Whether everything that is read of it has its type: a damaged pickle may load all the same.
 
-    Raises AttributeError where an object lost what it had.
+    length: of the pickle, in which one list can be many. Raises AttributeError where an object lost what it had.
     """
     entries, storage = metadata.state_dict_metadata, metadata.storage_data
     if not isinstance(entries, dict) or not isinstance(storage, dict | None):
+        return False
+    if sum(len(entry.chunks) for entry in entries.values() if isinstance(entry, TensorStorageMetadata)) > length:
         return False
     return all(isinstance(key, str) and _is_sound_entry(entry) for key, entry in entries.items()) and all(
         isinstance(info.relative_path, str) and type(info.offset) is type(info.length) is int and info.offset >= 0
@@ -106,7 +110,16 @@ def _is_sound_entry(entry: object) -> bool:
         isinstance(entry.properties.dtype, torch.dtype)
         and _is_size(entry.size)
         and all(isinstance(chunk, ChunkStorageMetadata) for chunk in entry.chunks)
-        and all(_is_size(size) and len(size) == len(entry.size) for c in entry.chunks for size in (c.offsets, c.sizes))
+        and all(_is_within(chunk, entry.size) for chunk in entry.chunks)
+    )
+
+
+def _is_within(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
+    return (
+        _is_size(chunk.offsets)
+        and _is_size(chunk.sizes)
+        and len(chunk.offsets) == len(chunk.sizes) == len(size)
+        and all(offset + extent <= whole for offset, extent, whole in zip(chunk.offsets, chunk.sizes, size))
     )
 
 
@@ -131,12 +144,27 @@ def refuse_unsafe(directory: Path) -> None:
         )
 
 
-class _Ignored:
-    """In place of classes of Megatron-Core whose objects say nothing about the tensors."""
+class _Ignored(Inert):
+    """In place of classes whose objects say nothing about the tensors: how the checkpoint was written."""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _MetadataUnpickler(BoundedUnpickler):
     """Only the classes of which torch.distributed.checkpoint and Megatron-Core build their metadata."""
+
+    def check_tuple(self, value: tuple[Any, ...]) -> None:
+        super().check_tuple(value)
+        # torch, which reads the file after this, may hash arguments and keys, and an index all that is in it.
+        if any(isinstance(element, _Ignored) for element in value):
+            raise pickle.UnpicklingError("an object as an argument")
+
+    def check_key(self, key: Any) -> None:
+        if isinstance(key, _Ignored):
+            raise pickle.UnpicklingError("an object as a key")
+
+    def check_built(self, value: Any) -> None:
+        parts = vars(value).values() if isinstance(value, MetadataIndex) else ()
+        if not all(isinstance(part, str | int | torch.Size | None) for part in parts):
+            raise pickle.UnpicklingError("an index of objects")
 
     _ALLOWED = frozenset(
         {
@@ -153,15 +181,6 @@ class _MetadataUnpickler(pickle.Unpickler):
             )
         }
         | {
-            f"torch.distributed.checkpoint.planner.{name}"
-            for name in (
-                "SavePlan",
-                "TensorWriteData",
-                "WriteItem",
-                "WriteItemType",
-            )
-        }
-        | {
             "torch.distributed.checkpoint.filesystem._StorageInfo",
             "torch.Size",
             "torch.serialization._get_layout",
@@ -170,6 +189,10 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
     _REPLACED: ClassVar[dict[str, Any]] = {
         "pathlib._local.PosixPath": pathlib.PosixPath,  # as Python 3.13 calls it
+        **{
+            f"torch.distributed.checkpoint.planner.{name}": _Ignored
+            for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+        },
         "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": _Ignored,
         "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan": _Ignored,
     }

@@ -11,13 +11,14 @@ A tensor is stored in chunks, each a `torch.save` of its own within a .distcp fi
 
 from __future__ import annotations
 
+import io
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,13 +29,15 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from chord_megatron.checkpoints.metadata import cause_of, find_checkpoint, read_metadata
+from chord_megatron.checkpoints.bounded_pickle import check_tensors
+from chord_megatron.checkpoints.metadata import METADATA_FILE, cause_of, find_checkpoint, read_metadata
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.files import FilePart
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import MappedParameter, hf_shapes, mapped_parameters
 from chord_megatron.weights.names import list_names
+from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete, refuse_foreign_dtypes
 from chord_megatron.weights.schema import TensorLayout, TensorSpec
 
 # What training saves beside the model; none of it is read.
@@ -78,6 +81,8 @@ class MegatronReader:
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data or {}
         self._sources = _match(self._tensors, arch, self.directory)
         self._chunks: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
+        keys = (key for source in self._sources.values() for key in source.keys)
+        refuse_foreign_dtypes({key: self._tensors[key].properties.dtype for key in keys})
         self._check_files()
 
     @property
@@ -182,10 +187,23 @@ class MegatronReader:
                 raise UserError(f"{path} is truncated ({size} of {end} bytes); copy the checkpoint again")
 
 
+def check_weights(model_dir: Path, arch: ModelArchitecture) -> None:
+    """Raise UserError unless a model folder holds the tensors of `arch`, by its headers.
+
+    For before such a model is built, which takes the memory and time of what config.json says.
+    """
+    if (model_dir / METADATA_FILE).is_file():
+        MegatronReader(model_dir, arch)
+    else:
+        with SafetensorsReader(model_dir) as reader:
+            check_complete(reader, arch)
+
+
 def _map_tensor(path: Path, info: _StorageInfo) -> Tensor:
     """A tensor that `torch.save` wrote into a part of a file: mapped, or read where that cannot be done."""
     with path.open("rb") as file:
-        view = cast(IO[bytes], _create_file_view(file, info.offset, info.length))
+        view = io.BufferedReader(FilePart(file, info.offset, info.length))
+        check_tensors(view)
         tensor = torch.load(view, map_location="meta", weights_only=True)
         place = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # absent in torch before 2.8
         if place is None or (info.offset + place) % tensor.itemsize:
@@ -301,6 +319,8 @@ def _by_leading(chunks: list[ChunkStorageMetadata], axes: int) -> dict[tuple[int
     """The chunks that hold a part of each index of the first `axes` axes."""
     found = defaultdict(list)
     for chunk in chunks:
+        if not chunk.sizes.numel():
+            continue  # of no number, in as many places as it likes
         ranges = [range(offset, offset + size) for offset, size in zip(chunk.offsets[:axes], chunk.sizes[:axes])]
         for leading in product(*ranges):
             found[leading].append(chunk)

@@ -150,8 +150,8 @@ def _progress_bar() -> Iterator[conversion.Progress]:
 def _report(target: Path, done: conversion.Conversion) -> None:
     gigabytes = done.nbytes / 1e9
     print(f"wrote {target}: {gigabytes:.2f} GB in {done.seconds:.1f} s ({gigabytes / done.seconds:.2f} GB/s)")
-    for check in done.checks:
-        print(check)
+    for line in (*done.left_out, *done.checks):
+        print(line)
 
 
 def _torch_dtype(dtype: Dtype | None) -> torch.dtype | None:

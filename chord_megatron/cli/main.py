@@ -38,6 +38,8 @@ def _add(command: Callable[..., int]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
+        except KeyboardInterrupt:
+            code = 130  # 128 + SIGINT, as of any program that it ends
         raise typer.Exit(code)
 
     app.command()(run)

@@ -1,9 +1,8 @@
-"""`chord-megatron train`: checks the configuration, then trains here or under torchrun."""
+"""`chord-megatron train`: checks the configuration, then trains here or in several processes."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,21 +10,7 @@ import typer
 
 from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
 from chord_megatron.system.errors import UserError
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How many processes, and where they meet."""
-
-    nproc_per_node: int
-    nnodes: int
-    node_rank: int = 0
-    master_addr: str = "127.0.0.1"
-    master_port: int = 29500
-
-    @property
-    def world_size(self) -> int:
-        return self.nproc_per_node * self.nnodes
+from chord_megatron.system.launcher import Launch, run_processes
 
 
 def train(
@@ -49,38 +34,8 @@ def train(
         return 0
     arguments = [str(config), *(overrides or [])]
     if launch.world_size > 1:
-        return _launch(launch, arguments)
+        command = [sys.executable, "-m", "chord_megatron.train", *arguments]
+        return run_processes(launch, command, finishes_its_step=resolved.train.save_on_signal)
     from chord_megatron.training.main import main
 
     return main(arguments)
-
-
-def _launch(launch: Launch, arguments: list[str]) -> int:
-    """torchrun -m chord_megatron.train, without its traceback of a child that already said what was wrong."""
-    import logging
-
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
-    from torch.distributed.run import config_from_args, parse_args
-
-    options = [f"--nproc-per-node={launch.nproc_per_node}", f"--nnodes={launch.nnodes}"]
-    if launch.nnodes > 1:
-        options += [
-            f"--node-rank={launch.node_rank}",
-            f"--master-addr={launch.master_addr}",
-            f"--master-port={launch.master_port}",
-        ]
-    else:
-        # What --standalone means: a free port on the loopback device.
-        options += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={os.getpid()}"]
-    # One compute thread per process, unless the user says otherwise: torchrun's own default, without its warning.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    run = parse_args([*options, "-m", "chord_megatron.train", *arguments])
-    config, command, command_arguments = config_from_args(run)
-    try:
-        elastic_launch(config=config, entrypoint=command)(*command_arguments)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0

@@ -43,7 +43,10 @@ class ShuffledCursor:
                     f"the data set or the seed changed since the checkpoint: {name} was {state[name]}, "
                     f"now {now}; restore it or start a new run"
                 )
-        self._start(state["epoch"], state["position"])
+        epoch, position = state["epoch"], state["position"]
+        if not (type(epoch) is type(position) is int and epoch >= 0 and 0 <= position <= self._size):
+            raise UserError(f"the checkpoint is damaged: epoch {epoch!r}, row {position!r} is no place in the data set")
+        self._start(epoch, position)
 
     def _start(self, epoch: int, position: int) -> None:
         self._epoch, self._position = epoch, position

@@ -111,7 +111,7 @@ class _Reader:
         for index in range(count):
             with bad_rows.at_row(index):
                 conversation = read_conversation(rows[index], prompt_column)
-                turn = self._turns.open(conversation)
+                turn = self._turns.open(conversation, limit[1])
                 samples.append(make(index, rows[index], conversation, turn))
                 self.end_token_ids.add(turn.end_token_id)
                 kinds[f"column {conversation.column!r} ({conversation.kind})"] += 1

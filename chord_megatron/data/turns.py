@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from chord_megatron.config import PromptFormat
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.conversations import Conversation, Message
+from chord_megatron.data.token_lengths import characters_per_token
 from chord_megatron.data.tool_calls import is_written_twice, with_other_arguments
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import one_line, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+UNREAD = -1  # in place of each token of a text that is too long to be read
 
 _PROBE = "ChordAnswerProbe"  # stands for an answer; letters only, so that templates leave it as it is
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # of a message, beside its content
@@ -41,8 +44,11 @@ class Turn:
 class Turns(Protocol):
     """How conversations become tokens."""
 
-    def open(self, conversation: Conversation) -> Turn:
-        """Up to where the model goes on. Raises BadRow."""
+    def open(self, conversation: Conversation, most_tokens: int) -> Turn:
+        """Up to where the model goes on; UNREAD tokens where they are more than `most_tokens` for certain.
+
+        Raises BadRow.
+        """
         ...
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
@@ -67,8 +73,9 @@ class TextTurns:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> None:
         self._tokenizer, self._system_prompt = tokenizer, system_prompt
+        self._characters_per_token = characters_per_token(tokenizer)
 
-    def open(self, conversation: Conversation) -> Turn:
+    def open(self, conversation: Conversation, most_tokens: int) -> Turn:
         question = conversation.question
         if not isinstance(question, str):
             raise BadRow(f"column {conversation.column!r} holds chat messages", ", which need data.prompt_format: chat")
@@ -76,11 +83,13 @@ class TextTurns:
             raise BadRow("column 'tools' needs data.prompt_format: chat")
         system = conversation.system or self._system_prompt
         text = question if system is None else f"{system}\n\n{question}"
-        return Turn(text, self._encode(text), "", "", int(self._tokenizer.eos_token_id))
+        tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
+        return Turn(text, tokens, "", "", int(self._tokenizer.eos_token_id))
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
         content = _without_ends(answer.get("content") or "", {self._tokenizer.eos_token})
-        whole, length = self._encode(turn.text + content), len(turn.tokens)
+        whole = () if UNREAD in turn.tokens else self._encode(turn.text + content)
+        length = len(turn.tokens)
         fits = whole[:length] == turn.tokens  # else the two merge at the seam
         tokens = whole[length:] if fits else self._tokenizer.encode(content, add_special_tokens=False)
         return (*tokens, turn.end_token_id)
@@ -109,8 +118,9 @@ class ChatTurns:
         self._tokenizer, self._system_prompt, self._template_kwargs = tokenizer, system_prompt, template_kwargs
         self._markers = set(tokenizer.added_tokens_decoder)
         self._end_tokens: dict[str, int] = {}  # by what follows an answer
+        self._characters_per_token = characters_per_token(tokenizer)
 
-    def open(self, conversation: Conversation) -> Turn:
+    def open(self, conversation: Conversation, most_tokens: int) -> Turn:
         messages, begun = self._messages(conversation), conversation.begun
         text = self._render(messages, conversation, add_generation_prompt=True)
         self._refuse_unwritten(messages, conversation, text)
@@ -121,7 +131,8 @@ class ChatTurns:
             continued, found, _ = self._closed(messages, conversation, begun)
             text = continued if found and _holds(continued, begun) else text + _behind(prefill, begun)
         end = self._end_token(ending, messages, conversation)
-        return Turn(text, self._encode(text), begun or prefill, ending, end)
+        tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
+        return Turn(text, tokens, begun or prefill, ending, end)
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
         ends = {str(self._tokenizer.convert_ids_to_tokens(turn.end_token_id)), self._tokenizer.eos_token}
@@ -192,7 +203,10 @@ class ChatTurns:
 
     def _encode_behind(self, turn: Turn, text: str) -> tuple[int, ...]:
         """The tokens of a text that follows the prompt; apart from it, where the two would merge at the seam."""
-        whole, length = self._encode(turn.text + text), len(turn.tokens)
+        if turn.tokens[:1] == (UNREAD,):
+            return self._encode(text)
+        whole = () if UNREAD in turn.tokens else self._encode(turn.text + text)
+        length = len(turn.tokens)
         return whole[length:] if whole[:length] == turn.tokens else self._encode(text)
 
     def _end_token(self, ending: str, messages: list[Message], conversation: Conversation) -> int:
@@ -212,6 +226,12 @@ class ChatTurns:
         except BadRow:  # a template may have reasons against another turn
             return ""
         return parts[-2] if len(parts) > 2 else ""
+
+
+def _unread(text: str, most_tokens: int, characters_per_token: int | None) -> tuple[int, ...]:
+    """One more than `most_tokens` in place of more tokens than that; none where a text may be shorter."""
+    is_too_long = characters_per_token is not None and len(text) > most_tokens * characters_per_token
+    return (UNREAD,) * (most_tokens + 1) if is_too_long else ()
 
 
 def _assistant(content: str) -> Message:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from chord_megatron.doctor.check import last_words
+from chord_megatron.system.processes import listen_at, listen_on_loopback
 
 _HOST = "127.0.0.1"
 _REPETITIONS = 20
@@ -18,7 +19,11 @@ _REPETITIONS = 20
 
 def time_all_reduce(backend: str, timeout_seconds: float) -> float:
     """Seconds of an all-reduce of one number by two processes. Raises RuntimeError with what went wrong."""
-    store = dist.TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)  # 0: a free port
+    listener = listen_at(_HOST, 0)  # 0: a free port
+    assert listener is not None, f"this machine has no {_HOST}"
+    port = listener.getsockname()[1]
+    # Kept here while they meet. By itself it would listen on every interface.
+    store = dist.TCPStore(_HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     command = [sys.executable, "-m", __name__, backend, str(store.port), str(timeout_seconds)]
     processes = [
         subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -41,6 +46,7 @@ def time_all_reduce(backend: str, timeout_seconds: float) -> float:
 
 def _main(backend: str, port: str, timeout_seconds: str, rank: str) -> None:
     """One of the two processes; prints the seconds."""
+    listen_on_loopback(nccl=True)
     # Below the parent's limit, so that the one that waits in vain can say so.
     timeout = timedelta(seconds=0.7 * float(timeout_seconds))
     store = dist.TCPStore(_HOST, int(port), is_master=False, timeout=timeout)

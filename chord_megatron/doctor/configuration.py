@@ -8,8 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from chord_megatron.checkpoints.metadata import METADATA_FILE
-from chord_megatron.checkpoints.reader import MegatronReader
+from chord_megatron.checkpoints import reader
 from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.doctor.check import Check, size
 from chord_megatron.doctor.machine import Gpu, available_memory
@@ -17,7 +16,6 @@ from chord_megatron.planning.memory import ModelState, bytes_beside_sampler, che
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.weights.architecture import ModelArchitecture
-from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 
 _BFLOAT16_CAPABILITY = (8, 0)  # from Ampere on
 _LESS_MEMORY = (
@@ -30,11 +28,7 @@ _MAKE_ROOM = "rollout.sleep_level, offload_optimizer or offload_model"
 def check_weights(model_dir: Path, arch: ModelArchitecture) -> Check:
     """Whether the model's files are there and complete, by their headers; of a converted checkpoint too."""
     try:
-        if (model_dir / METADATA_FILE).is_file():
-            MegatronReader(model_dir, arch)
-        else:
-            with SafetensorsReader(model_dir) as reader:
-                check_complete(reader, arch)
+        reader.check_weights(model_dir, arch)
     except UserError as error:
         return Check("weights", None, "wrong", str(error), is_blocking=True)
     return Check("weights", str(model_dir), "ok", "every tensor of the model is there")

@@ -11,9 +11,12 @@ from typing import Any
 
 from chord_megatron.rewards.arguments import Offer
 from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
-from chord_megatron.rewards.plugin import PluginReward, is_plugin
+from chord_megatron.rewards.plugin import Limits, PluginReward, is_plugin
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
 from chord_megatron.types import Prompt
+
+_LARGEST_REWARD = 1e30  # as of the numbers of a configuration: a weighted sum and its square stay finite
 
 
 @dataclass(frozen=True)
@@ -90,15 +93,19 @@ def build_reward_function(
     reward_weights: list[float] | None,
     timeout_seconds: float,
     *,
+    memory_limit_gb: float | None = None,
+    environment: Sequence[str] = (),
     columns: Collection[str] | None = None,
     reference_column: str | None = None,
 ) -> RewardFunctions:
     """Reward functions from names or `path.py:function`, loaded now; weights are 1 by default.
 
-    `columns` are those of the data: a function that needs another is refused, where they are given. Raises UserError.
+    Time, memory and environment are those of plugin.py's `Limits`. `columns` are those of the data: a function that
+    needs another is refused, where they are given. Raises UserError.
     """
     check_reward_functions(reward_funcs, reward_weights)
     weights = reward_weights if reward_weights is not None else [1.0] * len(reward_funcs)
+    limits = Limits(timeout_seconds, memory_limit_gb, tuple(environment))
     offer = Offer(columns, reference_column)
     with ExitStack() as resources:  # ends the processes already started where a later function fails
         functions: dict[str, RewardFunction] = {}
@@ -106,7 +113,7 @@ def build_reward_function(
             if name in BUILTIN_REWARDS:
                 functions[name] = BUILTIN_REWARDS[name]
             else:
-                plugin = functions[name] = PluginReward(name, timeout_seconds, offer)
+                plugin = functions[name] = PluginReward(name, limits, offer)
                 resources.callback(plugin.close)
         return RewardFunctions(functions, weights, columns or (), resources.pop_all())
 
@@ -114,10 +121,14 @@ def build_reward_function(
 def _checked(name: str, rewards: Any, count: int) -> list[float]:
     """`rewards`, as far as they are `count` finite numbers. Raises UserError."""
     if not isinstance(rewards, list):
-        raise UserError(f"reward function {name} must return a list of numbers, not {rewards!r}")
+        raise UserError(f"reward function {name} must return a list of numbers, not {shown(rewards)}")
     if len(rewards) != count:
         raise UserError(f"reward function {name} returned {len(rewards)} rewards for {count} completions")
     for index, reward in enumerate(rewards):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise UserError(f"reward function {name} returned {reward!r}, not a finite number, at index {index}")
+        if not isinstance(reward, (int, float)) or (isinstance(reward, float) and not math.isfinite(reward)):
+            raise UserError(f"reward function {name} returned {shown(reward)}, not a finite number, at index {index}")
+        if abs(reward) > _LARGEST_REWARD:
+            raise UserError(
+                f"reward function {name} returned {shown(reward)}, beyond {_LARGEST_REWARD:g}, at index {index}"
+            )
     return [reward if isinstance(reward, FailedReward) else float(reward) for reward in rewards]

@@ -1,8 +1,9 @@
-"""The child process of `PluginReward`: `python -P worker.py FILE FUNCTION`, standard library only.
+"""The processes of `PluginReward`: `python -P worker.py OPTIONS`, JSON of `Options`; standard library only.
 
-One JSON line in, the arguments by name; one out, `{"result": ...}` or `{"error": "..."}`. The first line out says
-whether the function was loaded and what parameters it has. The end of standard input (the parent is gone) ends the
-process, even in the middle of a call.
+The first forks the one that calls the user's function, and is there to end all others of its process group when the
+trainer is gone. The second reads a JSON line for each call, its number and the arguments by name, and writes one,
+`{"number": ..., "result": ...}` or `{"number": ..., "error": "..."}`. Line 0 says whether the function was loaded and
+what parameters it has. The end of standard input ends it.
 """
 
 from __future__ import annotations
@@ -12,30 +13,104 @@ import importlib.util
 import inspect
 import json
 import os
-import queue
+import resource
+import runpy
+import signal
 import sys
-import threading
 import traceback
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_LONGEST_REASON = 2000
+# By its file: the package is not on this process's path, and it need not import all of it.
+_end_with_parent = runpy.run_path(str(Path(__file__).parents[1] / "system" / "processes.py"))["end_with_parent"]
 
-def main(file: str, function_name: str) -> None:
+
+@dataclass(frozen=True)
+class Options:
+    """What the trainer tells its worker."""
+
+    trainer: int  # its process
+    file: str
+    function_name: str
+    memory_limit_gb: float | None
+
+
+def main(options: Options) -> None:
+    """Run both processes."""
+    worker = os.fork()
+    if worker:
+        return _end_with_trainer(options.trainer, worker)
+    _end_with_parent()
+    _outlive_sigterm()
+    if options.memory_limit_gb is not None:
+        _limit_memory(options.memory_limit_gb)
+    return _serve(options)
+
+
+def _end_with_trainer(trainer: int, worker: int) -> None:
+    """Wait for the worker, and end as it did; when the trainer ends, end the whole process group.
+
+    What functions start is in that group, too. A process of its own, because a function may hold the interpreter's
+    lock, and because a pipe of the trainer's stays open as long as any fork of the trainer has it.
+    """
+
+    def end_without_trainer(*_: object) -> None:
+        if os.getppid() != trainer:  # else somebody else's signal
+            os.killpg(0, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, end_without_trainer)
+    _end_with_parent(signal.SIGTERM)
+    end_without_trainer()  # it may have ended before
+    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
+    os._exit(code if code >= 0 else 128 - code)  # as a shell reports signals
+
+
+def _outlive_sigterm() -> None:
+    """A scheduler sends it to all processes of a job, and the trainer wants the rewards of a last step.
+
+    What functions fork is ended by it, as ever: also when it comes while they fork.
+    """
+
+    def as_ever() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]),
+        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]),
+        after_in_child=as_ever,
+    )
+
+
+def _limit_memory(gigabytes: float) -> None:
+    """Of each process: its address space."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(gigabytes * 10**9)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _serve(options: Options) -> None:
     requests, answers = _take_over_pipes()
-    lines: queue.Queue[bytes] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(requests, lines), daemon=True).start()
+    explain = _Explain(options)
     try:
-        function = _Function(_load(file, function_name))
+        function = _Function(_load(options.file, options.function_name))
     except BaseException as error:
-        return _send(answers, {"error": _explain(error, file)})
-    _send(answers, {"result": function.parameters})
-    while True:
-        arguments = json.loads(lines.get())
+        return _send(answers, _encode({"number": 0, "error": explain(error)}))
+    _send(answers, _encode({"number": 0, "result": function.parameters}))
+    process = os.getpid()
+    for line in requests:
+        request = json.loads(line)
+        number = request["number"]
         try:
-            answer = {"result": _plain(function(arguments))}
+            answer = _encode({"number": number, "result": _plain(function(request["arguments"]))})
         except BaseException as error:  # sys.exit in a reward function is a mistake like any other
-            answer = {"error": _explain(error, file) + function.hint(error)}
+            answer = _encode({"number": number, "error": explain(error) + function.hint(error)})
+        if os.getpid() != process:  # a fork that returned from the function, or raised
+            os._exit(0)
         _send(answers, answer)
 
 
@@ -86,12 +161,6 @@ def _take_over_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, answers
 
 
-def _read_lines(requests: BinaryIO, lines: queue.Queue[bytes]) -> None:
-    for line in requests:
-        lines.put(line)
-    os._exit(0)
-
-
 def _load(file: str, function_name: str) -> Callable[..., Any]:
     sys.path.insert(0, str(Path(file).parent))  # the file's neighbours, as for a script
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
@@ -130,18 +199,30 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _explain(error: BaseException, file: str) -> str:
+class _Explain:
     """Type, message and the deepest line of the user's file."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    if isinstance(error, SyntaxError):
-        lines.append(error.lineno)
-    return f"{type(error).__name__}: {error}" + (f" ({file}:{lines[-1]})" if lines else "")
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    def __call__(self, error: BaseException) -> str:
+        file, limit = self._options.file, self._options.memory_limit_gb
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        if isinstance(error, SyntaxError):
+            lines.append(error.lineno)
+        memory = f"; rewards.memory_limit_gb is {limit:g}" if limit and isinstance(error, MemoryError) else ""
+        reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+        return reason + (f" ({file}:{lines[-1]})" if lines else "") + memory
 
 
-def _send(answers: BinaryIO, answer: dict[str, Any]) -> None:
-    answers.write(json.dumps(answer, default=repr).encode() + b"\n")
+def _encode(answer: dict[str, Any]) -> bytes:
+    return json.dumps(answer, default=repr).encode() + b"\n"
+
+
+def _send(answers: BinaryIO, line: bytes) -> None:
+    answers.write(line)
     answers.flush()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Options(**json.loads(sys.argv[1])))

@@ -11,20 +11,40 @@ from pathlib import Path
 
 from chord_megatron.system.errors import UserError
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_WRITING = {*_NO_ROOM, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _SPARE_BYTES = 100 * 10**6  # headers and tokenizer
+
+
+@contextmanager
+def failed_writes_named(path: Path) -> Iterator[None]:
+    """Within, `path` is written: where the operating system refuses that, a UserError says so."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = os_error(error)
+        if cause is None or cause.errno not in _NO_WRITING:
+            raise
+        remedy = "make room" if cause.errno in _NO_ROOM else "mend that"
+        raise UserError(
+            f"{path} cannot be written ({cause.strerror}); {remedy}, and start the same command again"
+        ) from error
 
 
 def atomic_write(path: Path, chunks: Iterable[bytes]) -> None:
     """Replace `path` in one move: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with failed_writes_named(path):
+        try:
+            with temporary.open("wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def partial_path(target: Path) -> Path:
@@ -61,7 +81,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
             yield partial
             partial.rename(target)
     except Exception as error:
-        if (cause := _os_error(error)) is None:
+        if (cause := os_error(error)) is None:
             raise
         raise UserError(_explain(cause, target)) from error
 
@@ -84,8 +104,8 @@ def _check_space(directory: Path, nbytes: int) -> None:
         )
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind one of torch, which reports a failed write as RuntimeError."""
+def os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind another: torch reports a failed write as RuntimeError."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from chord_megatron.system.atomic import atomic_write
+from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.system.errors import UserError
 
 _LFS_POINTER = b"version https://git-lfs"
@@ -39,16 +40,44 @@ def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     return document
 
 
+class FilePart(io.RawIOBase):
+    """Some bytes of a file as a file of their own, to be read."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self._file, self._offset, self._length = file, offset, length
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._place)
+        content = self._file.read(max(0, min(len(buffer), self._length - self._place)))
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+
 class JsonLines:
     """Appends strict JSON objects to a file, one per line, each on disk before `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab")
+        self._path = path
+        self._file = path.open("ab", buffering=0)  # so that nothing of a failed write is left to be written
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one object. Non-finite numbers become null, because JSON has no NaN."""
-        self._file.write(_encode(record))
-        self._file.flush()
+        """Append one object. Non-finite numbers become null, because JSON has no NaN. Raises UserError."""
+        line = _encode(record)
+        with failed_writes_named(self._path):
+            while line:
+                line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()

@@ -3,12 +3,78 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import ipaddress
+import os
 import signal
+import socket
 import sys
 
+from chord_megatron.system.errors import UserError
 
-def end_with_parent() -> None:
-    """Have Linux kill this process when the one that started it ends, however that ends."""
+# Environment variables that the launcher sets.
+STORE_FILE = "CHORD_STORE_FILE"  # where the processes of a run on one machine meet
+LAUNCHER = "CHORD_LAUNCHER"  # its process id
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def signal_name(number: int) -> str:
+    """SIGKILL for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def end_with_launcher() -> None:
+    """End with the launcher or torchrun's agent: orphans would train on, into a resumed run's files."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher or "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+    if launcher and os.getppid() != int(launcher):  # it has ended before this process could ask for that
+        sys.exit(128 + signal.SIGKILL)
+
+
+def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
+    """Have Linux send this process a signal when the thread that started it ends, however that ends."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
+
+
+def listen_on_loopback(*, nccl: bool) -> None:
+    """Have gloo, and NCCL, listen on the loopback device, unless the user names one.
+
+    By themselves they take the device that this machine's host name stands for, which may be a public one.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is None:
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    if nccl:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without = NCCL takes a prefix
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host, by name or address, is this machine as only itself reaches it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen_at(host: str, port: int) -> socket.socket | None:
+    """Listen at that address alone; None where it is not this machine's, or a name by which only this machine knows it.
+
+    Raises UserError where somebody has the port.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if is_loopback(str(address[0])) and not is_loopback(host):
+            return None
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is taken, by another run? choose another --master-port") from None
+        return None

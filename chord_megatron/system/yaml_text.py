@@ -43,6 +43,28 @@ def read_yaml(text: str) -> Any:
         raise YamlError(one_line(error)) from None
 
 
+def read_yaml_value(text: str) -> Any:
+    """The value of a command line's argument. Raises YamlError.
+
+    YAML where it begins as a list, a group or quoted text; else a number, a word of YAML, or text as it stands: an
+    argument has no comments, and `*(.+)` is not an alias.
+    """
+    text = text.strip()
+    if text.startswith(("[", "{", "'", '"')):
+        value = read_yaml(text)
+        node = yaml.compose(text, Loader=_Loader)
+        assert node is not None
+        if behind := text[node.end_mark.index :].strip():
+            raise YamlError(f"{behind!r} follows the value")
+        return value
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    try:
+        return loader.construct_object(yaml.ScalarNode(tag, text))
+    except ValueError as error:  # an integer of thousands of digits
+        raise YamlError(str(error)) from None
+
+
 def write_yaml(value: Any) -> str:
     """The text of a value, which readers of version 1.1 and 1.2 understand alike."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)

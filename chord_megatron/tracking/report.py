@@ -92,7 +92,7 @@ def _samples(path: Path) -> str:
         return ""
     sections = []
     for step, rows in steps.items():
-        sections.append(f"<h3>Step {step}</h3>")
+        sections.append(f"<h3>Step {escape(str(step))}</h3>")
         sections += (_sample(row) for row in rows[:SAMPLES_PER_STEP])
     return "<h2>Sample completions</h2>\n" + "\n".join(sections)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import read_yaml
+from chord_megatron.tracking.run_log import COMPLETIONS_FILE, METRICS_FILE
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
+_ALWAYS_THERE = (".metadata", "state.json")  # in a checkpoint
 
 
 class RunDir:
@@ -23,6 +26,7 @@ class RunDir:
         self.path = path
         self.config = path / "config.yaml"
         self._checkpoints = path / "checkpoints"
+        self._exports = path / "hf"
         self._latest = self._checkpoints / "latest"
         self._finished = self._checkpoints / "finished"
 
@@ -32,68 +36,128 @@ class RunDir:
 
     def hf(self, step: int) -> Path:
         """The Hugging Face export of the weights after `step` optimizer steps."""
-        return self.path / "hf" / f"step_{step}"
+        return self._exports / f"step_{step}"
 
-    def latest_step(self) -> int | None:
-        """The step to resume from, or None for a new run. Raises UserError when the pointer leads nowhere."""
-        if not self._latest.exists():
+    def resume_step(self) -> int | None:
+        """The step to resume from: what `latest` names, without it the newest complete checkpoint; None: a new run.
+
+        Raises UserError where the pointer leads nowhere, and where something is left that is no start of a new run.
+        """
+        complete = self._complete_steps()
+        if not self.has_pointer:
+            if complete:
+                return complete[-1]
+            for left in (*self._steps_in(self._checkpoints), *self._steps_in(self._exports)):
+                raise UserError(
+                    f"{self.path} holds {left.relative_to(self.path)} and no complete checkpoint; restore one, or "
+                    "choose another train.output_dir"
+                )
             return None
-        name = self._latest.read_text(encoding="utf-8", errors="replace").strip()
+        name = _read(self._latest).strip()
         match = _STEP.fullmatch(name)
         if match is None or not self.checkpoint(int(match[1])).is_dir():
-            raise UserError(
-                f"{self._latest} names {shown(name)}, which is not there; write a step_N that is, or remove it"
-            )
+            remedy = f"; write the step to go on with into it, one of {', '.join(f'step_{step}' for step in complete)}"
+            if not complete:
+                remedy = ", and no complete checkpoint is; restore one, or choose another train.output_dir"
+            raise UserError(f"{self._latest} names {shown(name)}, which is not there{remedy}")
         return int(match[1])
 
-    def saved_steps(self) -> list[int]:
-        """The steps whose checkpoints are there, in order."""
-        found = (_STEP.fullmatch(path.name) for path in self._checkpoints.glob("step_*"))
-        return sorted(int(match[1]) for match in found if match)
+    @property
+    def has_pointer(self) -> bool:
+        """Whether something names the latest checkpoint."""
+        return self._latest.exists()
 
-    def refuse_other_run(self, settings: Mapping[str, Any]) -> None:
-        """Raise UserError when the directory's config.yaml has other values than these (dotted keys)."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything of a step."""
+        metrics = self.path / METRICS_FILE
+        return self._checkpoints.exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
+    def settings(self) -> dict[str, Any]:
+        """What config.yaml says, by dotted key; nothing where it is missing. Raises UserError."""
+        if not self.config.exists():
+            return {}
+        text = _read(self.config)
+        try:
+            groups = read_yaml(text)
+            settings = {f"{group}.{key}": value for group, keys in groups.items() for key, value in keys.items()}
+        except (ValueError, AttributeError):
+            settings = {}
+        if "train.seed" not in settings:
+            raise UserError(
+                f"{self.config} is not the configuration of a run; restore it, or choose another train.output_dir"
+            )
+        return settings
+
+    def refuse_unusable(self) -> None:
+        """Raise UserError where the directory can be neither made nor written to."""
         existing = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         if not existing.is_dir():
             raise UserError(f"{existing} is a file; choose another train.output_dir")
-        if not self.config.exists():
-            return
-        before = _read_settings(self.config, settings)
-        for key, value in settings.items():
-            if before[key] != value:
-                raise UserError(
-                    f"{self.path} holds a run with {key}={shown(before[key])}, but this one has {shown(value)}; "
-                    "choose another train.output_dir"
-                )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{existing} cannot be written to; choose another train.output_dir")
 
     def is_finished(self, train_iters: int) -> bool:
         """Whether a run of `train_iters` steps left everything it leaves."""
         if not self._finished.exists():
             return False
-        return self._finished.read_text(encoding="utf-8", errors="replace").strip() == str(train_iters)
+        return _read(self._finished).strip() == str(train_iters)
 
     def mark_finished(self, train_iters: int) -> None:
         """Say so, after the report is written."""
         atomic_write(self._finished, [f"{train_iters}\n".encode()])
 
+    def set_aside(self, step: int) -> list[str]:
+        """Rename what is newer than `step`, whose place a run that goes on from there takes; returns the new names.
+
+        Logs, whose later lines will be written again, are copied then.
+        """
+        moved = []
+        for path in (*self._steps_in(self._checkpoints), *self._steps_in(self._exports)):
+            if _step_of(path) > step:
+                moved.append(str(path.rename(_free_name(path)).relative_to(self.path)))
+        logs = [self.path / name for name in (METRICS_FILE, COMPLETIONS_FILE)] if moved else []
+        for log in (log for log in logs if log.exists()):
+            copy = _free_name(log)
+            shutil.copy2(log, copy)
+            moved.append(str(copy.relative_to(self.path)))
+        return moved
+
     def publish(self, step: int, keep: int | None) -> None:
-        """Make a complete checkpoint the latest, then remove the oldest beyond `keep` (None keeps all)."""
+        """Make a complete checkpoint the latest, then remove the oldest of this run beyond `keep` (None keeps all)."""
         atomic_write(self._latest, [f"step_{step}\n".encode()])
-        saved = self.saved_steps()
-        # Later ones are of a run that was taken back to an earlier step: this run writes them again.
-        later = [other for other in saved if other > step]
-        earlier = [other for other in saved if other <= step]
-        for stale in later + (earlier[:-keep] if keep else []):
+        saved = [other for other in self.saved_steps() if other <= step]
+        for stale in saved[:-keep] if keep else []:
             shutil.rmtree(self.checkpoint(stale))
             shutil.rmtree(self.hf(stale), ignore_errors=True)
 
+    def saved_steps(self) -> list[int]:
+        """The steps whose checkpoints are there, in order."""
+        return [_step_of(path) for path in self._steps_in(self._checkpoints)]
 
-def _read_settings(path: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """What a run's configuration says of dotted keys. Raises UserError."""
+    def _complete_steps(self) -> list[int]:
+        return [s for s in self.saved_steps() if all((self.checkpoint(s) / name).is_file() for name in _ALWAYS_THERE)]
+
+    @staticmethod
+    def _steps_in(folder: Path) -> list[Path]:
+        """The step_N there, in order."""
+        return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=_step_of)
+
+
+def _free_name(path: Path) -> Path:
+    """Beside it, in a name that no step has."""
+    numbers = ("" if number == 1 else f"-{number}" for number in itertools.count(1))
+    names = (path.with_name(f"{path.name}.set-aside{number}") for number in numbers)
+    return next(name for name in names if not name.exists())
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _read(path: Path) -> str:
+    """A small file of text. Raises UserError where that is impossible."""
     try:
-        groups = read_yaml(path.read_text(encoding="utf-8"))
-        return {key: groups[group].get(leaf) for key in keys for group, leaf in [key.split(".")]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path} is not the configuration of a run; remove it, or choose another train.output_dir"
-        ) from None
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); remove it") from None

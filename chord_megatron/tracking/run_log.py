@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
+from chord_megatron.system.atomic import failed_writes_named
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
 from chord_megatron.system.sentences import shown
@@ -43,7 +44,8 @@ class RunLog:
         self.last_eval_step: int | None = None if last_eval is None else last_eval["step"]
         self._metrics = JsonLines(run_dir / METRICS_FILE)
         self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
-        self._tensorboard = _open_tensorboard(run_dir, report_to, resume_step)
+        self._tensorboard_dir = run_dir / "tensorboard"
+        self._tensorboard = _open_tensorboard(self._tensorboard_dir, report_to, resume_step)
         self._progress = ProgressLine(train_iters, stream)
         if last_eval is not None and last_eval["step"] == resume_step:
             self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
@@ -80,7 +82,8 @@ class RunLog:
         self._metrics.close()
         self._completions.close()
         if self._tensorboard is not None:
-            self._tensorboard.close()
+            with failed_writes_named(self._tensorboard_dir):
+                self._tensorboard.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -93,9 +96,10 @@ class RunLog:
     def _write_scalars(self, record: Metrics) -> None:
         if self._tensorboard is None:
             return
-        for key, value in record.items():
-            if key != "step" and finite(value) is not None:
-                self._tensorboard.add_scalar(tensorboard_tag(key), value, record["step"])
+        with failed_writes_named(self._tensorboard_dir):
+            for key, value in record.items():
+                if key != "step" and finite(value) is not None:
+                    self._tensorboard.add_scalar(tensorboard_tag(key), value, record["step"])
 
 
 def tensorboard_tag(key: str) -> str:
@@ -135,10 +139,10 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
     return evaluations[-1] if evaluations else None
 
 
-def _open_tensorboard(run_dir: Path, report_to: Sequence[str], resume_step: int | None) -> SummaryWriter | None:
+def _open_tensorboard(directory: Path, report_to: Sequence[str], resume_step: int | None) -> SummaryWriter | None:
     assert set(report_to) <= {"tensorboard"}, report_to
     if "tensorboard" not in report_to:
         return None
     from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step, flush_secs=10)
+    return SummaryWriter(str(directory), purge_step=resume_step, flush_secs=10)

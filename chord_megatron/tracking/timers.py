@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from chord_megatron.tracking.heartbeat import Whereabouts
+
 PHASES = ("rollout", "reward", "log_probs", "train", "sync")
 
 
@@ -13,16 +15,18 @@ class PhaseTimer:
     """Accumulates seconds by phase: `with timer("rollout"): ...`. Phases may nest; "step" spans the others.
 
     `synchronize` runs before each reading of the clock, so that queued device work is charged to the
-    phase that queued it (pass `torch.cuda.synchronize`).
+    phase that queued it (pass `torch.cuda.synchronize`). `where` is told of the phase.
     """
 
     def __init__(
         self,
         synchronize: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        where: Whereabouts | None = None,
     ) -> None:
         self._synchronize = synchronize
         self._clock = clock
+        self._where = where or Whereabouts()
         self._seconds = self._zeros()
 
     @contextmanager
@@ -30,7 +34,8 @@ class PhaseTimer:
         """Add the seconds of the block to `phase`. A block that raises is not counted."""
         assert phase in self._seconds, f"unknown phase {phase!r}, expected one of {list(self._seconds)}"
         start = self._now()
-        yield
+        with self._where.within(phase):
+            yield
         self._seconds[phase] += self._now() - start
 
     def times(self) -> dict[str, float]:

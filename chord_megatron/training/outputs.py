@@ -10,7 +10,7 @@ from typing import Any
 from chord_megatron.config import Config, to_yaml
 from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.rollout.replay import RolloutRecorder
-from chord_megatron.system.atomic import atomic_write
+from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
@@ -21,24 +21,33 @@ from chord_megatron.types import Metrics, ScoredRollouts
 class RunOutputs:
     """The files of a run directory. `next_step` > 0: a resumed run, whose later lines are written again."""
 
-    def __init__(self, config: Config, run_dir: RunDir, tokenizer: Any, next_step: int, notes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: RunDir,
+        tokenizer: Any,
+        *,
+        next_step: int,
+        notes: Sequence[str],
+        changed: Sequence[str] = (),  # what the configuration was before, and what it is now
+    ) -> None:
         self._config, self._run_dir, self._tokenizer = config, run_dir, tokenizer
         # A run killed before its first checkpoint starts over, over its own lines.
         is_restart = run_dir.config.exists()
         resume_step = next_step if next_step > 0 or is_restart else None
-        self.log = RunLog(
-            run_dir.path,
-            train_iters=config.train.train_iters,
-            report_to=config.tracking.report_to,
-            resume_step=resume_step,
-        )
+        with failed_writes_named(run_dir.path):
+            kept = run_dir.set_aside(next_step)
+            self.log = RunLog(
+                run_dir.path,
+                train_iters=config.train.train_iters,
+                report_to=config.tracking.report_to,
+                resume_step=resume_step,
+            )
         atomic_write(run_dir.config, [to_yaml(config).encode()])
         record_to = config.rollout.record_to
         self._recorder = RolloutRecorder(Path(record_to), resume_step=resume_step) if record_to else None
-        for note in notes:
+        for note in (*notes, *_how_it_begins(run_dir, next_step, changed, kept)):
             self.log.message(note)
-        if next_step > 0:
-            self.log.message(f"resuming {run_dir.path} at step {next_step}")
 
     def step(self, step: int, metrics: Metrics, rollouts: StepRollouts) -> None:
         """One training step."""
@@ -81,3 +90,16 @@ class RunOutputs:
             }
             for i in chosen
         ]
+
+
+def _how_it_begins(run_dir: RunDir, step: int, changed: Sequence[str], kept: Sequence[str]) -> list[str]:
+    """What a run that is started again says."""
+    lines = []
+    if step > 0 and not run_dir.has_pointer:
+        lines.append(f"checkpoints/latest is missing; step_{step} is the newest complete checkpoint in {run_dir.path}")
+    if step > 0 or changed:
+        since = f"; since then {', '.join(changed)}" if changed else ""
+        lines.append(f"{'resuming' if step else 'starting'} {run_dir.path} at step {step}{since}")
+    if kept:
+        lines.append(f"newer than step {step}, and kept: {', '.join(kept)}")
+    return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,24 +15,28 @@ import torch.distributed as dist
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
+from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
+from chord_megatron.planning.resuming import changes
 from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
 from chord_megatron.system.errors import UserError
+from chord_megatron.tracking.heartbeat import Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.evaluation import Evaluator
 from chord_megatron.training.expert_stream import ExpertStream
-from chord_megatron.training.export import export_hf
+from chord_megatron.training.export import exported_hf
 from chord_megatron.training.objective import build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
 from chord_megatron.training.scorer import Scorer
+from chord_megatron.training.stopping import Stopped, StopSignals
 from chord_megatron.training.trainer import ChordTrainer, StepResult
 from chord_megatron.types import Prompt, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
@@ -43,24 +47,23 @@ _NUM_PROBES = 8
 class Run:
     """One run: everything it needs, and the loop over its steps. Every method is a collective call."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, signals: StopSignals | None = None, where: Whereabouts | None = None) -> None:
+        """`signals`: what this process is told; `where`: what it tells the others."""
+        self.signals, self.where = signals or StopSignals(), where or Whereabouts()
         model_dir = Path(config.model.path)
         self.config = config
         self.run_dir = RunDir(Path(config.train.output_dir))
-        self.run_dir.refuse_other_run(
-            {
-                "model.path": config.model.path,
-                "data.dataset": config.data.dataset,
-                "chord.chord_sft_dataset": config.chord.chord_sft_dataset,
-                "train.seed": config.train.seed,
-            }
-        )
+        self.run_dir.refuse_unusable()
+        changed = changes(self.run_dir.settings(), config, self.run_dir.path) if self.run_dir.has_begun else []
+        self._resume_step = self.run_dir.resume_step()
         arch = read_architecture(model_dir)
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
+        self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
+        self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
                 **config.rewards.model_dump(),
@@ -79,7 +82,7 @@ class Run:
             )
             rollout = build_rollout(config, self.engine, self.groups)
             opened.callback(rollout.close)
-            timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None)
+            timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None, where=self.where)
             scorer = Scorer(tokenizer, reward_function, timer)
             stop = stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids, data.end_token_ids)
             params = _sampling_params(config, stop)
@@ -91,7 +94,9 @@ class Run:
             self.outputs: RunOutputs | None = None  # rank 0 writes
             if self.groups.rank == 0:
                 notes = [self.engine.acceleration_note, *data.notes]
-                self.outputs = RunOutputs(config, self.run_dir, tokenizer, self.next_step, notes)
+                self.outputs = RunOutputs(
+                    config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=changed
+                )
                 opened.callback(self.outputs.close)
             self._opened = opened.pop_all()
 
@@ -105,30 +110,42 @@ class Run:
 
     def train(self) -> None:
         """Evaluate, step, log and save until train_iters."""
-        with self._opened:
+        self.signals.is_noted_only = self.config.train.save_on_signal
+        with self._opened, self.where.within("log"):
             while self.next_step < self.config.train.train_iters:
+                self.where.step = self.next_step
                 self._evaluate()
                 result = self.trainer.step(self.next_step)
-                self._log(result)
+                told = self._log(result)
                 self.next_step += 1
-                self._save()
+                self._save(told)
                 self._stop_if_diverged()
             self._evaluate()
         if self.outputs:
             self.outputs.finish(self.next_step)
 
     def _resume(self) -> int:
-        """Load the latest checkpoint of the run directory; returns the step to go on with."""
-        step = self.run_dir.latest_step()
+        """Load the checkpoint to go on from; returns the step to go on with."""
+        step = self._resume_step
         if step is None:
             return 0
-        state = self.engine.load(self.run_dir.checkpoint(step))
-        self.trainer.load_state_dict(state["trainer"])
-        self.skipped_steps, self.skipped_in_row = state["skipped_steps"], state["skipped_in_row"]
+        directory = self.run_dir.checkpoint(step)
+        state = self.engine.load(directory)
+        _refuse_other_data(self.config, state.get("data"), self._fingerprints)
+        try:
+            self.trainer.load_state_dict(state["trainer"])
+            counts = [state[name] for name in ("skipped_steps", "skipped_in_row", "step")]
+            if not all(type(count) is int and count >= 0 for count in counts) or counts[2] != step:
+                raise TypeError("its counts are not those of this step")
+            self.skipped_steps, self.skipped_in_row, _ = counts
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{directory / 'state.json'} is damaged ({error}); name an earlier one in {directory.parent}/latest"
+            ) from error
         return step
 
     def _refuse_inside_generation(self, plan: Plan) -> None:
-        step = self.run_dir.latest_step() or 0
+        step = self._resume_step or 0
         if step % plan.steps_per_rollout:
             raise UserError(
                 f"the checkpoint of step {step} lies inside a generation batch of grpo.steps_per_generation x "
@@ -141,40 +158,55 @@ class Run:
         is_due = eval_steps is not None and (step % eval_steps == 0 or step == self.config.train.train_iters)
         answer = [is_due and self.outputs is not None and self.outputs.log.last_eval_step != step]
         dist.broadcast_object_list(answer, src=0)
-        if answer[0]:
+        if not answer[0]:
+            return
+        with self.where.within("evaluation"):
             metrics, scored = self.evaluator.evaluate()
             if self.outputs:
                 self.outputs.evaluation(step, metrics, scored)
 
-    def _log(self, result: StepResult) -> None:
+    def _log(self, result: StepResult) -> int:
+        """Returns the signal that any rank was told to end by, the same on all; 0 for none."""
         self.skipped_in_row = 0 if result.stepped else self.skipped_in_row + 1
         self.skipped_steps += not result.stepped
-        peak = torch.tensor([_peak_memory_bytes()], dtype=torch.int64, device=self.groups.device)
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        found = torch.tensor([_peak_memory_bytes(), self.signals.received], device=self.groups.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        peak, told = found.tolist()
         if self.outputs:
             metrics = {
                 "step": self.next_step,
                 **result.metrics,
                 "skipped_steps": self.skipped_steps,
-                "peak_memory_bytes": int(peak.item()),
+                "peak_memory_bytes": peak,
             }
             self.outputs.step(self.next_step, metrics, result.rollouts)
+        return told
 
-    def _save(self) -> None:
-        """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
+    def _save(self, told: int) -> None:
+        """A checkpoint where one is due, or where a signal asks for one; after that the run ends."""
         train, step = self.config.train, self.next_step
-        if step != train.train_iters and (train.save_steps is None or step % train.save_steps):
-            return
+        is_due = step == train.train_iters or (train.save_steps is not None and step % train.save_steps == 0)
+        is_last = told and step % self._steps_per_rollout == 0  # elsewhere a run cannot be resumed
+        if is_due or is_last:
+            with self.where.within("save"):
+                self._save_now(step)
+        if is_last and step != train.train_iters:
+            dist.barrier()  # the pointer is written
+            raise Stopped(told, saved_step=step)
+
+    def _save_now(self, step: int) -> None:
+        """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
         state = {
             "trainer": self.trainer.state_dict(),
+            "data": self._fingerprints,
             "step": step,  # of mu and of everything else that follows a schedule
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
         }
-        export_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step))
-        self.engine.save(self.run_dir.checkpoint(step), state)
+        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
+            self.engine.save(self.run_dir.checkpoint(step), state)
         if self.outputs:
-            self.run_dir.publish(step, train.save_total_limit)
+            self.run_dir.publish(step, self.config.train.save_total_limit)
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_row >= self.config.train.max_skipped_steps:
@@ -197,6 +229,20 @@ def _build_trainer(
         expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
         timer=sampler.timer,
     )
+
+
+def _refuse_other_data(config: Config, before: object, now: Mapping[str, str]) -> None:
+    """Raise UserError where a data set has other rows than a checkpoint's. Those of older releases do not say."""
+    sources = {
+        "prompts": ("data.dataset", config.data.dataset),
+        "experts": ("chord.chord_sft_dataset", config.chord.chord_sft_dataset),
+    }
+    for name, (key, source) in sources.items():
+        if isinstance(before, dict) and before.get(name, now[name]) != now[name]:
+            raise UserError(
+                f"{key}={source} has other rows than when the run began; restore them, or choose another "
+                "train.output_dir"
+            )
 
 
 def _probes(config: Config, rollout: RolloutEngine, data: RunData) -> Sequence[Prompt]:

@@ -100,7 +100,12 @@ class ChordTrainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state_dict` stood. Raises UserError when a data set has another size or seed."""
+        """Continue where `state_dict` stood.
+
+        Raises UserError when a data set has another size or seed, KeyError or TypeError where the state is none.
+        """
+        if type(state["policy_version"]) is not int:
+            raise TypeError("policy_version is no number")
         self.rollout_stream.load_state_dict(state["prompt_cursor"])
         self.expert_stream.load_state_dict(state["expert_cursor"])
         self.engine.policy_version = state["policy_version"]

@@ -9,7 +9,7 @@ from typing import Any
 from chord_megatron.system.sentences import shown
 
 _LARGEST = 2**31 - 1
-_MOST_PARTS = 10**5  # layers, experts: more than any model has; the tables grow with them
+MOST_PARTS = 10**4  # layers, experts of a layer: more than any model has; the tables of names grow with them
 
 
 class RefusedError(ValueError):
@@ -35,7 +35,7 @@ def count(config: Mapping[str, Any], *names: str, parts: bool = False) -> int:
         value = int(value)
     if type(value) is not int or value < 1:
         raise _refused(key, "a positive whole number", value)
-    if value > (largest := _MOST_PARTS if parts else _LARGEST):
+    if value > (largest := MOST_PARTS if parts else _LARGEST):
         raise _refused(key, f"a positive whole number of up to {largest}", value)
     return value
 

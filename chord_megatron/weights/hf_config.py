@@ -32,6 +32,7 @@ from chord_megatron.weights.tied_head import has_own_head
 Rope = LinearRope | Llama3Rope | YarnRope
 _ROPE_TYPES: dict[str, type[Rope]] = {"linear": LinearRope, "llama3": Llama3Rope, "yarn": YarnRope}
 _ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}
+_MOST_EXPERTS = 10**5  # of all layers; DeepSeek-V3 has 14,848
 
 # Field of ModelArchitecture -> key of config.json, in every family.
 _KEYS = {
@@ -242,9 +243,13 @@ def _latent_attention(config: dict[str, Any]) -> LatentAttention:
 def _mixture_of_experts(config: dict[str, Any], family: Family, num_layers: int) -> MixtureOfExperts:
     values: dict[str, Any] = {field: _moe_value(config, field, names) for field, names in family.moe_keys.items()}
     _check_groups(values)
+    if num_layers * values["num_experts"] > _MOST_EXPERTS:
+        raise RefusedError(
+            f"{num_layers} layers of {values['num_experts']} experts are more than {_MOST_EXPERTS}; mend the config"
+        )
     first = count_or_none(config, "first_k_dense_replace")
     step = count({"decoder_sparse_step": 1} | config, "decoder_sparse_step")
-    named = list_of(config, "mlp_only_layers", int, "layer numbers")
+    named = {*list_of(config, "mlp_only_layers", int, "layer numbers")}
     dense = (layer for layer in range(num_layers) if layer < first or layer in named or (layer + 1) % step)
     return MixtureOfExperts(
         **family.moe_settings,

@@ -33,32 +33,50 @@ MAX_BYTES = 512 * 2**20  # many times the largest vocabulary
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of transformers 5 and 4
 
 
-def copy_model_files(sources: Iterable[Path], target: Path, arch: ModelArchitecture) -> None:
+def copy_model_files(sources: Iterable[Path], target: Path, arch: ModelArchitecture) -> list[str]:
     """Copy configuration, tokenizer and generation settings: all but weights, each file from the first that has it.
 
     What `target` has already stays. The copied config.json says whether the model is tied, where the source is wrong.
+    Returns a sentence on each file that is not copied because it is a link out of the model's folder.
     """
+    left_out = []
     for folder in sources:
         for name in _names(folder):
-            if not (target / name).exists():
-                (target / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(folder / name, target / name)  # and not its mode: it may be read-only
+            if (target / name).exists():
+                continue
+            if not _is_of_model(folder, name):
+                place = (folder / name).resolve()
+                left_out.append(f"{folder / name} is a link to {place}, outside of the model's folder: not copied")
+                continue
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / name, target / name)  # and not its mode: it may be read-only
     if (target / "config.json").is_file():
         _update_config(target, ("tie_word_embeddings",), arch.tie_word_embeddings)
+    return left_out
+
+
+def _is_of_model(folder: Path, name: str) -> bool:
+    """Whether a file is, behind its links, in the model's folder, or in the one that config.json links to.
+
+    That is `blobs` in the cache of huggingface_hub, whose snapshots are links, and the true folder of one made of
+    links. A link to anywhere else, which a Git repository may hold, would publish a file of whoever converts.
+    """
+    homes = {folder.resolve(), (folder / "config.json").resolve().parent}
+    return any((folder / name).resolve().is_relative_to(home) for home in homes)
 
 
 def _names(folder: Path) -> list[str]:
     """The files that travel, relative to the folder; what a link points to counts as a file, but not as a folder."""
     templates = folder / _TEMPLATES
     files = [*folder.iterdir(), *([] if templates.is_symlink() else templates.glob("*.jinja"))]
-    return [
+    return sorted(
         str(file.relative_to(folder))
         for file in files
         if file.is_file()
         and file.stat().st_size <= MAX_BYTES
         and file.suffix not in _SUFFIXES
         and not any(fnmatch(file.name, pattern) for pattern in _PATTERNS)
-    ]
+    )
 
 
 def set_config_dtype(model_dir: Path, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,11 @@ def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
             f"the checkpoint has tensors that a {arch.family} model does not: {list_names(unexpected)}; "
             f"{remedy or 'use the config.json that belongs to these weights'}."
         )
-    dtypes = {name: reader.spec(name).dtype for name in expected}
+    refuse_foreign_dtypes({name: reader.spec(name).dtype for name in expected})
+
+
+def refuse_foreign_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise UserError where tensors, by name, are of no type that weights have."""
     if foreign := {name: dtype for name, dtype in dtypes.items() if dtype not in WEIGHT_DTYPES}:
         kinds = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in foreign.values()}))
         raise UserError(

@@ -19,8 +19,13 @@ MAX_RESTARTS=${MAX_RESTARTS:-3}     # of the processes, by a torchrun that lives
 ATTEMPTS=${ATTEMPTS:-3}             # of torchrun itself
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-600}   # seconds to wait for the other nodes
 LOCAL_ADDR=${LOCAL_ADDR:-}          # where the other nodes reach this one, if its host name does not resolve there
+SOCKET_IFNAME=${SOCKET_IFNAME:-}    # the cluster's private network device, such as eth1; empty: by host name
+STOP_TIMEOUT=${STOP_TIMEOUT:-30}    # seconds from a signal to SIGKILL: with train.save_on_signal a step and a checkpoint
 CONFIG=${1:?usage: $0 CONFIG.yaml [key=value ...]}
 shift
+
+# What listens on each node is open to whoever reaches it: docs/deployment.md#ports.
+if [[ $SOCKET_IFNAME ]]; then export GLOO_SOCKET_IFNAME=$SOCKET_IFNAME NCCL_SOCKET_IFNAME=$SOCKET_IFNAME; fi
 
 # Said rather than guessed by torchrun from host names, which containers and aliases can mislead.
 is_host=false
@@ -30,6 +35,7 @@ if [[ $NODE_RANK == 0 ]]; then is_host=true; fi
 # for an address that nobody publishes any more (dynamic_rendezvous.py of torch 2.13; see pytorch/pytorch#135712). With
 # this setting the processes of each round make a store of their own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_TIMEOUT
 
 torchrun=(
   torchrun
@@ -42,14 +48,16 @@ if [[ $LOCAL_ADDR ]]; then torchrun+=(--local-addr "$LOCAL_ADDR"); fi
 # bash ends at a signal without a word to its children, and torchrun's processes would train on.
 agent=
 stopping=
-trap 'stopping=yes; if [[ $agent ]]; then kill -TERM "$agent" 2>/dev/null || true; fi' TERM INT
+trap 'stopping=143; if [[ $agent ]]; then kill -TERM "$agent" 2>/dev/null || true; fi' TERM
+trap 'stopping=130; if [[ $agent ]]; then kill -TERM "$agent" 2>/dev/null || true; fi' INT
 
 # A mistake in the configuration would otherwise be tried again and again.
 chord-megatron validate "$CONFIG" --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" "$@"
 
 # When node 0 is lost the rendezvous is lost with it, and torchrun ends on every node: start it again, and wait there.
 for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
-  if [[ $stopping ]]; then exit 143; fi # 128 + SIGTERM
+  if [[ $stopping ]]; then exit "$stopping"; fi # 128 + the signal's number
+  echo "$0: node $NODE_RANK of $NNODES meets the others at $RDZV_ENDPOINT, for whom it waits $JOIN_TIMEOUT s"
   "${torchrun[@]}" -m chord_megatron.train "$CONFIG" "$@" &
   agent=$!
   code=0
@@ -58,8 +66,8 @@ for ((attempt = 1; attempt <= ATTEMPTS; attempt++)); do
     code=0
     wait "$agent" || code=$?
   done
-  if [[ $stopping ]]; then exit "$code"; fi
   if ((code == 0)); then exit 0; fi
+  if [[ $stopping ]]; then exit "$stopping"; fi
   echo "$0: torchrun ended with $code (attempt $attempt of $ATTEMPTS)" >&2
   agent=
   sleep 5

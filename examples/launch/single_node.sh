@@ -3,8 +3,7 @@
 #
 #   examples/launch/single_node.sh CONFIG.yaml [key=value ...]
 #
-# The same as `torchrun --standalone --nproc-per-node N -m chord_megatron.train CONFIG.yaml ...`, with the configuration
-# checked before any process starts. Run it again after an interruption: it resumes from the latest checkpoint.
+# Its processes listen at 127.0.0.1 alone. Run it again after an interruption: it resumes from the latest checkpoint.
 set -euo pipefail
 
 NPROC_PER_NODE=${NPROC_PER_NODE:-8} # processes: one a GPU

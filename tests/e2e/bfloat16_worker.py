@@ -22,7 +22,7 @@ class RecordedRun(Run):
         self.steps: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = []
         super().__init__(load_config(config))
 
-    def _save(self) -> None:
+    def _save(self, told: int) -> None:
         parameters = unwrap(self.engine._chunks[0]).named_parameters()
         # Float32 parameters are their own masters, and the optimizer keeps no others.
         self.steps.append({n: (p.detach().clone(), getattr(p, "main_param", p).clone()) for n, p in parameters})

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from harness import Outcome, read_metrics, train_here, train_on_forks, train_on_two, write_rows
 
-from chord_megatron.training import main as train_main
-
 pytestmark = pytest.mark.e2e
 
 
@@ -218,17 +216,6 @@ def test_two_processes_stop_at_a_failing_reward_function(config: Path, assets: P
     )
     assert "RuntimeError: no verdict on two lines" in the_error(outcome)
     assert not (tmp_path / "run" / "checkpoints").exists() and not (tmp_path / "run" / "hf").exists()
-
-
-def test_only_rank_0_reports_before_the_ranks_have_met(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another rank that meets the same mistake first waits: torchrun would end rank 0 before it could speak."""
-    waits: list[float] = []
-    monkeypatch.setattr(train_main.time, "sleep", waits.append)
-    monkeypatch.setattr(train_main.dist, "is_initialized", lambda: False)
-    monkeypatch.setenv("RANK", "0")
-    assert train_main._is_first_to_fail() and waits == []
-    monkeypatch.setenv("RANK", "1")
-    assert train_main._is_first_to_fail() and waits == [60]
 
 
 def test_a_node_that_is_not_one_of_them_is_refused(config: Path):

@@ -106,6 +106,12 @@ def workers_of(agent: Agent) -> list[tuple[str, ...]]:
     return [tuple(env[name] for name in ("GROUP_RANK", "RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")) for env in found]
 
 
+def where_it_listens(agent: Agent, port: int) -> set[str]:
+    """Addresses at which an agent's descendants have that port."""
+    sockets = [c for child in psutil.Process(agent.pid).children(recursive=True) for c in child.net_connections("inet")]
+    return {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN and c.laddr.port == port}
+
+
 @pytest.fixture(scope="module")
 def undisturbed(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run by two static agents."""
@@ -114,6 +120,7 @@ def undisturbed(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFac
     agents = [start_agent("static_nodes.sh", rank, port, all_overrides) for rank in (0, 1)]
     wait_until(lambda: logged_steps(run) != [], agents[0])
     assert [workers_of(agent) for agent in agents] == [[("0", "0", "1", "2")], [("1", "1", "1", "2")]]
+    assert where_it_listens(agents[0], port) == {"127.0.0.1"}, "MASTER_ADDR, and nowhere else"
     for agent in agents:
         succeeded(finish(agent))
     return run

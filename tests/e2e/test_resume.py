@@ -210,7 +210,7 @@ def test_the_distributed_optimizer_resumes_on_one_process(sharded: tuple[RunFile
 
 
 def test_a_finished_run_says_so_without_starting_workers(sharded_optimizer: RunFiles, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("chord_megatron.cli.train._launch", lambda *_: pytest.fail("started workers"))
+    monkeypatch.setattr("chord_megatron.cli.train.run_processes", lambda *_, **__: pytest.fail("started workers"))
     before = files_below(sharded_optimizer.root)
     overrides = (*sharded_optimizer.overrides, *SHARDED_OPTIMIZER)
     outcome = succeeded(train_here(sharded_optimizer.config, *overrides, "--nproc-per-node", "2"))

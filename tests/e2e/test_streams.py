@@ -185,17 +185,18 @@ def test_a_checkpoint_of_other_data_is_refused(config: Path, tmp_path: Path, ass
     outcome = train_here(config, "train.train_iters=4", f"data.dataset={prompts}")
     assert outcome.code == 2
     assert outcome.errors == [
-        "error: the data set or the seed changed since the checkpoint: size was 24, now 23; "
-        "restore it or start a new run"
+        f"error: data.dataset={prompts} has other rows than when the run began; restore them, or choose another "
+        "train.output_dir"
     ]
     outcome = train_here(config, "train.train_iters=4", f"data.dataset={prompts}", "train.seed=1")
     assert outcome.code == 2
     assert outcome.errors == [
-        f"error: {tmp_path / 'run'} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
+        f"error: {tmp_path / 'run'} holds a run with train.seed=0, but this one has 1; restore it, or choose another "
+        "train.output_dir"
     ]
 
 
-@pytest.mark.parametrize("missing", ["state.json", "__0_0.distcp"])
+@pytest.mark.parametrize("missing", ["state.json", "__0_0_0.distcp"])
 def test_an_incomplete_checkpoint_is_named(missing: str, config: Path, recorded: Path, tmp_path: Path):
     shutil.copytree(recorded, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "step_2"

@@ -115,12 +115,47 @@ def test_the_value_of_an_override_may_hold_an_equals_sign(minimal: Path):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        r"####\s*(.+)",
+        r"#(.+)",
+        "runs/exp #2",
+        "a: b",
+        "- a",
+        "*(.+)",
+        "&(.+)",
+        "!(.+)",
+        "|(.+)",
+        ">(.+)",
+        "%(.+)",
+        "@(.+)",
+        "`(.+)",
+        "?(.+)",
+        "(.+), (.+)",
+        r"\boxed{(.+)}",
+        "a\nb",
+    ],
+)
+def test_the_text_of_an_override_is_literal(minimal: Path, text: str):
+    """A shell's argument has no comments, and a regular expression may begin with what means something in YAML."""
+    config = load_config(minimal, [f"train.output_dir={text}", f"data.system_prompt={text}"])
+    assert config.data.system_prompt == config.train.output_dir == text
+
+
+@pytest.mark.parametrize("value", ["[1, 2] # two", "[1] [2]", "'a' # b", "'a' b", '"a" "b"', "{a: b} c"])
+def test_what_follows_the_value_of_an_override_is_not_dropped(minimal: Path, value: str):
+    assert refusal(minimal, f"data.reference_pattern={value}") == (
+        f"override {f'data.reference_pattern={value}'!r}: the value is not valid YAML; put text in quotes"
+    )
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("train.seed", "override 'train.seed' must look like group.key=value"),
         ("=3", "override '=3' must look like group.key=value"),
         ("model.path.name=3", "override 'model.path.name=3': 'path' is a value, not a group"),
-        ("train.seed=[1", "override 'train.seed=[1': the value is not valid YAML"),
+        ("train.seed=[1", "override 'train.seed=[1': the value is not valid YAML; put text in quotes"),
         (
             "train={seed: 1}",
             "override 'train={seed: 1}': 'train' is a group; set one of its keys, as in train.KEY=value",
@@ -299,11 +334,17 @@ def test_what_is_written_reads_back(tmp_path_factory: pytest.TempPathFactory, ch
     assert load_config(path) == config
     path.write_text(MINIMAL, encoding="utf-8")
     overrides = [
-        f"{group}.{leaf}={write_yaml(value).removesuffix('...' + chr(10))}"
-        for group, values in changes.items()
-        for leaf, value in values.items()
+        f"{group}.{leaf}={as_override(value)}" for group, values in changes.items() for leaf, value in values.items()
     ]
     assert load_config(path, overrides) == config
+
+
+def as_override(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_override, value))}]"
+    if isinstance(value, str):
+        return yaml.safe_dump(value, default_style='"')
+    return write_yaml(value).removesuffix("...\n")
 
 
 def test_the_configuration_cannot_be_changed(minimal: Path):

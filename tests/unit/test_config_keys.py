@@ -139,7 +139,7 @@ WRONG_TYPES: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 2.5}, "`num_hidden_layers` must be a positive whole number, found 2.5"),
     ({"num_hidden_layers": "2"}, "`num_hidden_layers` must be a positive whole number, found '2'"),
     ({"num_hidden_layers": True}, "`num_hidden_layers` must be a positive whole number, found True"),
-    ({"num_hidden_layers": 10**9}, "`num_hidden_layers` must be a positive whole number of up to 100000"),
+    ({"num_hidden_layers": 10**9}, "`num_hidden_layers` must be a positive whole number of up to 10000"),
     ({"vocab_size": 2**40}, "`vocab_size` must be a positive whole number of up to 2147483647"),
     ({"rms_norm_eps": float("nan")}, "`rms_norm_eps` must be a positive number, found nan"),
     ({"rms_norm_eps": float("inf")}, "`rms_norm_eps` must be a positive number, found inf"),

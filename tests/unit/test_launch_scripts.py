@@ -63,6 +63,8 @@ class StandIns:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A shell cannot trap what is ignored where it starts, as SIGINT is in background jobs.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -157,7 +159,8 @@ def test_static_nodes(stand_ins: StandIns):
 
 @pytest.mark.parametrize(("rank", "is_host"), [("0", "true"), ("1", "false")])
 def test_elastic_nodes(stand_ins: StandIns, rank: str, is_host: str):
-    stand_ins.add("torchrun", f'echo "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE" >> {stand_ins.log}')
+    noted = "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    stand_ins.add("torchrun", f'echo "{noted}" >> {stand_ins.log}')
     assert stand_ins.run("elastic_nodes.sh", "c.yaml", "a.b=1", NODE_RANK=rank, LOCAL_ADDR="10.0.0.7") == (0, "")
     assert stand_ins.calls("chord-megatron") == ["validate c.yaml --nnodes 2 --nproc-per-node 4 a.b=1"]
     assert stand_ins.calls("torchrun") == [
@@ -165,7 +168,20 @@ def test_elastic_nodes(stand_ins: StandIns, rank: str, is_host: str):
         f" --rdzv-conf is_host={is_host},join_timeout=600,read_timeout=600 --local-addr 10.0.0.7"
         " -m chord_megatron.train c.yaml a.b=1"
     ]
-    assert stand_ins.calls("store") == ["1"]
+    assert stand_ins.calls("store") == ["1 30"]
+
+
+@pytest.mark.parametrize("script", ["static_nodes.sh", "elastic_nodes.sh"])
+def test_a_network_device_is_gloo_s_and_nccl_s(stand_ins: StandIns, script: str):
+    for command in ("chord-megatron", "torchrun"):
+        stand_ins.add(command, f'echo "device $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME" >> {stand_ins.log}')
+    assert stand_ins.run(script, "c.yaml", SOCKET_IFNAME="ib0")[0] == 0
+    assert set(stand_ins.calls("device")) == {"ib0 ib0"}
+
+
+def test_elastic_nodes_say_for_whom_they_wait(stand_ins: StandIns):
+    process = stand_ins.start("elastic_nodes.sh", "c.yaml", JOIN_TIMEOUT="900")
+    assert "node 1 of 2 meets the others at node0:29500, for whom it waits 900 s" in process.communicate(timeout=60)[0]
 
 
 def test_torchrun_is_started_again_but_not_for_ever(stand_ins: StandIns):
@@ -186,15 +202,16 @@ def test_a_mistake_in_the_configuration_is_not_tried_again(stand_ins: StandIns):
     assert stand_ins.calls("torchrun") == []
 
 
-def test_a_signal_reaches_torchrun_and_ends_the_script(stand_ins: StandIns):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_torchrun_and_ends_the_script(stand_ins: StandIns, number: signal.Signals):
     ended, log = f"echo ended >> {stand_ins.log}", stand_ins.log
     stand_ins.add("torchrun", f"trap '{ended}; exit 7' TERM; echo ready >> {log}; while :; do /bin/sleep 0.05; done")
     process = stand_ins.start("elastic_nodes.sh", "c.yaml")
     wait_until(lambda: "ready" in log.read_text().splitlines())
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     process.communicate(timeout=30)
     assert "ended" in log.read_text().splitlines()
-    assert process.returncode in (7, 128 + signal.SIGTERM)
+    assert process.returncode == 128 + number
     assert len(stand_ins.calls("torchrun")) == 1
 
 

@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from chord_megatron.checkpoints import conversion
 from chord_megatron.checkpoints import writer as megatron_writer
+from chord_megatron.checkpoints.reader import MegatronReader
 from chord_megatron.system import atomic as new_directory
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights import safetensors_writer
 from chord_megatron.weights.architecture import ModelArchitecture
+from chord_megatron.weights.hf_config import read_architecture
 
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -227,6 +229,21 @@ def test_missing_and_unknown_parameters_are_all_named(damaged: Path, tmp_path: P
     )
 
 
+def test_numbers_that_are_no_weights_are_refused_where_training_reads_them_too(damaged: Path):
+    """Training and `convert` open a checkpoint through the same reader, which read int8 as weights."""
+
+    def quantize(metadata: Metadata) -> None:
+        entry = metadata.state_dict_metadata[EMBEDDING]
+        entry.properties.dtype = torch.int8
+
+    edit_metadata(damaged, quantize)
+    with pytest.raises(UserError) as error:
+        MegatronReader(damaged, read_architecture(damaged))
+    assert str(error.value) == (
+        f"{EMBEDDING} (1) hold int8 numbers, which are no weights; use the unquantized checkpoint"
+    )
+
+
 def test_wrong_shapes_are_named(damaged: Path, tmp_path: Path):
     config = json.loads((damaged / "config.json").read_text())
     (damaged / "config.json").write_text(json.dumps(config | {"intermediate_size": 64, "num_hidden_layers": 1}))
@@ -310,9 +327,8 @@ def test_a_pickled_object_in_place_of_a_tensor_is_refused(damaged: Path, tmp_pat
     content[info.offset : info.offset + len(attack)] = attack
     path.write_bytes(content)
     message = to_hf_refusal(damaged, tmp_path)
-    # Not torch's own words: it advises to load without weights_only.
     assert message == (
-        f"{path} is damaged at decoder.final_layernorm.weight (it holds something else than tensors); "
+        f"{path} is damaged at decoder.final_layernorm.weight (Bad magic number for file header); "
         "copy the checkpoint again"
     )
 
@@ -415,9 +431,10 @@ def test_verifying_finds_a_changed_bit(model: Path, megatron: Path, tmp_path: Pa
         write(self, target)
         flip(target / "model.safetensors")
 
-    def copy_and_change(sources: Iterator[Path], target: Path, arch: ModelArchitecture) -> None:
-        tell(sources, target, arch)
+    def copy_and_change(sources: Iterator[Path], target: Path, arch: ModelArchitecture) -> list[str]:
+        left_out = tell(sources, target, arch)
         flip(target / "__0_0.distcp")
+        return left_out
 
     def flip(path: Path) -> None:
         data = bytearray(path.read_bytes())

@@ -77,7 +77,7 @@ STAY = (
 
 
 def write(folder: Path, *names: str, text: str = "text") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -109,20 +109,42 @@ def test_what_is_there_already_and_earlier_folders_win(tmp_path: Path) -> None:
 
 def test_links_of_a_download_become_files_and_linked_folders_stay(tmp_path: Path) -> None:
     """The cache of huggingface_hub holds links to blobs, shared folders may be read-only."""
-    blob = tmp_path / "blobs" / "1234"
-    blob.parent.mkdir()
-    blob.write_text("content")
-    source = write(tmp_path / "source")
-    (source / "tokenizer.json").symlink_to(blob)
-    (source / "config.json").chmod(0o444)
-    (source / "gone.json").symlink_to(tmp_path / "blobs" / "5678")
-    (source / "additional_chat_templates").symlink_to(blob.parent)
+    source = write(tmp_path / "models--x" / "snapshots" / "1", "own.txt")
+    blobs = tmp_path / "models--x" / "blobs"
+    blobs.mkdir()
+    (source / "config.json").rename(blobs / "5678")
+    (blobs / "5678").chmod(0o444)
+    (blobs / "1234").write_text("content")
+    (source / "config.json").symlink_to("../../blobs/5678")
+    (source / "tokenizer.json").symlink_to("../../blobs/1234")
+    (source / "same.txt").symlink_to("own.txt")
+    (source / "gone.json").symlink_to("../../blobs/9")
+    (source / "additional_chat_templates").symlink_to(blobs)
     target = tmp_path / "target"
     target.mkdir()
-    copy_model_files([source], target, ARCH)
-    assert files(target) == {"tokenizer.json"}
+    assert copy_model_files([source], target, ARCH) == []
+    assert files(target) == {"tokenizer.json", "own.txt", "same.txt"}
     assert (target / "config.json").stat().st_mode & 0o200
     assert (target / "tokenizer.json").read_text() == "content" and not (target / "tokenizer.json").is_symlink()
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_links_out_of_the_folder_are_not_followed(tmp_path: Path, is_relative: bool) -> None:
+    """What is published would hold a file of whoever converts: a Git repository may have such links."""
+    (tmp_path / "secret").write_text("secret")
+    source = write(tmp_path / "source", "vocab.txt", "additional_chat_templates/own.jinja")
+    links = ("id.txt", "additional_chat_templates/id.jinja")
+    for name in links:
+        to = Path("../" * (1 + name.count("/"))) / "secret" if is_relative else tmp_path / "secret"
+        (source / name).symlink_to(to)
+    (source / "around.txt").symlink_to("id.txt")
+    target = tmp_path / "target"
+    target.mkdir()
+    assert copy_model_files([source], target, ARCH) == [
+        f"{source}/{name} is a link to {tmp_path}/secret, outside of the model's folder: not copied"
+        for name in sorted([*links, "around.txt"])
+    ]
+    assert files(target) == {"vocab.txt", "additional_chat_templates/own.jinja"}
 
 
 def test_a_file_larger_than_any_vocabulary_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

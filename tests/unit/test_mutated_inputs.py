@@ -12,6 +12,7 @@ import pytest
 from mutations import check_damaged
 
 from chord_megatron.config import load_config
+from chord_megatron.planning.resuming import changes
 from chord_megatron.rollout.replay import ReplayRollout, RolloutRecorder
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking import report
@@ -108,11 +109,13 @@ def summarize(path: Path) -> None:
 
 
 def refuse_other_run(path: Path) -> None:
-    RunDir(path.parent).refuse_other_run({"model.path": "some/model", "train.seed": 0})
+    minimal = path.with_name("minimal.yaml")
+    minimal.write_bytes(CONFIG)
+    changes(RunDir(path.parent).settings(), load_config(minimal), "run")
 
 
 def latest_step(path: Path) -> None:
-    RunDir(path.parents[1]).latest_step()
+    RunDir(path.parents[1]).resume_step()
 
 
 class Input(NamedTuple):

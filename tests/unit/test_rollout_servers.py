@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +23,7 @@ from chord_megatron.rollout.consistency import check_consistency, largest_mean_d
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer
 from chord_megatron.rollout.serving import guard as server_guard
 from chord_megatron.rollout.serving.guard import ServerGuard
+from chord_megatron.rollout.updates import files
 from chord_megatron.rollout.updates.agreement import GENERATE
 from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack, unpack
 from chord_megatron.rollout.updates.files import read_weight_file
@@ -134,10 +138,81 @@ def test_an_update_that_breaks_off_leaves_no_files(tmp_path: Path):
 def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError,
-        match=r"rollout.weight_transfer_dir: 24 bytes cannot be written to .*file/chord-weights-.*; enlarge it",
+        UserError, match=r"^rollout.weight_transfer_dir: .*/file cannot be written \(.*\); name another$"
     ):
         FileTransfer(tmp_path / "file", bucket_bytes=24).send(FileReader(), iter(WEIGHTS))
+
+
+def test_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", full)
+    with pytest.raises(UserError, match=r"24 bytes cannot be written to .*/chord-weights-.*No space.*; enlarge it"):
+        FileTransfer(tmp_path, bucket_bytes=24).send(FileReader(), iter(WEIGHTS))
+    assert not list(tmp_path.iterdir())
+
+
+SENDER = """
+import sys, time
+from pathlib import Path
+import torch
+from chord_megatron.rollout.servers.transfer import FileTransfer
+class Pool:
+    def send(self, update):
+        print(Path(update["path"]).parent, flush=True)
+        time.sleep(1000)
+FileTransfer(Path(sys.argv[1]), bucket_bytes=24).send(Pool(), iter([("a", torch.ones(6))]))
+"""
+
+
+def test_files_of_a_killed_trainer_are_removed_at_the_next_start(tmp_path: Path):
+    """And nothing else: what a trainer that lives has, what others have, what looks alike."""
+    senders = [
+        subprocess.Popen([sys.executable, "-c", SENDER, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        killed, alive = (Path(sender.stdout.readline().strip()) for sender in senders)
+        senders[0].kill()
+        senders[0].wait()
+        assert [file.name for file in killed.iterdir()] == ["0.safetensors"]
+        name = "chord-weights-" + "0" * 32
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+        for other in ("elsewhere", name[:-1], f"{name[:-1]}1/inside", f"{name[:-1]}2"):
+            (tmp_path / other).mkdir(parents=True)
+            (tmp_path / other / "0.safetensors").touch()
+        (tmp_path / f"{name[:-1]}2" / "notes.txt").touch()
+        (tmp_path / f"{name[:-1]}3").touch()
+        FileTransfer(tmp_path, bucket_bytes=24)
+        assert not killed.exists()
+        assert [file.name for file in alive.iterdir()] == ["0.safetensors"]
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+        assert left == {
+            f"{alive.name}/0.safetensors",
+            "elsewhere/0.safetensors",
+            f"{name[:-1]}/0.safetensors",
+            f"{name[:-1]}1/inside/0.safetensors",
+            f"{name[:-1]}2/notes.txt",
+            f"{name[:-1]}2/0.safetensors",
+            f"{name[:-1]}3",
+        }
+        assert (tmp_path / name).is_symlink()
+    finally:
+        for sender in senders:
+            sender.kill()
+            sender.wait()
+
+
+def test_files_of_another_user_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    directory = tmp_path / ("chord-weights-" + "0" * 32)
+    directory.mkdir()
+    (directory / "0.safetensors").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: 12345)
+        FileTransfer(tmp_path, bucket_bytes=24)
+    assert (directory / "0.safetensors").exists()
+    FileTransfer(tmp_path, bucket_bytes=24)
+    assert not directory.exists()
 
 
 # --- broadcast ------------------------------------------------------------------------------------------------------
@@ -222,10 +297,12 @@ def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv(server_guard.TOKEN_VARIABLE, TOKEN)
     transport = httpx.ASGITransport(ServerGuard(engine))
 
-    def send(method: str, path: str, authorization: str | None = f"Bearer {TOKEN}") -> int:
+    def send(method: str, path: str, *authorizations: str | None) -> int:
+        given = authorizations or (f"Bearer {TOKEN}",)
+
         async def request() -> int:
             async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-                headers = {"Authorization": authorization} if authorization else {}
+                headers = [("Authorization", authorization) for authorization in given if authorization]
                 return (await client.request(method, path, headers=headers)).status_code
 
         return asyncio.run(request())
@@ -240,6 +317,13 @@ def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_route_wants_the_token(ask: Any, engine: Engine, path: str, authorization: str | None):
     for method in ("GET", "POST", "OPTIONS"):
         assert ask(method, path, authorization) == 401
+    assert engine.reached == []
+
+
+@pytest.mark.parametrize("tokens", [[TOKEN, "wrong"], ["wrong", TOKEN], [TOKEN, TOKEN]])
+def test_two_tokens_are_none(ask: Any, engine: Engine, tokens: list[str]):
+    """A proxy in between may have looked at the other one."""
+    assert ask("GET", "/chord/status", *(f"Bearer {token}" for token in tokens)) == 401
     assert engine.reached == []
 
 

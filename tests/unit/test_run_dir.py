@@ -18,22 +18,31 @@ def saved(path: Path, *steps: int, keep: int | None = None) -> RunDir:
         for directory in (run_dir.checkpoint(step), run_dir.hf(step)):
             directory.mkdir(parents=True)
             (directory / "weights").write_text(str(step), encoding="utf-8")
+        complete(run_dir.checkpoint(step))
         run_dir.publish(step, keep)
     return run_dir
+
+
+def complete(checkpoint: Path) -> Path:
+    """What every complete checkpoint has."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    for name in (".metadata", "state.json"):
+        (checkpoint / name).touch()
+    return checkpoint
 
 
 def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def test_a_new_run_has_no_latest_step(tmp_path: Path):
-    assert RunDir(tmp_path).latest_step() is None
-    assert RunDir(tmp_path / "absent").latest_step() is None
+def test_a_new_run_has_nothing_to_resume_from(tmp_path: Path):
+    assert RunDir(tmp_path).resume_step() is None
+    assert RunDir(tmp_path / "absent").resume_step() is None
 
 
 def test_the_pointer_follows_the_newest_checkpoint(tmp_path: Path):
     run_dir = saved(tmp_path, 9, 10)
-    assert run_dir.latest_step() == 10
+    assert run_dir.resume_step() == 10
     assert names(tmp_path / "checkpoints") == {"step_9", "step_10", "latest"}  # no temporary file stays
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_10\n"
 
@@ -67,7 +76,7 @@ def test_a_failed_write_leaves_the_old_pointer(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "replace", crash)
     with pytest.raises(OSError, match="no space"):
         run_dir.publish(2, keep=1)
-    assert run_dir.latest_step() == 1
+    assert run_dir.resume_step() == 1
     assert run_dir.checkpoint(1).is_dir()
 
 
@@ -77,10 +86,54 @@ def test_a_pointer_that_leads_nowhere_is_an_error(tmp_path: Path, content: str):
     latest = tmp_path / "checkpoints" / "latest"
     latest.write_text(content, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        run_dir.latest_step()
+        run_dir.resume_step()
     assert str(error.value) == (
-        f"{latest} names {content.strip()!r}, which is not there; write a step_N that is, or remove it"
+        f"{latest} names {content.strip()!r}, which is not there; write the step to go on with into it, one of step_1"
     )
+    (tmp_path / "checkpoints" / "step_1" / "state.json").unlink()
+    with pytest.raises(UserError) as error:
+        run_dir.resume_step()
+    assert str(error.value) == (
+        f"{latest} names {content.strip()!r}, which is not there, and no complete checkpoint is; restore one, or "
+        "choose another train.output_dir"
+    )
+
+
+def test_without_a_pointer_the_newest_complete_checkpoint_counts(tmp_path: Path) -> None:
+    run_dir = saved(tmp_path, 2, 4, 10)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    (tmp_path / "checkpoints" / "step_12.partial").mkdir()
+    assert run_dir.resume_step() == 10
+    (run_dir.checkpoint(10) / ".metadata").unlink()
+    assert run_dir.resume_step() == 4
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step_4", "hf/step_4"])
+def test_what_cannot_be_resumed_from_is_no_new_run_either(tmp_path: Path, left: str) -> None:
+    (tmp_path / left).mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        RunDir(tmp_path).resume_step()
+    assert str(error.value) == (
+        f"{tmp_path} holds {left} and no complete checkpoint; restore one, or choose another train.output_dir"
+    )
+
+
+def test_what_a_killed_first_save_leaves_is_a_new_run(tmp_path: Path) -> None:
+    for name in ("checkpoints/step_4.partial", "hf/step_4.partial"):
+        (tmp_path / name).mkdir(parents=True)
+    assert RunDir(tmp_path).resume_step() is None
+
+
+@pytest.mark.parametrize("name", ["checkpoints/latest", "checkpoints/finished", "config.yaml"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    run_dir = saved(tmp_path, 1)
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError) as error:
+        run_dir.resume_step()
+        run_dir.is_finished(1)
+        run_dir.settings()
+    assert str(error.value) == f"{tmp_path / name} cannot be read (Is a directory); remove it"
 
 
 def test_finished_is_about_a_number_of_steps(tmp_path: Path):
@@ -91,34 +144,42 @@ def test_finished_is_about_a_number_of_steps(tmp_path: Path):
     assert not run_dir.is_finished(8)  # raised train_iters: there is more to do
 
 
-def test_another_run_in_the_directory_is_refused(tmp_path: Path):
+def test_the_settings_of_a_run(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
-    run_dir.refuse_other_run({"train.seed": 1})  # a new run: nothing to compare with
-    run_dir.config.write_text("train: {seed: 0}\nmodel: {path: m}\n", encoding="utf-8")
-    run_dir.refuse_other_run({"train.seed": 0, "model.path": "m"})
-    with pytest.raises(UserError) as error:
-        run_dir.refuse_other_run({"model.path": "m", "train.seed": 1})
-    assert str(error.value) == (
-        f"{tmp_path} holds a run with train.seed=0, but this one has 1; choose another train.output_dir"
-    )
+    assert run_dir.settings() == {}
+    run_dir.config.write_text("train: {seed: 0, save_steps: null}\nmodel: {path: m}\n", encoding="utf-8")
+    assert run_dir.settings() == {"train.seed": 0, "train.save_steps": None, "model.path": "m"}
 
 
 @pytest.mark.parametrize("below", ["", "run", "a/b"])
 def test_a_file_where_the_directory_should_be_is_named(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError) as error:
-        RunDir(tmp_path / "file" / below).refuse_other_run({"train.seed": 1})
+        RunDir(tmp_path / "file" / below).refuse_unusable()
     assert str(error.value) == f"{tmp_path / 'file'} is a file; choose another train.output_dir"
 
 
-@pytest.mark.parametrize("text", ["", "- a\n", "train: 3\n", "train: {seed: 1\n", "\x00", "a: 1"])
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_directory_that_cannot_be_written_is_named(
+    tmp_path: Path, below: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunDir(tmp_path / below).refuse_unusable()
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (tmp_path, os.W_OK | os.X_OK))
+    with pytest.raises(UserError) as error:
+        RunDir(tmp_path / below).refuse_unusable()
+    assert str(error.value) == f"{tmp_path} cannot be written to; choose another train.output_dir"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a\n", "train: 3\n", "train: {seed: 1\n", "\x00", "a: 1", "train: {1: {}}", "{}: {a: 1}"]
+)
 def test_a_configuration_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
     run_dir = RunDir(tmp_path)
     run_dir.config.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        run_dir.refuse_other_run({"train.seed": 1})
+        run_dir.settings()
     assert str(error.value) == (
-        f"{run_dir.config} is not the configuration of a run; remove it, or choose another train.output_dir"
+        f"{run_dir.config} is not the configuration of a run; restore it, or choose another train.output_dir"
     )
 
 
@@ -129,12 +190,26 @@ def test_a_damaged_mark_is_of_no_finished_run(tmp_path: Path) -> None:
     assert not run_dir.is_finished(6)
 
 
-def test_publishing_an_earlier_step_removes_the_later_ones(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    for step in (10, 22, 30):
-        run.checkpoint(step).mkdir(parents=True)
-        run.hf(step).mkdir(parents=True)
-    run.publish(22, keep=1)  # the run was taken back to step 10, and went on
-    assert run.latest_step() == 22
-    assert [path.name for path in (tmp_path / "hf").iterdir()] == ["step_22"]
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step_22"]
+def test_a_run_removes_the_oldest_beyond_its_limit_and_nothing_newer(tmp_path: Path) -> None:
+    run = saved(tmp_path, 10, 22, 30)
+    run.publish(22, keep=1)
+    assert run.resume_step() == 22
+    assert names(tmp_path / "checkpoints") == {"latest", "step_22", "step_30"}
+    assert names(tmp_path / "hf") == {"step_22", "step_30"}
+
+
+def test_what_is_newer_than_the_step_resumed_from_is_set_aside(tmp_path: Path) -> None:
+    """A run taken back to step 10, twice: its own checkpoints take the names of others, which stay."""
+    run = saved(tmp_path, 10, 22)
+    (run.hf(22) / "weights").rename(run.hf(22) / "first")
+    (tmp_path / "metrics.jsonl").write_text("lines", encoding="utf-8")
+    moved = ["checkpoints/step_22.set-aside", "hf/step_22.set-aside", "metrics.jsonl.set-aside"]
+    assert run.set_aside(10) == moved
+    for directory in (complete(run.checkpoint(22)), run.hf(22)):
+        directory.mkdir(parents=True, exist_ok=True)
+    run.publish(22, keep=1)
+    assert run.set_aside(10) == [f"{name}-2" for name in moved]
+    assert names(tmp_path / "hf") == {"step_22.set-aside", "step_22.set-aside-2"}
+    assert names(tmp_path / "hf" / "step_22.set-aside") == {"first"}
+    assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl.set-aside").read_text() == "lines"
+    assert run.set_aside(10) == []

@@ -280,6 +280,15 @@ def test_print_summary(tmp_path: Path) -> None:
     assert "0.2000 (step 2)" in text and "rollout 60%, reward 5%, train 30%, sync 2%" in text
 
 
+@pytest.mark.parametrize("step", ['"<script>alert(1)</script>"', '["<script>"]', "1.5", "true", "null"])
+def test_a_step_of_the_report_is_a_number(tmp_path: Path, step: str) -> None:
+    write_run(tmp_path, 2)
+    (tmp_path / "completions.jsonl").write_text(f'{{"step": {step}, "prompt": "p", "completion": "c"}}\n')
+    with pytest.raises(UserError, match=r"line 1 of .*completions.jsonl has no step \(an integer from 0 on\)"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_report(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
         for step in range(30):

@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -236,7 +237,7 @@ def run_shards(rank: int, init_file: str, folder: str) -> None:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What the four ranks saved: one launch for all tests below."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.set_forkserver_preload(["torch"])  # imported once and not once a rank: half of the time of these tests
+    forked.context()  # torch is imported once and not once a rank: half of the time of these tests
     mp.start_processes(run_shards, (str(folder / "init"), str(folder)), nprocs=4, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
-from uuid import uuid4
 
 import torch
 from torch import Tensor
 
 from chord_megatron.rollout.servers.pool import ServerPool, UpdateError
 from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack
-from chord_megatron.rollout.updates.files import save_weight_file
+from chord_megatron.rollout.updates.files import remove_abandoned, save_weight_file, weight_directory
 from chord_megatron.rollout.updates.manifest import buckets, checksum
 from chord_megatron.system.errors import UserError
 
@@ -32,21 +30,19 @@ class FileTransfer:
     """Files that all see. A server that fails does not keep the others from their update."""
 
     def __init__(self, parent: Path, *, bucket_bytes: int) -> None:
-        """`parent`: the directory that all see, for a directory of this run."""
-        self._directory = parent / f"chord-weights-{uuid4().hex}"
-        self._bucket_bytes = bucket_bytes
+        """`parent`: the directory that all see. What killed trainers left there is removed."""
+        remove_abandoned(parent)
+        self._parent, self._bucket_bytes = parent, bucket_bytes
 
     def send(self, pool: ServerPool, weights: Iterable[tuple[str, Tensor]]) -> None:
         """See WeightTransfer. Raises UserError where there is no room."""
-        try:
+        with weight_directory(self._parent) as directory:
             for number, bucket in enumerate(buckets(weights, self._bucket_bytes)):
-                path = self._directory / f"{number}.safetensors"
+                path = directory / f"{number}.safetensors"
                 save_weight_file(bucket, path)
                 checksums = {name: checksum(tensor) for name, tensor in bucket.items()}
                 pool.send({"path": str(path), "checksums": checksums})
                 path.unlink()
-        finally:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
 
 class BroadcastTransfer:

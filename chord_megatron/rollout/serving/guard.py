@@ -103,13 +103,17 @@ class ServerGuard:
         return {"state": self._state, "instance": self._instance, "identity": self._identity}
 
     def _has_token(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        given = dict(headers).get(b"authorization", b"")
-        scheme, _, token = given.partition(b" ")
+        given = [value for name, value in headers if name == b"authorization"]
+        if len(given) != 1:  # of two, a proxy in between may have looked at the other one
+            return False
+        scheme, _, token = given[0].partition(b" ")
         return scheme.lower() == b"bearer" and hmac.compare_digest(hashlib.sha256(token).digest(), self._token)
 
 
 async def _answer(send: Any, status: int, content: dict[str, Any]) -> None:
     body = json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 401:
+        headers.append((b"connection", b"close"))  # a body may follow for ever
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -21,6 +21,7 @@ from pathlib import Path
 from chord_megatron.rollout.serving.guard import IDENTITY_VARIABLE, RESTART_EXIT_CODE
 from chord_megatron.rollout.updates.agreement import identity, read_token
 from chord_megatron.rollout.vllm_adapter import engine_arguments, prepare_environment
+from chord_megatron.system.processes import is_loopback, listen_on_loopback
 
 _MAX_QUICK_FAILURES = 3
 _QUICK_SECONDS = 300  # a child that ran for longer had started well
@@ -46,6 +47,9 @@ def serve(options: ServerOptions) -> int:
     """Run a server until this process is told to end; returns the exit code. Raises UserError."""
     read_token()
     prepare_environment()
+    if is_loopback(options.host):  # otherwise a trainer elsewhere may broadcast to the workers
+        listen_on_loopback(nccl=True)
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     environment = {
         **os.environ,
         IDENTITY_VARIABLE: json.dumps(identity(options.model_dir, options.dtype)),

@@ -18,9 +18,11 @@ def main() -> int:
     end_with_parent()
     try:
         import_vllm()
+        from chord_megatron.rollout.serving.connections import bound_connections  # uvicorn comes with vLLM
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    bound_connections()
     # `vllm serve` finds its own distribution by name, which has another one on CPU.
     import_module("vllm.entrypoints.launchers.api_server.entry").main()
     return 0

@@ -1,0 +1,69 @@
+"""What may change when a run resumes: every key of the configuration is in one of two sets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from chord_megatron.config import Config
+from chord_megatron.system.errors import UserError
+
+
+def _keys(**groups: str) -> frozenset[str]:
+    return frozenset(f"{group}.{key}" for group, keys in groups.items() for key in keys.split())
+
+
+# Refused where it differs: the model, the rows that a checkpoint's cursors count, and what it cannot be loaded with.
+STAYS = _keys(
+    model="path dtype",
+    data="dataset dataset_split prompt_column reference_column reference_pattern prompt_format system_prompt "
+    "chat_template_kwargs max_prompt_length",
+    chord="semantics chord_sft_dataset chord_sft_dataset_split chord_sft_prompt_column chord_sft_answer_column "
+    "chord_sft_max_length",
+    optimizer="use_distributed_optimizer",
+    train="seed",
+)
+# Said where it differs: how the steps to come are taken, checked and written down.
+MAY_CHANGE = _keys(
+    model="recompute export_bucket_megabytes trust_remote_code",
+    parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
+    data="eval_dataset eval_dataset_split num_eval_prompts on_bad_row",
+    rewards="reward_funcs reward_weights timeout_seconds memory_limit_gb environment",
+    rollout="engine num_generations temperature top_p top_k max_completion_length stop_token_ids max_batch_size "
+    "record_to replay_from vllm_mode vllm_tensor_parallel_size vllm_gpu_memory_utilization vllm_enforce_eager "
+    "sleep_level offload_optimizer offload_model vllm_servers vllm_server_timeout weight_transfer weight_transfer_dir "
+    "weight_transfer_address max_staleness consistency_threshold consistency_action",
+    grpo="epsilon epsilon_high beta loss_type overlong_filter steps_per_generation num_iterations "
+    "rollout_importance_sampling_mode rollout_importance_sampling_threshold",
+    chord="chord_sft_global_batch_size chord_sft_per_device_train_batch_size chord_mu_peak chord_mu_valley "
+    "chord_mu_warmup_steps chord_mu_decay_steps chord_enable_phi_function",
+    optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
+    "overlap_grad_reduce",
+    train="output_dir micro_batch_size global_batch_size packing_order train_iters eval_steps eval_temperature "
+    "save_steps save_total_limit save_on_signal max_skipped_steps",
+    tracking="report_to log_completions",
+)
+
+
+def changes(before: Mapping[str, Any], config: Config, run_dir: object) -> list[str]:
+    """What differs from a run's earlier settings (by dotted key), as "KEY OLD -> NEW". UserError where it may not.
+
+    Keys that are not in `before` are left out: a release may not have had them.
+    """
+    now = {f"{group}.{key}": value for group, keys in config.model_dump().items() for key, value in keys.items()}
+    changed = [key for key, value in now.items() if key in before and before[key] != value]
+    for key in changed:
+        if key in STAYS:
+            raise UserError(
+                f"{run_dir} holds a run with {key}={_shown(before[key])}, but this one has {_shown(now[key])}; "
+                "restore it, or choose another train.output_dir"
+            )
+    changed = [key for key in changed if key != "train.output_dir"]  # a run that was moved is the same
+    return [f"{key} {_shown(before[key])} -> {_shown(now[key])}" for key in changed]
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,51 @@
+"""SIGTERM and SIGINT end a run: at once, or after its step with a checkpoint (train.save_on_signal)."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from chord_megatron.system.processes import STOP_SIGNALS
+
+_SECONDS_TO_ASK_AGAIN = 5  # Slurm and an agent may both send the same one; later it means: now
+
+
+class Stopped(BaseException):
+    """A signal has ended the run. No Exception, so that nobody takes it for a failure of their own."""
+
+    def __init__(self, number: int, saved_step: int | None = None) -> None:
+        self.number, self.saved_step = number, saved_step
+
+
+class StopSignals:
+    """What this process was told. Raises Stopped in the main thread, or only notes it for a step's end."""
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+        self.is_noted_only = False
+        self._since = 0.0
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within, the two signals come here."""
+        if threading.current_thread() is not threading.main_thread():  # where Python lets nobody hear them
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        is_first, now = not self.received, time.monotonic()
+        if not is_first and now - self._since <= _SECONDS_TO_ASK_AGAIN:
+            return
+        self.received, self._since = self.received or number, now
+        if not (is_first and self.is_noted_only):
+            raise Stopped(number)

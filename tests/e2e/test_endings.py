@@ -1,0 +1,221 @@
+"""How a run ends that is told to, or that loses one of its processes: in a sentence, with a code, leaving nobody."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import (
+    files_below,
+    finish,
+    kill,
+    read_metrics,
+    start,
+    succeeded,
+    train_here,
+    train_on_two,
+    wait_until,
+    weight_bytes,
+    write_config,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+
+Measure = Callable[[str, float], None]
+TWO = ("--nproc-per-node", "2")
+
+
+@pytest.fixture
+def patient(assets: Path, tmp_path: Path) -> str:
+    """An override: the reward `letters`, whose third call waits for the file `go` beside it."""
+    file, go = tmp_path / "patient.py", tmp_path / "go"
+    source = (assets / "rewards.py").read_text(encoding="utf-8")
+    source += f"""
+ours = itertools.count(1)
+
+def patient(prompts, completions, references, **columns):
+    if next(ours) == 3:
+        open({str(file)!r} + f".waits-{{os.getpid()}}", "w").close()
+        while not os.path.exists({str(go)!r}):
+            time.sleep(0.01)
+    return letters(prompts, completions, references)
+"""
+    file.write_text(source, encoding="utf-8")
+    return f"rewards.reward_funcs=['{file}:patient']"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ranks(run: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes that a launcher has started, by rank."""
+    found = {int(child.environ()["RANK"]): child for child in psutil.Process(run.pid).children()}
+    return [found[rank] for rank in sorted(found)]
+
+
+def waiting(directory: Path, processes: int) -> Callable[[], bool]:
+    """Whether all processes are in the third call of `patient`: after two steps and a checkpoint."""
+    return lambda: len([*directory.glob("patient.py.waits-*")]) == processes
+
+
+def sentences(stderr: str) -> list[str]:
+    """What a run said at its end: everything on standard error but warnings of libraries."""
+    assert "Traceback" not in stderr, stderr
+    return [line for line in stderr.splitlines() if "ended by SIG" in line or line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named(config: Path, patient: str, tmp_path: Path, victim: int, measure: Measure):
+    run = start("chord_megatron.cli", "train", config, patient, *TWO)
+    wait_until(waiting(tmp_path, 2), run)
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    killed = time.monotonic()
+    ranks(run)[victim].kill()
+    outcome = finish(run)
+    measure("seconds from a rank's SIGKILL to the end of the run", time.monotonic() - killed)
+    assert outcome.code == 137
+    (sentence,) = sentences(outcome.stderr)
+    assert sentence.startswith(f"error: rank {victim} was ended by SIGKILL: out of memory?")
+    assert psutil.wait_procs(everyone, timeout=60)[1] == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_signal_ends_a_run_at_once(
+    config: Path, patient: str, tmp_path: Path, number: signal.Signals, processes: str
+):
+    """In the middle of a step, which is not waited for."""
+    run = start("chord_megatron.cli", "train", config, patient, "--nproc-per-node", processes)
+    wait_until(waiting(tmp_path, int(processes)), run)
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(number)
+    outcome = finish(run)
+    assert outcome.code == 128 + number
+    assert sentences(outcome.stderr) == [
+        f"ended by {number.name} in reward of step 3; the same command goes on from the latest checkpoint"
+    ]
+    assert psutil.wait_procs(everyone, timeout=60)[1] == []
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2\n"
+
+
+@pytest.mark.parametrize("told", ["launcher", "rank 1"])
+def test_a_checkpoint_comes_first_if_asked_for(config: Path, patient: str, assets: Path, tmp_path: Path, told: str):
+    """All ranks stop after the same step, and the run that goes on is the undisturbed one, bit by bit."""
+    options = (patient, "train.save_on_signal=true")
+    run = start("chord_megatron.cli", "train", config, *options, *TWO)
+    wait_until(waiting(tmp_path, 2), run)
+    (run if told == "launcher" else ranks(run)[1]).send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+    outcome = finish(run)
+    assert outcome.code == 143
+    assert sentences(outcome.stderr) == [
+        "ended by SIGTERM after step 3, which is saved; the same command goes on from there"
+    ]
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_3\n"
+
+    succeeded(train_on_two(config, *options))
+    (tmp_path / "undisturbed").mkdir()
+    other = write_config(assets, tmp_path / "undisturbed")
+    succeeded(train_on_two(other, patient))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "undisturbed" / "run")
+    assert weight_bytes(tmp_path / "run", 6) == weight_bytes(tmp_path / "undisturbed" / "run", 6)
+
+
+def test_a_checkpoint_is_not_saved_inside_a_generation_batch(config: Path, patient: str, tmp_path: Path):
+    """It could not be resumed: the run goes on to the batch's end."""
+    options = (
+        patient,
+        "train.save_on_signal=true",
+        "grpo.num_iterations=2",
+        "train.save_steps=null",
+        "train.train_iters=8",
+    )
+    run = start("chord_megatron.cli", "train", config, *options, "train.train_iters=8")
+    wait_until(waiting(tmp_path, 1), run)  # the third batch waits for its rewards
+    run.send_signal(signal.SIGTERM)
+    (tmp_path / "go").touch()
+    assert finish(run).code == 143
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_6\n"
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_second_run_in_the_directory_is_refused(config: Path, patient: str, tmp_path: Path, processes: str):
+    """It leaves every file as it is; and when the first is killed, the same command goes on at once."""
+    first = start("chord_megatron.cli", "train", config, patient)
+    wait_until(waiting(tmp_path, 1), first)
+    before = files_below(tmp_path / "run")
+    second = finish(start("chord_megatron.cli", "train", config, patient, "--nproc-per-node", processes))
+    assert second.code == 2
+    (sentence,) = sentences(second.stderr)
+    assert sentence.startswith(f"error: {tmp_path / 'run'} is in use by process {first.pid} on ")
+    after = files_below(tmp_path / "run")
+    assert after.pop("lock")[0] == before.pop("lock")[0]  # whose time is the first run's sign of life
+    assert after == before
+    kill(first)
+    (tmp_path / "go").touch()
+    outcome = succeeded(train_here(config, patient))
+    assert f"resuming {tmp_path / 'run'} at step 2" in outcome.stdout
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_answering_is_named_and_waited_for_as_long_as_configured(
+    config: Path, patient: str, tmp_path: Path, measure: Measure
+):
+    options = (patient, "parallel.distributed_timeout_minutes=1")
+    run = start("chord_megatron.cli", "train", config, *options, *TWO)
+    wait_until(waiting(tmp_path, 2), run)
+    frozen = ranks(run)[1]
+    store = Path(frozen.environ()["CHORD_STORE_FILE"])
+    wait_until(lambda: b'"reward", 2' in store.read_bytes().rpartition(b"chord_megatron/rank_1")[2], run)
+    frozen.suspend()
+    (tmp_path / "go").touch()
+    since = time.monotonic()
+    outcome = finish(run)
+    measure("seconds from a rank's SIGSTOP to the end of a run with a limit of 60 s", time.monotonic() - since)
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.stderr
+    assert "rank 1 has given no sign of life for 3" in outcome.stderr
+    assert "last in reward of step 3: stopped, or its node lost?" in outcome.stderr
+    (error,) = outcome.errors
+    assert error.startswith(
+        "error: rank 0 has lost another rank, or got no answer from it within parallel.distributed_"
+    )
+    assert not frozen.is_running()
+
+
+@pytest.mark.slow
+def test_a_node_that_never_comes_is_named(config: Path, measure: Measure):
+    options = ("parallel.distributed_timeout_minutes=0.5", "--nnodes", "2", "--master-port", str(free_port()))
+    since = time.monotonic()
+    outcome = finish(start("chord_megatron.cli", "train", config, *options))
+    measure("seconds until a run whose limit is 30 s gives up a node", time.monotonic() - since)
+    assert outcome.code == 1
+    assert "rank 1 has not come for 15 s: has its node started?" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_mistake_of_one_rank_alone_is_said_at_once(config: Path, tmp_path: Path, measure: Measure):
+    """As on a node where a file is missing: rank 1 refuses, while rank 0 knows nothing of it and goes on."""
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    since = time.monotonic()
+    innocent = start("chord_megatron.train", config, env={**job, "RANK": "0", "LOCAL_RANK": "0"}, log=tmp_path)
+    mistaken = start(
+        "chord_megatron.train", config, "data.dataset=none.jsonl", env={**job, "RANK": "1", "LOCAL_RANK": "1"}
+    )
+    outcome = finish(mistaken)
+    measure("seconds until rank 1 has said what it alone refuses", time.monotonic() - since)
+    assert innocent.poll() is None
+    kill(innocent)
+    assert outcome.code == 2
+    (error,) = outcome.errors
+    assert error.startswith("error: cannot read none.jsonl: No such file")

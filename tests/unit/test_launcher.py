@@ -1,0 +1,52 @@
+"""The processes of a run on a machine, with stand-ins for the training program."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from chord_megatron.system.launcher import Launch, run_processes
+
+TWO = Launch(nproc_per_node=2)
+
+
+def run(program: str) -> int:
+    """The program's rank is `rank`."""
+    head = "import os, signal, sys, time; rank = int(os.environ['RANK'])"
+    return run_processes(TWO, [sys.executable, "-c", f"{head}\n{program}"], finishes_its_step=False)
+
+
+def test_all_that_end_well_end_well():
+    assert run("sys.exit(0)") == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_that_fails_ends_the_others_and_its_code_is_the_run_s(rank: int, capfd: pytest.CaptureFixture[str]):
+    assert run(f"if rank == {rank}: sys.exit(2)\ntime.sleep(3600)") == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_who_was_ended_by_a_signal_is_named(capfd: pytest.CaptureFixture[str]):
+    assert run("if rank == 1: os.kill(os.getpid(), signal.SIGSEGV)\ntime.sleep(3600)") == 139
+    assert capfd.readouterr().err == "error: rank 1 was ended by SIGSEGV\n"
+
+
+def test_places_are_torchrun_s():
+    launch = Launch(nproc_per_node=2, nnodes=3, node_rank=1, master_addr="node0", master_port=1234)
+    with launch.meeting() as meeting:
+        places = launch.places(meeting)
+    shared = {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "CHORD_LAUNCHER": str(os.getpid())}
+    shared |= {"MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    assert places == {
+        2: {**shared, "RANK": "2", "LOCAL_RANK": "0"},
+        3: {**shared, "RANK": "3", "LOCAL_RANK": "1"},
+    }
+
+
+def test_where_the_processes_of_a_machine_meet_is_the_user_s_alone_and_goes():
+    with TWO.meeting() as meeting:
+        folder = os.path.dirname(meeting["CHORD_STORE_FILE"])
+        assert os.stat(folder).st_mode & 0o777 == 0o700
+    assert not os.path.exists(folder)

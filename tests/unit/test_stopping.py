@@ -1,0 +1,45 @@
+"""SIGTERM and SIGINT, sent to this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from chord_megatron.training import stopping
+from chord_megatron.training.stopping import Stopped, StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_raised(number: signal.Signals):
+    signals, before = StopSignals(), signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped, signals.heard():
+        os.kill(os.getpid(), number)
+    assert stopped.value.number == number == signals.received
+    assert signal.getsignal(number) is before
+
+
+def test_the_same_signal_twice_is_one():
+    """While it is cleaned up: Slurm and torchrun's agent both send it."""
+    signals = StopSignals()
+    with signals.heard():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_is_noted_and_raised_when_it_comes_again_later(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    signals = StopSignals()
+    signals.is_noted_only = True
+    with signals.heard():
+        os.kill(os.getpid(), signal.SIGTERM)
+        now[0] += 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        now[0] += 1
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signals.received == signal.SIGTERM
