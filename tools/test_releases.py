@@ -34,7 +34,7 @@ Python = tuple[int, int]
 NEWEST_PYTHON: Python = (3, 13)  # of any release so far
 # As the Makefile says it: without an NVIDIA driver pip prefers this release's CPU build wherever one is offered.
 TORCH = "torch" if shutil.which("nvidia-smi") else "torch==2.13.0"
-TEST_PACKAGES = ("pytest", "pytest-xdist", "filelock")
+TEST_PACKAGES = ("pytest", "pytest-xdist", "filelock", "hypothesis", "psutil")
 KINDS = ("passed", "failed", "skipped")
 
 # What touches Megatron-Core; the other tests do not depend on its release.
