@@ -6,12 +6,16 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 # Environment variables that the launcher sets.
 STORE_FILE = "CHORD_STORE_FILE"  # where the processes of a run on one machine meet
 LAUNCHER = "CHORD_LAUNCHER"  # its process id
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS_TO_ASK_AGAIN = 5  # Slurm, a shell and an agent may all send the same signal; later it means: now
 
 
 def signal_name(number: int) -> str:
@@ -20,6 +24,17 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
+
+
+@contextmanager
+def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within, SIGTERM and SIGINT are the handler's."""
+    before = {number: signal.signal(number, handler) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def end_with_launcher() -> None:
