@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,21 @@ def write_config(assets: Path, directory: Path) -> Path:
     path = directory / "config.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return path
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback device at which nobody listens.
+
+    They lie below those that the system gives to connections, one of which would take such a port while a server
+    still imports what it needs.
+    """
+    lowest_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    free: list[int] = []
+    while len(free) < count:
+        port = random.randrange(10_000, lowest_given)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            free = [*dict.fromkeys([*free, port])]
+    return free
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import pytest
 from harness import (
     files_below,
     finish,
+    free_ports,
     kill,
     read_metrics,
     start,
@@ -48,12 +48,6 @@ def patient(prompts, completions, references, **columns):
 """
     file.write_text(source, encoding="utf-8")
     return f"rewards.reward_funcs=['{file}:patient']"
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def ranks(run: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -195,7 +189,7 @@ def test_a_rank_that_stops_answering_is_named_and_waited_for_as_long_as_configur
 
 @pytest.mark.slow
 def test_a_node_that_never_comes_is_named(config: Path, measure: Measure):
-    options = ("parallel.distributed_timeout_minutes=0.5", "--nnodes", "2", "--master-port", str(free_port()))
+    options = ("parallel.distributed_timeout_minutes=0.5", "--nnodes", "2", "--master-port", str(free_ports(1)[0]))
     since = time.monotonic()
     outcome = finish(start("chord_megatron.cli", "train", config, *options))
     measure("seconds until a run whose limit is 30 s gives up a node", time.monotonic() - since)
@@ -206,7 +200,7 @@ def test_a_node_that_never_comes_is_named(config: Path, measure: Measure):
 
 def test_a_mistake_of_one_rank_alone_is_said_at_once(config: Path, tmp_path: Path, measure: Measure):
     """As on a node where a file is missing: rank 1 refuses, while rank 0 knows nothing of it and goes on."""
-    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     since = time.monotonic()
     innocent = start("chord_megatron.train", config, env={**job, "RANK": "0", "LOCAL_RANK": "0"}, log=tmp_path)
     mistaken = start(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ import psutil
 import pytest
 from harness import (
     finish,
+    free_ports,
     kill,
     read_lines,
     read_metrics,
@@ -85,12 +85,6 @@ def start_agent(script: str, node_rank: int, port: int, overrides: Sequence[str]
     return agent
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def logged_steps(run: Path) -> list[int]:
     metrics = run / "metrics.jsonl"
     return [line["step"] for line in read_lines(metrics)] if metrics.exists() else []
@@ -115,7 +109,7 @@ def where_it_listens(agent: Agent, port: int) -> set[str]:
 @pytest.fixture(scope="module")
 def undisturbed(overrides: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run by two static agents."""
-    port, run = free_port(), tmp_path_factory.mktemp("static") / "run"
+    (port,), run = free_ports(1), tmp_path_factory.mktemp("static") / "run"
     all_overrides = [*overrides, f"train.output_dir={run}"]
     agents = [start_agent("static_nodes.sh", rank, port, all_overrides) for rank in (0, 1)]
     wait_until(lambda: logged_steps(run) != [], agents[0])
@@ -136,7 +130,7 @@ def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(
     undisturbed: Path, overrides: tuple[str, ...], tmp_path: Path
 ):
     """First the agent that only takes part dies, later the one that keeps the rendezvous."""
-    port, run = free_port(), tmp_path / "run"
+    (port,), run = free_ports(1), tmp_path / "run"
 
     def start(node_rank: int, **environment: str) -> Agent:
         all_overrides = [*overrides, f"train.output_dir={run}"]

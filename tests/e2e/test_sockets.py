@@ -14,8 +14,8 @@ from urllib.error import URLError
 
 import psutil
 import pytest
-from harness import finish, kill, start, succeeded, wait_until, write_config
-from test_vllm_servers import TOKEN, free_ports
+from harness import finish, free_ports, kill, start, succeeded, wait_until, write_config
+from test_vllm_servers import TOKEN
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm")
 COLOCATED = ("rollout.engine=vllm", "rollout.vllm_mode=colocate", "train.train_iters=2")

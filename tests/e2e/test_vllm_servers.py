@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import torch
 import torch.distributed as dist
 from harness import (
     TIMEOUT_SECONDS,
+    free_ports,
     kill,
     read_lines,
     read_metrics,
@@ -400,14 +400,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "a server did not come back"
         time.sleep(1)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [opened.getsockname()[1] for opened in sockets]
-    for opened in sockets:
-        opened.close()
-    return ports
 
 
 def kill_children(process: Popen[str]) -> None:
