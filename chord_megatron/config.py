@@ -66,7 +66,7 @@ Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
 Minutes = Annotated[float, Field(ge=0.1, le=1e5)]
-Memory = Annotated[float, Field(ge=0.1, le=1e6)]  # GB; a Python with NumPy takes a tenth of one
+Gigabytes = Annotated[float, Field(ge=0.1, le=1e6)]  # a Python with NumPy takes a tenth of one
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
 TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
@@ -121,7 +121,7 @@ class RewardsConfig(_Group):
     reward_funcs: list[Text] = Field(default=["accuracy"], min_length=1)  # names, or path.py:function
     reward_weights: list[Number] | None = None  # None = 1 each
     timeout_seconds: Seconds = 60.0  # of one call of a user's function
-    memory_limit_gb: Memory | None = None  # address space of each process of a user's function
+    memory_limit_gb: Gigabytes | None = None  # address space of each process of a user's function
     environment: list[Text] = []  # variables that users' functions see beside those that every program needs
 
 

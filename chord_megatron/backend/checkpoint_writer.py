@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +70,31 @@ class _Writer(checkpoint.FileSystemWriter):
             for index, part in enumerate(parts)
         ]
         write = super().write_data
-        try:
-            with ThreadPoolExecutor(_FILES) as pool:
-                results = list(pool.map(lambda part: write(part, planner).value(), plans))
-        except Exception as error:  # its cause would be lost on the way to the other ranks
-            raise os_error(error) or error from error
+        with _bare_os_errors(), ThreadPoolExecutor(_FILES) as pool:
+            results = list(pool.map(lambda part: write(part, planner).value(), plans))
         done: Future[list[WriteResult]] = Future()
         done.set_result([result for part in results for result in part])
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        try:
+        with _bare_os_errors():
             super().finish(metadata, results)
-        except Exception as error:
-            raise os_error(error) or error from error
 
     @staticmethod
     def _prefix(storage_data: Any, index: int) -> Any:
         """__RANK_ -> __RANK_INDEX_, behind which torch counts the files of a plan."""
         return dataclasses.replace(storage_data, prefix=f"{storage_data.prefix}{index}_")
+
+
+@contextmanager
+def _bare_os_errors() -> Iterator[None]:
+    """Within, an error that hides one of the operating system is that one: causes do not reach the other ranks."""
+    try:
+        yield
+    except Exception as error:
+        if (cause := os_error(error)) is None:
+            raise
+        raise cause from None
 
 
 def _split(items: list[WriteItem]) -> list[list[WriteItem]]:

@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from chord_megatron.backend.cpu import enable_cpu_support
 from chord_megatron.config import ParallelConfig
-from chord_megatron.system.processes import STORE_FILE, listen_at
+from chord_megatron.system.listening import listen_at
+from chord_megatron.system.processes import STORE_FILE
 
 
 @dataclass(frozen=True)

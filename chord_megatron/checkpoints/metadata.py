@@ -7,7 +7,7 @@ import pathlib
 import pickle
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -144,8 +144,35 @@ def refuse_unsafe(directory: Path) -> None:
         )
 
 
-class _Ignored(Inert):
-    """In place of classes whose objects say nothing about the tensors: how the checkpoint was written."""
+_ALLOWED = {
+    *(
+        f"torch.distributed.checkpoint.metadata.{name}"
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "pathlib.PosixPath",
+}
+_REPLACED: dict[str, Any] = {
+    "pathlib._local.PosixPath": pathlib.PosixPath,  # as Python 3.13 calls it
+    # What says nothing about the tensors, but how the checkpoint was written.
+    **{
+        f"torch.distributed.checkpoint.planner.{name}": Inert
+        for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
+    },
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": Inert,
+    "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan": Inert,
+}
 
 
 class _MetadataUnpickler(BoundedUnpickler):
@@ -154,11 +181,11 @@ class _MetadataUnpickler(BoundedUnpickler):
     def check_tuple(self, value: tuple[Any, ...]) -> None:
         super().check_tuple(value)
         # torch, which reads the file after this, may hash arguments and keys, and an index all that is in it.
-        if any(isinstance(element, _Ignored) for element in value):
+        if any(isinstance(element, Inert) for element in value):
             raise pickle.UnpicklingError("an object as an argument")
 
     def check_key(self, key: Any) -> None:
-        if isinstance(key, _Ignored):
+        if isinstance(key, Inert):
             raise pickle.UnpicklingError("an object as a key")
 
     def check_built(self, value: Any) -> None:
@@ -166,43 +193,12 @@ class _MetadataUnpickler(BoundedUnpickler):
         if not all(isinstance(part, str | int | torch.Size | None) for part in parts):
             raise pickle.UnpicklingError("an index of objects")
 
-    _ALLOWED = frozenset(
-        {
-            f"torch.distributed.checkpoint.metadata.{name}"
-            for name in (
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        }
-        | {
-            "torch.distributed.checkpoint.filesystem._StorageInfo",
-            "torch.Size",
-            "torch.serialization._get_layout",
-            "pathlib.PosixPath",
-        }
-    )
-    _REPLACED: ClassVar[dict[str, Any]] = {
-        "pathlib._local.PosixPath": pathlib.PosixPath,  # as Python 3.13 calls it
-        **{
-            f"torch.distributed.checkpoint.planner.{name}": _Ignored
-            for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")
-        },
-        "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata": _Ignored,
-        "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan": _Ignored,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
-        if full_name in self._REPLACED:
-            return self._REPLACED[full_name]
+        if full_name in _REPLACED:
+            return _REPLACED[full_name]
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if full_name not in self._ALLOWED and not is_dtype:
+        if full_name not in _ALLOWED and not is_dtype:
             raise UserError(f"refusing a checkpoint whose .metadata names {full_name}: it could run code")
         return super().find_class(module, name)
 

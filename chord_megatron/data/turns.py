@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,10 +89,9 @@ class TextTurns:
 
     def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
         content = _without_ends(answer.get("content") or "", {self._tokenizer.eos_token})
-        whole = () if UNREAD in turn.tokens else self._encode(turn.text + content)
-        length = len(turn.tokens)
-        fits = whole[:length] == turn.tokens  # else the two merge at the seam
-        tokens = whole[length:] if fits else self._tokenizer.encode(content, add_special_tokens=False)
+        tokens = _behind_prompt(turn, content, self._encode)
+        if tokens is None:
+            tokens = tuple(self._tokenizer.encode(content, add_special_tokens=False))
         return (*tokens, turn.end_token_id)
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -203,11 +203,8 @@ class ChatTurns:
 
     def _encode_behind(self, turn: Turn, text: str) -> tuple[int, ...]:
         """The tokens of a text that follows the prompt; apart from it, where the two would merge at the seam."""
-        if turn.tokens[:1] == (UNREAD,):
-            return self._encode(text)
-        whole = () if UNREAD in turn.tokens else self._encode(turn.text + text)
-        length = len(turn.tokens)
-        return whole[length:] if whole[:length] == turn.tokens else self._encode(text)
+        behind = _behind_prompt(turn, text, self._encode)
+        return self._encode(text) if behind is None else behind
 
     def _end_token(self, ending: str, messages: list[Message], conversation: Conversation) -> int:
         """The first marker behind an answer, or of the turn after it; the tokenizer's eos where there is none."""
@@ -232,6 +229,14 @@ def _unread(text: str, most_tokens: int, characters_per_token: int | None) -> tu
     """One more than `most_tokens` in place of more tokens than that; none where a text may be shorter."""
     is_too_long = characters_per_token is not None and len(text) > most_tokens * characters_per_token
     return (UNREAD,) * (most_tokens + 1) if is_too_long else ()
+
+
+def _behind_prompt(turn: Turn, text: str, encode: Callable[[str], tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The tokens of a text that follows the prompt; None where the two merge at the seam, or the prompt is unread."""
+    if UNREAD in turn.tokens[:1]:
+        return None
+    whole, length = encode(turn.text + text), len(turn.tokens)
+    return whole[length:] if whole[:length] == turn.tokens else None
 
 
 def _assistant(content: str) -> Message:

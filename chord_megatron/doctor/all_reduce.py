@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from chord_megatron.doctor.check import last_words
-from chord_megatron.system.processes import listen_at, listen_on_loopback
+from chord_megatron.system.listening import listen_at, listen_on_loopback
 
 _HOST = "127.0.0.1"
 _REPETITIONS = 20

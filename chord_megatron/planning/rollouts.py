@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from chord_megatron.config import Config, RolloutConfig
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.listening import is_loopback
 from chord_megatron.system.sentences import shown
 from chord_megatron.types import foreign_tokens
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -69,7 +70,7 @@ def _check_addresses(rollout: RolloutConfig) -> None:
     if not re.fullmatch(_HOST, address):
         raise UserError(f"rollout.weight_transfer_address={shown(address)} must be a host's name or address alone")
     for url in urls if rollout.weight_transfer == "broadcast" else ():
-        if _is_loopback(address) > _is_loopback(str(urlsplit(url).hostname)):
+        if is_loopback(address) > is_loopback(str(urlsplit(url).hostname)):
             raise UserError(
                 f"rollout.weight_transfer_address={address} cannot be reached from the machine of {url}; set it to an "
                 "address of rank 0's machine"
@@ -83,10 +84,6 @@ _HOST = r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}"  # a name or an IPv4 addres
 def _is_server(url: str) -> bool:
     match = re.fullmatch(rf"https?://({_HOST}|\[[0-9A-Fa-f:.]{{2,45}}\])(:([0-9]{{1,5}}))?", url)
     return match is not None and 0 < int(match[3] or 80) < 2**16 and not match[1].startswith(":")
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host.startswith("127.")
 
 
 _KEYS_OF_MODE = {

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 _LONGEST_REASON = 2000
 # By its file: the package is not on this process's path, and it need not import all of it.
@@ -42,15 +42,15 @@ def main(options: Options) -> None:
     """Run both processes."""
     worker = os.fork()
     if worker:
-        return _end_with_trainer(options.trainer, worker)
+        _end_with_trainer(options.trainer, worker)
     _end_with_parent()
     _outlive_sigterm()
     if options.memory_limit_gb is not None:
         _limit_memory(options.memory_limit_gb)
-    return _serve(options)
+    _serve(options)
 
 
-def _end_with_trainer(trainer: int, worker: int) -> None:
+def _end_with_trainer(trainer: int, worker: int) -> NoReturn:
     """Wait for the worker, and end as it did; when the trainer ends, end the whole process group.
 
     What functions start is in that group, too. A process of its own, because a function may hold the interpreter's
@@ -95,11 +95,10 @@ def _limit_memory(gigabytes: float) -> None:
 
 def _serve(options: Options) -> None:
     requests, answers = _take_over_pipes()
-    explain = _Explain(options)
     try:
         function = _Function(_load(options.file, options.function_name))
     except BaseException as error:
-        return _send(answers, _encode({"number": 0, "error": explain(error)}))
+        return _send(answers, _encode({"number": 0, "error": _explain(error, options)}))
     _send(answers, _encode({"number": 0, "result": function.parameters}))
     process = os.getpid()
     for line in requests:
@@ -108,7 +107,7 @@ def _serve(options: Options) -> None:
         try:
             answer = _encode({"number": number, "result": _plain(function(request["arguments"]))})
         except BaseException as error:  # sys.exit in a reward function is a mistake like any other
-            answer = _encode({"number": number, "error": explain(error) + function.hint(error)})
+            answer = _encode({"number": number, "error": _explain(error, options) + function.hint(error)})
         if os.getpid() != process:  # a fork that returned from the function, or raised
             os._exit(0)
         _send(answers, answer)
@@ -199,20 +198,15 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-class _Explain:
+def _explain(error: BaseException, options: Options) -> str:
     """Type, message and the deepest line of the user's file."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-
-    def __call__(self, error: BaseException) -> str:
-        file, limit = self._options.file, self._options.memory_limit_gb
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        if isinstance(error, SyntaxError):
-            lines.append(error.lineno)
-        memory = f"; rewards.memory_limit_gb is {limit:g}" if limit and isinstance(error, MemoryError) else ""
-        reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
-        return reason + (f" ({file}:{lines[-1]})" if lines else "") + memory
+    file, limit = options.file, options.memory_limit_gb
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    memory = f"; rewards.memory_limit_gb is {limit:g}" if limit and isinstance(error, MemoryError) else ""
+    reason = f"{type(error).__name__}: {error}"[:_LONGEST_REASON]
+    return reason + (f" ({file}:{lines[-1]})" if lines else "") + memory
 
 
 def _encode(answer: dict[str, Any]) -> bytes:

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from chord_megatron.system.processes import LAUNCHER, STOP_SIGNALS, STORE_FILE, signal_name
+from chord_megatron.system.processes import LAUNCHER, SECONDS_TO_ASK_AGAIN, STORE_FILE, signal_name, stop_signals_to
 
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_STOP = 30  # after a signal: then they are killed, as torchrun does
-_SECONDS_TO_ASK_AGAIN = 5  # Slurm and a shell may send one signal twice; later it means: now
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def run_processes(launch: Launch, command: Sequence[str], *, finishes_its_step: 
         # One compute thread per process, unless the user says otherwise: torchrun's own default.
         shared = {"OMP_NUM_THREADS": "1", **os.environ}
         job = _Job(None if finishes_its_step else _SECONDS_TO_STOP)
-        with job.told_of_signals():
+        with stop_signals_to(job.pass_on):
             try:
                 for rank, place in launch.places(meeting).items():
                     # A session of its own: a terminal's Ctrl-C comes through this process, once.
@@ -89,15 +88,6 @@ class _Job:
         self._seconds_to_stop = seconds_to_stop
         self._signal = 0
         self._signalled = 0.0  # when, by time.monotonic
-
-    @contextmanager
-    def told_of_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._pass_on) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def watch(self) -> int:
         """Wait until all have ended, or one badly; the exit code of the job."""
@@ -120,20 +110,21 @@ class _Job:
 
     def kill(self) -> None:
         """End those that are left. They have nothing to say any more, and may wait in a collective."""
-        for process in self.processes.values():
-            if process.poll() is None:
-                process.kill()
+        self._send(signal.SIGKILL)
         for process in self.processes.values():
             process.wait()
 
-    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+    def pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """A signal, to all; a later one ends them."""
         if not self._signal:
             self._signal, self._signalled = number, time.monotonic()
-            for process in self._running():
-                process.send_signal(number)
-        elif self._seconds_since_signal() > _SECONDS_TO_ASK_AGAIN:
-            for process in self._running():
-                process.kill()
+            self._send(number)
+        elif self._seconds_since_signal() > SECONDS_TO_ASK_AGAIN:
+            self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        for process in self._running():
+            process.send_signal(number)
 
     def _seconds_since_signal(self) -> float:
         return time.monotonic() - self._signalled

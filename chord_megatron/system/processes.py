@@ -1,22 +1,21 @@
-"""What the processes that this package starts have in common."""
+"""What the processes of a run have in common. Of the standard library alone: rewards/worker.py reads this file."""
 
 from __future__ import annotations
 
 import ctypes
-import errno
-import ipaddress
 import os
 import signal
-import socket
 import sys
-
-from chord_megatron.system.errors import UserError
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 # Environment variables that the launcher sets.
 STORE_FILE = "CHORD_STORE_FILE"  # where the processes of a run on one machine meet
 LAUNCHER = "CHORD_LAUNCHER"  # its process id
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS_TO_ASK_AGAIN = 5  # Slurm, a shell and an agent may all send the same signal; later it means: now
 
 
 def signal_name(number: int) -> str:
@@ -25,6 +24,17 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # a real-time signal
         return f"signal {number}"
+
+
+@contextmanager
+def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Within, SIGTERM and SIGINT are the handler's."""
+    before = {number: signal.signal(number, handler) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def end_with_launcher() -> None:
@@ -41,40 +51,3 @@ def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
-
-
-def listen_on_loopback(*, nccl: bool) -> None:
-    """Have gloo, and NCCL, listen on the loopback device, unless the user names one.
-
-    By themselves they take the device that this machine's host name stands for, which may be a public one.
-    """
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback is None:
-        return
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
-    if nccl:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without = NCCL takes a prefix
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host, by name or address, is this machine as only itself reaches it."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def listen_at(host: str, port: int) -> socket.socket | None:
-    """Listen at that address alone; None where it is not this machine's, or a name by which only this machine knows it.
-
-    Raises UserError where somebody has the port.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        if is_loopback(str(address[0])) and not is_loopback(host):
-            return None
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is taken, by another run? choose another --master-port") from None
-        return None

@@ -101,13 +101,13 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def _refuse_if_used(path: Path, descriptor: int) -> None:
     holder = _read(descriptor)
-    is_locked = _try_lock(descriptor)
+    is_ours = _try_lock(descriptor)
     is_of_this_host = holder is None or holder.host == platform.node()
-    if is_locked is not None and is_of_this_host:  # the kernel knows
-        is_used, is_silent = not is_locked, False
+    if is_ours is not None and is_of_this_host:  # the kernel knows
+        is_used, is_silent = not is_ours, False
     else:
         is_used = holder is not None and _shows_life(path, holder)
-        is_silent = not is_used and is_locked is False and not _try_lock(descriptor)
+        is_silent = not is_used and is_ours is False and not _try_lock(descriptor)
     if is_silent:
         raise UserError(
             f"{path.parent} is in use by {holder}; it gives no sign of life: if it has ended, remove {path}, else "

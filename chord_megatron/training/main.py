@@ -16,7 +16,8 @@ from chord_megatron.backend.groups import meet, shut_down_distributed
 from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import Config, load_config
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.processes import end_with_launcher, is_loopback, listen_on_loopback, signal_name
+from chord_megatron.system.listening import is_loopback, listen_on_loopback
+from chord_megatron.system.processes import end_with_launcher, signal_name
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held

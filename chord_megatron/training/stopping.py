@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from chord_megatron.system.processes import STOP_SIGNALS
-
-_SECONDS_TO_ASK_AGAIN = 5  # Slurm and an agent may both send the same one; later it means: now
+from chord_megatron.system.processes import SECONDS_TO_ASK_AGAIN, stop_signals_to
 
 
 class Stopped(BaseException):
@@ -35,16 +32,12 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():  # where Python lets nobody hear them
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
-        try:
+        with stop_signals_to(self._hear):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
         is_first, now = not self.received, time.monotonic()
-        if not is_first and now - self._since <= _SECONDS_TO_ASK_AGAIN:
+        if not is_first and now - self._since <= SECONDS_TO_ASK_AGAIN:
             return
         self.received, self._since = self.received or number, now
         if not (is_first and self.is_noted_only):

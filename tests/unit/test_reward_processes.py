@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from chord_megatron.rewards import build_reward_function
+from chord_megatron.rewards import build_reward_function, worker
 from chord_megatron.system.errors import UserError
 
 TWO = (["p", "q"], ["aa", "b"], ["1", "2"], [{}, {}])
@@ -175,6 +176,16 @@ def test_a_frozen_process_is_noticed(plugin: Callable[..., Any]) -> None:
     os.kill(int(rewards(*TWO).total[0]), signal.SIGSTOP)
     with pytest.raises(UserError, match=r"no answer within rewards.timeout_seconds=5$"):
         rewards(["p"], ["x" * 10**7], ["1"], [{}])
+
+
+def test_it_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
+    """The package may be where only the trainer looks for it, such as its working directory."""
+    (tmp_path / "mine.py").write_text("def f(completions): return [1.0]\n")
+    options = {"trainer": os.getpid(), "file": f"{tmp_path}/mine.py", "function_name": "f", "memory_limit_gb": None}
+    command = [sys.executable, "-I", "-S", worker.__file__, json.dumps(options)]
+    request = json.dumps({"number": 1, "arguments": {"completions": ["a"]}})
+    answers = subprocess.run(command, input=request, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert json.loads(answers[1]) == {"number": 1, "result": [1.0]}
 
 
 # --- what it answers ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from pathlib import Path
 from chord_megatron.rollout.serving.guard import IDENTITY_VARIABLE, RESTART_EXIT_CODE
 from chord_megatron.rollout.updates.agreement import identity, read_token
 from chord_megatron.rollout.vllm_adapter import engine_arguments, prepare_environment
-from chord_megatron.system.processes import is_loopback, listen_on_loopback
+from chord_megatron.system.listening import is_loopback, listen_on_loopback
 
 _MAX_QUICK_FAILURES = 3
 _QUICK_SECONDS = 300  # a child that ran for longer had started well

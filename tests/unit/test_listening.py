@@ -1,4 +1,4 @@
-"""What the processes of a run have in common."""
+"""Where the processes of a machine listen, and which hosts are this machine alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.processes import is_loopback, listen_at, listen_on_loopback
+from chord_megatron.system.listening import is_loopback, listen_at, listen_on_loopback
 
 
 @pytest.fixture
