@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
+from chord_megatron.algorithm.presets import Preset
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import one_line, shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_value, write_yaml
@@ -170,7 +171,7 @@ class GRPOConfig(_Group):
 
 
 class ChordConfig(_Group):
-    semantics: Literal["paper"] = "paper"
+    semantics: Preset = "paper"  # whose means, step base and temperatures
     chord_sft_dataset: PathName | None = None  # as data.dataset; None = no expert stream (mu must be 0)
     chord_sft_dataset_split: Text = "train"
     chord_sft_prompt_column: Text = "prompt"

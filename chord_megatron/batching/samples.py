@@ -27,14 +27,14 @@ def rollout_training_samples(
     ]
 
 
-def expert_training_samples(experts: Sequence[ExpertSample]) -> list[TrainingSample]:
-    """The answer and its end token are learnt, at temperature 1; the prompt is not."""
+def expert_training_samples(experts: Sequence[ExpertSample], *, temperature: float = 1.0) -> list[TrainingSample]:
+    """The answer and its end token are learnt; the prompt is not."""
     return [
         TrainingSample(
             tokens=torch.tensor(expert.tokens),
             loss_mask=torch.arange(len(expert.tokens)) >= expert.prompt_length,
             is_expert=True,
-            temperature=1.0,
+            temperature=temperature,
         )
         for expert in experts
     ]

@@ -35,6 +35,7 @@ def validate(
 def _plan_table(config: Config, plan: Plan) -> Table:
     from rich.table import Table
 
+    from chord_megatron.planning.presets import cost_of_preset
     from chord_megatron.planning.schedule import mu_at
 
     parallel, train = config.parallel, config.train
@@ -64,6 +65,7 @@ def _plan_table(config: Config, plan: Plan) -> Table:
             + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
         ),
         ("mu", f"{mu_at(config, 0):.3g} at step 0, {mu_at(config, last):.3g} at step {last}"),
+        ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
         ("steps", f"{train.train_iters}, into {train.output_dir}"),
     ):
         table.add_row(name, value)

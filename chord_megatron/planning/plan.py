@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
 from chord_megatron.planning.layout import check_layout
+from chord_megatron.planning.presets import check_preset
 from chord_megatron.planning.rollouts import check_rollouts
 from chord_megatron.planning.streams import check_streams
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -40,6 +41,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     check_steps(config, steps_per_rollout)
     train, num_generations = config.train, config.rollout.num_generations
     expert_rows = _expert_rows(config, data_parallel_size)
+    check_preset(config, expert_rows)
     rows_per_rank = -(-(train.global_batch_size + expert_rows) // data_parallel_size)
     # The interleaved schedule runs micro-batches in groups of the pipeline size.
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None

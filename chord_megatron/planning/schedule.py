@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chord_megatron.algorithm.mu import mu_schedule
+from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import Config
 
 
@@ -10,7 +11,7 @@ def mu_at(config: Config, step: int) -> float:
     """mu of the configured schedule at a 0-based optimizer step."""
     chord = config.chord
     return mu_schedule(
-        step,
+        step + SEMANTICS[chord.semantics].first_step,
         peak=chord.chord_mu_peak,
         valley=chord.chord_mu_valley,
         warmup_steps=chord.chord_mu_warmup_steps,
@@ -22,6 +23,7 @@ def mu_range(config: Config) -> tuple[float, float]:
     """The smallest and the largest mu of a run. Between the ends of its parts the schedule rises or falls."""
     chord, train_iters = config.chord, config.train.train_iters
     warmup_steps = chord.chord_mu_warmup_steps
-    borders = (0, warmup_steps, warmup_steps + chord.chord_mu_decay_steps, train_iters)
+    first = SEMANTICS[chord.semantics].first_step
+    borders = (0, warmup_steps - first, warmup_steps + chord.chord_mu_decay_steps - first, train_iters)
     values = [mu_at(config, step) for border in borders for step in (border - 1, border) if 0 <= step < train_iters]
     return min(values), max(values)

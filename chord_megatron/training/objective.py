@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from chord_megatron.algorithm.aggregation import Aggregation, Mean
@@ -9,7 +10,9 @@ from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.importance import ImportanceCorrection
 from chord_megatron.algorithm.objective import Objective
 from chord_megatron.algorithm.policy_losses import clipped_policy_loss
+from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import ChordConfig, Config, GRPOConfig
+from chord_megatron.planning.plan import Plan
 
 AGGREGATIONS: dict[str, Aggregation] = {"dapo": "token_mean", "grpo": "sequence_mean", "dr_grpo": "fixed_length"}
 
@@ -29,6 +32,16 @@ def build_objective(grpo: GRPOConfig, chord: ChordConfig) -> Objective:
     )
 
 
-def rollout_mean(config: Config) -> Mean:
-    """The mean of the rollout stream that grpo.loss_type names."""
-    return Mean(AGGREGATIONS[config.grpo.loss_type], config.rollout.max_completion_length)
+def build_means(config: Config, plan: Plan) -> tuple[Mean, Mean]:
+    """The means of the rollout and of the expert stream, as chord.semantics takes them."""
+    semantics, size = SEMANTICS[config.chord.semantics], config.train.micro_batch_size
+    rollout = Mean(AGGREGATIONS[config.grpo.loss_type], config.rollout.max_completion_length)
+    if semantics.micro_batches is None:
+        return rollout, Mean()
+    by_rows = semantics.micro_batches == "rows"
+    num_micro_batches = plan.completions_per_step // size
+    if config.grpo.loss_type in semantics.divided_by_accumulation:
+        rollout = replace(rollout, scale=plan.data_parallel_size / num_micro_batches)
+    else:
+        rollout = replace(rollout, rows=size, by_rows=by_rows)
+    return rollout, Mean(rows=size if by_rows else plan.expert_rows_per_step // num_micro_batches, by_rows=by_rows)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from chord_megatron.algorithm.advantages import group_advantages
+from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.batching.samples import rollout_training_samples
 from chord_megatron.config import Config
@@ -58,6 +59,7 @@ class RolloutStream:
         self._config, self._plan, self._prompts, self._params = config, plan, prompts, params
         self._sampler, self._scorer = sampler, scorer
         self._cursor = ShuffledCursor(len(prompts), seed)
+        self._draws_at_1 = SEMANTICS[config.chord.semantics].draws_rollouts_at_1
         self._ahead: _Ahead | None = None
         self._batch: _GenerationBatch | None = None
 
@@ -69,7 +71,7 @@ class RolloutStream:
         if self._batch is None:
             return StepRollouts(None, [], None)
         generation = self._batch.scored if begins else None
-        if mu == 1.0:
+        if mu == 1.0 and not self._draws_at_1:
             return StepRollouts(None, [], generation)
         size = self._plan.completions_per_step
         start = (step % self._config.grpo.steps_per_generation) * size
@@ -92,7 +94,8 @@ class RolloutStream:
         self._cursor.load_state_dict(state)
 
     def _needs_rollouts(self, step: int) -> bool:
-        return any(mu_at(self._config, s) < 1.0 for s in range(step, step + self._plan.steps_per_rollout))
+        steps = range(step, step + self._plan.steps_per_rollout)
+        return self._draws_at_1 or any(mu_at(self._config, s) < 1.0 for s in steps)
 
     def _generate(self, step: int) -> _GenerationBatch:
         """A generation batch of scored completions, and the next one asked for where that is due."""

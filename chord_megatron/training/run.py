@@ -31,7 +31,7 @@ from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.evaluation import Evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.export import exported_hf
-from chord_megatron.training.objective import build_objective
+from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
@@ -224,9 +224,10 @@ def _build_trainer(
     return ChordTrainer(
         config=config,
         objective=build_objective(config.grpo, config.chord),
+        means=build_means(config, plan),
         engine=sampler.engine,
         rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
-        expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
+        expert_stream=ExpertStream(config, data.experts, plan.expert_rows_per_step, seed + 1),
         timer=sampler.timer,
     )
 

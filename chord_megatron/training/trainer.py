@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from chord_megatron.algorithm.advantages import zero_std_fraction
+from chord_megatron.algorithm.aggregation import Mean
 from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.batching.packing import build_global_batch
@@ -18,7 +19,6 @@ from chord_megatron.planning.schedule import mu_at
 from chord_megatron.tracking.step_metrics import loss_metrics, rollout_metrics
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream
-from chord_megatron.training.objective import rollout_mean
 from chord_megatron.training.rollout_stream import RolloutStream, StepRollouts
 from chord_megatron.types import GlobalBatch, Metrics, ScoredRollouts, TrainingSample
 
@@ -38,6 +38,7 @@ class ChordTrainer:
 
     config: Config
     objective: Objective
+    means: tuple[Mean, Mean]  # of the rollout and of the expert stream
     engine: MegatronEngine
     rollout_stream: RolloutStream
     expert_stream: ExpertStream
@@ -71,7 +72,8 @@ class ChordTrainer:
             self.engine.batch_layout,
             micro_batch_size=train.micro_batch_size,
             shuffle_seed=train.seed + step if train.packing_order == "shuffled" else None,
-            rollout_mean=rollout_mean(self.config),
+            rollout_mean=self.means[0],
+            expert_mean=self.means[1],
         )
 
     def describe(self, scored: ScoredRollouts | None) -> Metrics:

@@ -150,7 +150,7 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimi
     )
 
 
-def read_rollouts(config: Config, step: int) -> list[Sequence]:
+def read_rollouts(config: Config, step: int, eps: float = 1e-6) -> list[Sequence]:
     """The recorded completions of a step, with the advantages of their rewards."""
     assert config.rollout.replay_from is not None
     records = [record for record in read_jsonl(config.rollout.replay_from) if record["step"] == step]
@@ -167,7 +167,7 @@ def read_rollouts(config: Config, step: int) -> list[Sequence]:
         for record, reward in zip(group, rewards):
             is_target = torch.tensor(record["response_mask"])
             sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
-            advantage = (reward - mean) / (std + 1e-6)
+            advantage = (reward - mean) / (std + eps)
             sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
     return sequences
 
