@@ -103,7 +103,8 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    dataset: PathName  # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets
+    # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets; None = no prompts (mu must be 1)
+    dataset: PathName | None = None
     dataset_split: Text = "train"  # for a `datasets` name
     eval_dataset: PathName | None = None
     eval_dataset_split: Text = "test"
@@ -223,7 +224,7 @@ class TrackingConfig(_Group):
 class Config(_Group):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig
+    data: DataConfig = DataConfig()
     rewards: RewardsConfig = RewardsConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()

@@ -28,7 +28,7 @@ MakeSample = Callable[[int, Row, Conversation, Turn], Sample]
 class RunData:
     """Everything a run reads, and what was made of it."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Prompt]  # empty without data.dataset
     eval_prompts: Sequence[Prompt]  # empty without data.eval_dataset
     experts: Sequence[ExpertSample]  # empty without chord.chord_sft_dataset
     end_token_ids: frozenset[int]  # what ends the model's turns
@@ -73,7 +73,7 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, exper
         limit=("data.max_prompt_length", data.max_prompt_length),
         other=f"reference: column {data.reference_column!r}",
     )
-    prompts = read_prompts(data.dataset, data.dataset_split)
+    prompts = read_prompts(data.dataset, data.dataset_split) if data.dataset else []
     eval_prompts = (
         read_prompts(data.eval_dataset, data.eval_dataset_split, first=data.num_eval_prompts)
         if data.eval_dataset

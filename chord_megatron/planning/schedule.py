@@ -19,6 +19,11 @@ def mu_at(config: Config, step: int) -> float:
     )
 
 
+def needs_rollouts(config: Config) -> bool:
+    """Whether any step of a run draws completions."""
+    return SEMANTICS[config.chord.semantics].draws_rollouts_at_1 or mu_range(config)[0] < 1
+
+
 def mu_range(config: Config) -> tuple[float, float]:
     """The smallest and the largest mu of a run. Between the ends of its parts the schedule rises or falls."""
     chord, train_iters = config.chord, config.train.train_iters

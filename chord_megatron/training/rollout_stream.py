@@ -58,7 +58,7 @@ class RolloutStream:
     ) -> None:
         self._config, self._plan, self._prompts, self._params = config, plan, prompts, params
         self._sampler, self._scorer = sampler, scorer
-        self._cursor = ShuffledCursor(len(prompts), seed)
+        self._cursor = ShuffledCursor(max(1, len(prompts)), seed)
         self._draws_at_1 = SEMANTICS[config.chord.semantics].draws_rollouts_at_1
         self._ahead: _Ahead | None = None
         self._batch: _GenerationBatch | None = None

@@ -21,6 +21,7 @@ from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.resuming import changes
+from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
@@ -80,7 +81,9 @@ class Run:
                 train_iters=config.train.train_iters,
                 keep_reference=config.grpo.beta > 0,
             )
-            rollout = build_rollout(config, self.engine, self.groups)
+            # Where nothing is drawn, evaluation alone may sample, with the training weights.
+            build = build_rollout if needs_rollouts(config) else build_embedded
+            rollout = build(config, self.engine, self.groups)
             opened.callback(rollout.close)
             timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None, where=self.where)
             scorer = Scorer(tokenizer, reward_function, timer)
