@@ -195,13 +195,13 @@ def test_a_missing_key_is_named(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text("model: {path: m}\ntrain: {output_dir: out, train_iters: 3}\n", encoding="utf-8")
     message = refusal(path)
-    assert message == "configuration key 'data' is required; configuration key 'train.global_batch_size' is required"
+    assert message == "configuration key 'train.global_batch_size' is required"
 
 
 def test_an_empty_file_asks_for_the_required_groups(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text("", encoding="utf-8")
-    assert [part.split("'")[1] for part in refusal(path).split("; ")] == ["model", "data", "train"]
+    assert [part.split("'")[1] for part in refusal(path).split("; ")] == ["model", "train"]
 
 
 def test_several_mistakes_are_reported_at_once(minimal: Path):
