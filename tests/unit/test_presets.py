@@ -79,11 +79,11 @@ def test_whether_rollouts_are_drawn_at_mu_1(semantics: Preset, needed: bool):
 
 
 def test_what_a_preset_needs():
-    with pytest.raises(UserError, match="of the 4 micro-batches of a step, but a step has 6; set chord.chord_sft_per_"):
+    with pytest.raises(UserError, match=r"of the 4 micro-batches of a step, but a step has 6; set chord\.chord"):
         check_preset(config_of("ms-swift"), expert_rows_per_step=6)
     check_preset(config_of("ms-swift"), expert_rows_per_step=8)
     check_preset(config_of("trinity"), expert_rows_per_step=6)
-    with pytest.raises(UserError, match="not built; set grpo.steps_per_generation=1"):
+    with pytest.raises(UserError, match=r"not built; set grpo\.steps_per_generation=1"):
         check_preset(config_of("ms-swift", loss_type="dapo", steps_per_generation=2), expert_rows_per_step=8)
 
 
