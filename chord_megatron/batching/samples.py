@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,33 +12,46 @@ from chord_megatron.types import ExpertSample, Prompt, RolloutSample, TrainingSa
 
 
 def rollout_training_samples(
-    rollouts: Sequence[RolloutSample], advantages: Tensor, *, temperature: float, overlong_filter: bool
+    rollouts: Sequence[RolloutSample],
+    rewards: Sequence[float],
+    advantages: Tensor,
+    *,
+    temperature: float,
+    overlong_filter: bool,
 ) -> list[TrainingSample]:
-    """advantages: [rollouts]. `overlong_filter` takes completions without an end token out of the loss."""
+    """advantages: [rollouts]. A completion without a reward, which is NaN, is no part of the loss.
+
+    `overlong_filter` takes completions without an end token out of it, too.
+    """
     return [
         TrainingSample(
             tokens=rollout.tokens,
-            loss_mask=rollout.response_mask & (not overlong_filter or rollout.finish_reason == "stop"),
+            loss_mask=rollout.response_mask
+            & (not overlong_filter or rollout.finish_reason == "stop")
+            & (not math.isnan(reward)),
             is_expert=False,
             temperature=temperature,
             advantage=advantage,
             rollout_log_probs=rollout.rollout_log_probs,
         )
-        for rollout, advantage in zip(rollouts, advantages.tolist())
+        for rollout, reward, advantage in zip(rollouts, rewards, advantages.tolist(), strict=True)
     ]
 
 
 def expert_training_samples(experts: Sequence[ExpertSample]) -> list[TrainingSample]:
-    """The answer and its end token are learnt, at temperature 1; the prompt is not."""
-    return [
-        TrainingSample(
-            tokens=torch.tensor(expert.tokens),
-            loss_mask=torch.arange(len(expert.tokens)) >= expert.prompt_length,
-            is_expert=True,
-            temperature=1.0,
-        )
-        for expert in experts
-    ]
+    """The answer and its end token are learnt, at temperature 1; the prompt is not, nor what the data weigh with 0."""
+    return [_expert_training_sample(expert) for expert in experts]
+
+
+def _expert_training_sample(expert: ExpertSample) -> TrainingSample:
+    mask, weights = torch.arange(len(expert.tokens)) >= expert.prompt_length, expert.token_weights
+    return TrainingSample(
+        tokens=torch.tensor(expert.tokens),
+        loss_mask=mask if weights is None else mask & (torch.tensor(weights) > 0),
+        is_expert=True,
+        temperature=1.0,
+        token_weights=1.0 if weights is None else torch.tensor(weights),
+    )
 
 
 def probe_samples(prompts: Sequence[Prompt]) -> list[TrainingSample]:
