@@ -25,7 +25,7 @@ def less_mean(rewards: Tensor, lengths: Tensor) -> Tensor:
 
 def leave_one_out(rewards: Tensor, lengths: Tensor) -> Tensor:
     """r - mean of the others in the group = K / (K - 1) (r - mean) (RLOO, arXiv 2402.14740)."""
-    others = (_count(rewards, dim=1) - 1).clamp(min=1)
+    others = (_count(rewards, dim=1) - 1).clamp(min=1).to(rewards.dtype)
     return (others + 1) / others * less_mean(rewards, lengths)
 
 
