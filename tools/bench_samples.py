@@ -64,9 +64,7 @@ def share_tuples(request: RolloutRequest, mine: list[Completion]) -> tuple[list[
 def share_tensors(request: RolloutRequest, mine: list[Completion]) -> tuple[list[Any], int]:
     """The same as the trainer does it now."""
     samples = share_samples(request, mine, None, torch.device("cpu"))
-    rows = rollout_training_samples(
-        samples, [0.0] * len(samples), torch.zeros(len(samples)), temperature=1.0, overlong_filter=False
-    )
+    rows = rollout_training_samples(samples, torch.zeros(len(samples)), temperature=1.0, overlong_filter=False)
     # Of the tensors that are summed, over all ranks: as many bytes as a ring sends per rank at 2 ranks.
     sent = sum(8 * int(s.response_mask.sum()) + 16 for s in samples)
     return [(row.tokens, row.loss_mask, row.rollout_log_probs) for row in rows], sent

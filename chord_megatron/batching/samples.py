@@ -13,28 +13,27 @@ from chord_megatron.types import ExpertSample, Prompt, RolloutSample, TrainingSa
 
 def rollout_training_samples(
     rollouts: Sequence[RolloutSample],
-    rewards: Sequence[float],
     advantages: Tensor,
     *,
     temperature: float,
     overlong_filter: bool,
+    rewards: Sequence[float] | None = None,
 ) -> list[TrainingSample]:
-    """advantages: [rollouts]. A completion without a reward, which is NaN, is no part of the loss.
+    """advantages: [rollouts]. A completion whose reward is NaN is no part of the loss.
 
     `overlong_filter` takes completions without an end token out of it, too.
     """
+    is_scored = [True] * len(rollouts) if rewards is None else [not math.isnan(reward) for reward in rewards]
     return [
         TrainingSample(
             tokens=rollout.tokens,
-            loss_mask=rollout.response_mask
-            & (not overlong_filter or rollout.finish_reason == "stop")
-            & (not math.isnan(reward)),
+            loss_mask=rollout.response_mask & (not overlong_filter or rollout.finish_reason == "stop") & is_known,
             is_expert=False,
             temperature=temperature,
             advantage=advantage,
             rollout_log_probs=rollout.rollout_log_probs,
         )
-        for rollout, reward, advantage in zip(rollouts, rewards, advantages.tolist(), strict=True)
+        for rollout, advantage, is_known in zip(rollouts, advantages.tolist(), is_scored, strict=True)
     ]
 
 

@@ -114,10 +114,10 @@ class RolloutStream:
         """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
         samples = rollout_training_samples(
             scored.rollouts,
-            scored.rewards,
             advantages_of(scored, self._config),
             temperature=self._config.rollout.temperature,
             overlong_filter=self._config.grpo.overlong_filter,
+            rewards=scored.rewards,
         )
         if self._plan.steps_per_rollout > 1:
             samples = self._with_log_probs(samples, "old_log_probs")

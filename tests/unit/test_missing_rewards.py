@@ -178,10 +178,10 @@ def samples_of(batch: ScoredRollouts, **grpo: Any) -> list[TrainingSample]:
     settings = config(grpo=grpo)
     return rollout_training_samples(
         batch.rollouts,
-        batch.rewards,
         advantages_of(batch, settings),
         temperature=1.0,
         overlong_filter=settings.grpo.overlong_filter,
+        rewards=batch.rewards,
     )
 
 

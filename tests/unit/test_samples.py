@@ -21,9 +21,7 @@ def rollout(tokens: tuple[int, ...], prompt_length: int, finish_reason: FinishRe
 def test_rollouts_by_hand(overlong_filter: bool):
     rollouts = [rollout((11, 12, 13, 14), 2, "stop"), rollout((21, 22, 23), 1, "length")]
     advantages = torch.tensor([0.75, -1.5], dtype=torch.float64)
-    first, second = rollout_training_samples(
-        rollouts, [1.0, 0.0], advantages, temperature=0.6, overlong_filter=overlong_filter
-    )
+    first, second = rollout_training_samples(rollouts, advantages, temperature=0.6, overlong_filter=overlong_filter)
     assert first.tokens.tolist() == [11, 12, 13, 14] and second.tokens.tolist() == [21, 22, 23]
     assert first.loss_mask.dtype == second.loss_mask.dtype == torch.bool
     assert first.loss_mask.tolist() == [False, False, True, True]
