@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.algorithm.presets import Preset
 from chord_megatron.system.errors import UserError
@@ -125,6 +126,9 @@ class RewardsConfig(_Group):
     timeout_seconds: Seconds = 60.0  # of one call of a user's function
     memory_limit_gb: Gigabytes | None = None  # address space of each process of a user's function
     environment: list[Text] = []  # variables that users' functions see beside those that every program needs
+    soft_max_length: Positive | None = None  # soft_overlong: tokens; None = rollout.max_completion_length
+    soft_cache_length: Positive | None = None  # soft_overlong: how many tokens before that its punishment begins
+    on_error: Literal["stop", "leave_out"] = "stop"  # of a completion for which a function returns None or NaN
 
 
 class RolloutConfig(_Group):
@@ -163,6 +167,9 @@ class GRPOConfig(_Group):
     epsilon_high: NonNegativeNumber | None = None  # None = epsilon
     beta: NonNegativeNumber = 0.0  # KL coefficient against the frozen initial model; 0 = no reference
     loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # token mean | sequence mean | fixed length
+    advantage_estimator: AdvantageEstimator = "grpo"
+    # What advantages are divided by; None = what is usual with the estimator.
+    scale_rewards: Scale | None = None
     overlong_filter: bool = False  # drop completions without an end token from the loss
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
@@ -184,7 +191,11 @@ class ChordConfig(_Group):
     chord_mu_valley: Fraction = 0.05
     chord_mu_warmup_steps: NonNegative = 0
     chord_mu_decay_steps: NonNegative = 0
-    chord_enable_phi_function: bool = False
+    chord_enable_phi_function: bool = False  # ms-swift's spelling of expert_weight: phi
+    # uniform, phi, probability, luffy, entropy, or path.py:function; None = uniform, or what the key above says.
+    expert_weight: Text | None = None
+    expert_weight_cutoff: float | None = Field(default=None, gt=0, lt=1)  # phi: tokens of p above it are not learnt
+    luffy_gamma: PositiveNumber = 0.1
 
 
 class OptimizerConfig(_Group):

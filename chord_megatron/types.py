@@ -44,6 +44,7 @@ class ExpertSample:
     id: int
     tokens: tuple[int, ...]  # prompt + answer + end-of-turn token
     prompt_length: int
+    token_weights: tuple[float, ...] | None = None  # of each token, the data's own; 0: not learnt. None: 1 each
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class ScoredRollouts:
 
     prompts: tuple[Prompt, ...]  # of each completion
     rollouts: tuple[RolloutSample, ...]
-    rewards: tuple[float, ...]
-    rewards_by_function: dict[str, tuple[float, ...]]
+    rewards: tuple[float, ...]  # NaN: unscorable, left out of everything that is learnt
+    rewards_by_function: dict[str, tuple[float, ...]]  # without their weights; NaN: it gave none
     reward_errors: tuple[int, ...]  # built-in functions that failed on the completion, which has their reward 0
 
     def slice(self, start: int, stop: int) -> ScoredRollouts:
@@ -122,10 +123,11 @@ class TrainingSample:
     loss_mask: Tensor  # [length] bool, True on tokens whose log-prob enters the loss
     is_expert: bool
     temperature: float
-    advantage: float = 0.0
+    advantage: float | Tensor = 0.0  # or [length], of each token
     rollout_log_probs: Tensor | None = None  # [length] float32
     old_log_probs: Tensor | None = None  # [length] float32, None when on-policy
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
+    token_weights: float | Tensor = 1.0  # or [length], of expert tokens; they do not enter the denominator
 
 
 @dataclass(frozen=True, eq=False)

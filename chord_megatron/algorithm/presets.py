@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from chord_megatron.algorithm.advantages import EPS
+
 Preset = Literal["paper", "ms-swift", "trinity"]
 
 
@@ -29,6 +31,7 @@ class Semantics:
     experts_at_rollout_temperature: bool = False
     draws_experts_at_0: bool = False  # at mu = 0 rows are drawn, the cursor moves, and they weigh nothing
     draws_rollouts_at_1: bool = False
+    advantage_eps: float = EPS  # beside the std of rewards
 
 
 SEMANTICS: dict[Preset, Semantics] = {
@@ -37,6 +40,7 @@ SEMANTICS: dict[Preset, Semantics] = {
         micro_batches="equal",
         divided_by_accumulation=frozenset({"dapo", "cispo"}),
         draws_rollouts_at_1=True,
+        advantage_eps=1e-4,
     ),
     "trinity": Semantics(
         first_step=1,

@@ -111,8 +111,11 @@ def pack(
         rollout_mask=packed(torch.bool, rollout_masks),
         expert_mask=packed(torch.bool, expert_masks),
         rollout_weights=packed(torch.float32, [mask * weight for mask, weight in zip(rollout_masks, weights)]),
-        expert_weights=packed(torch.float32, [mask * weight for mask, weight in zip(expert_masks, weights)]),
-        advantages=packed(torch.float32, [m * s.advantage for m, s in zip(rollout_masks, chosen)]),
+        expert_weights=packed(
+            torch.float32,
+            [m * weight * _per_token(s.token_weights) for m, weight, s in zip(expert_masks, weights, chosen)],
+        ),
+        advantages=packed(torch.float32, [m * _per_token(s.advantage) for m, s in zip(rollout_masks, chosen)]),
         # Padding divides by 1, not by 0.
         temperatures=torch.cat([*temperatures, torch.ones(padding)]),
         rollout_log_probs=torch.zeros(num_tokens + padding) if rollout_log_probs is None else rollout_log_probs,
@@ -132,6 +135,11 @@ def unpack(batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
         row = values[bounds[slot] : bounds[slot + 1]]
         rows[index] = torch.cat([row.new_zeros(1), row[:-1]])
     return rows
+
+
+def _per_token(value: float | Tensor) -> float | Tensor:
+    """The number of a whole sample, or those of its tokens where they are predicted."""
+    return _shift(value) if isinstance(value, Tensor) else value
 
 
 def _shift(values: Tensor) -> Tensor:

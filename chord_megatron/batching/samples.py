@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,33 +12,45 @@ from chord_megatron.types import ExpertSample, Prompt, RolloutSample, TrainingSa
 
 
 def rollout_training_samples(
-    rollouts: Sequence[RolloutSample], advantages: Tensor, *, temperature: float, overlong_filter: bool
+    rollouts: Sequence[RolloutSample],
+    advantages: Tensor,
+    *,
+    temperature: float,
+    overlong_filter: bool,
+    rewards: Sequence[float] | None = None,
 ) -> list[TrainingSample]:
-    """advantages: [rollouts]. `overlong_filter` takes completions without an end token out of the loss."""
+    """advantages: [rollouts]. A completion whose reward is NaN is no part of the loss.
+
+    `overlong_filter` takes completions without an end token out of it, too.
+    """
+    is_scored = [True] * len(rollouts) if rewards is None else [not math.isnan(reward) for reward in rewards]
     return [
         TrainingSample(
             tokens=rollout.tokens,
-            loss_mask=rollout.response_mask & (not overlong_filter or rollout.finish_reason == "stop"),
+            loss_mask=rollout.response_mask & (not overlong_filter or rollout.finish_reason == "stop") & is_known,
             is_expert=False,
             temperature=temperature,
             advantage=advantage,
             rollout_log_probs=rollout.rollout_log_probs,
         )
-        for rollout, advantage in zip(rollouts, advantages.tolist())
+        for rollout, advantage, is_known in zip(rollouts, advantages.tolist(), is_scored, strict=True)
     ]
 
 
 def expert_training_samples(experts: Sequence[ExpertSample], *, temperature: float = 1.0) -> list[TrainingSample]:
-    """The answer and its end token are learnt; the prompt is not."""
-    return [
-        TrainingSample(
-            tokens=torch.tensor(expert.tokens),
-            loss_mask=torch.arange(len(expert.tokens)) >= expert.prompt_length,
-            is_expert=True,
-            temperature=temperature,
-        )
-        for expert in experts
-    ]
+    """The answer and its end token are learnt; the prompt is not, nor what the data weigh with 0."""
+    return [_expert_training_sample(expert, temperature) for expert in experts]
+
+
+def _expert_training_sample(expert: ExpertSample, temperature: float) -> TrainingSample:
+    mask, weights = torch.arange(len(expert.tokens)) >= expert.prompt_length, expert.token_weights
+    return TrainingSample(
+        tokens=torch.tensor(expert.tokens),
+        loss_mask=mask if weights is None else mask & (torch.tensor(weights) > 0),
+        is_expert=True,
+        temperature=temperature,
+        token_weights=1.0 if weights is None else torch.tensor(weights),
+    )
 
 
 def probe_samples(prompts: Sequence[Prompt]) -> list[TrainingSample]:

@@ -89,11 +89,19 @@ class PluginReward:
             self.close()
             raise UserError(f"reward function {self._name} {refusal}")
 
-    def __call__(self, prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> Any:
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        references: list[str],
+        completion_ids: list[list[int]],
+        /,
+        **columns: Any,
+    ) -> Any:
         """What the function returns, unchecked. Raises UserError where it raises, hangs or exits."""
         fixed = dict(zip(FIXED, (prompts, completions, references)))
         number, deadline = next(self._numbers), self._deadline()
-        arguments = self._offer.choose(self._parameters, fixed, columns)
+        arguments = self._offer.choose(self._parameters, fixed, completion_ids, columns)
         self._send(json.dumps({"number": number, "arguments": arguments}, default=str), deadline)
         return self._receive(number, deadline)
 

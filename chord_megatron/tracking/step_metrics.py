@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from chord_megatron.algorithm.objective import Objective
 from chord_megatron.types import GlobalBatch, LossTotals, Metrics, ScoredRollouts
@@ -45,17 +46,25 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
 def rollout_metrics(scored: ScoredRollouts | None) -> Metrics:
     """Rewards and lengths of the completions of a step; None without completions."""
     if scored is None:
-        rewards = ("reward_mean", "reward_std", "reward_errors", "zero_std_fraction")
-        return dict.fromkeys((*rewards, "response_length_mean", "truncated_fraction"))
-    rollouts = scored.rollouts
+        keys = ("reward_mean", "reward_std", "reward_errors", "unscorable_completions", "zero_std_fraction")
+        return dict.fromkeys((*keys, "response_length_mean", "truncated_fraction"))
+    rollouts, rewards = scored.rollouts, _numbers(scored.rewards)
     return {
-        "reward_mean": statistics.fmean(scored.rewards),
-        "reward_std": statistics.pstdev(scored.rewards),
+        "reward_mean": statistics.fmean(rewards) if rewards else None,
+        "reward_std": statistics.pstdev(rewards) if rewards else None,
         "reward_errors": sum(scored.reward_errors),
+        "unscorable_completions": len(scored.rewards) - len(rewards),
         "response_length_mean": statistics.fmean(int(rollout.response_mask.sum()) for rollout in rollouts),
         "truncated_fraction": statistics.fmean(rollout.finish_reason == "length" for rollout in rollouts),
-        **{f"reward/{name}": statistics.fmean(values) for name, values in scored.rewards_by_function.items()},
+        **{
+            f"reward/{name}": statistics.fmean(numbers) if (numbers := _numbers(values)) else None
+            for name, values in scored.rewards_by_function.items()
+        },
     }
+
+
+def _numbers(values: Sequence[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
 def _effective_sample_size(sums: Mapping[str, float], tokens: int) -> float | None:

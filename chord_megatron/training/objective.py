@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from chord_megatron.algorithm.aggregation import Aggregation, Mean
-from chord_megatron.algorithm.expert_weights import phi, uniform
+from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS, ExpertWeight, checked
 from chord_megatron.algorithm.importance import ImportanceCorrection
 from chord_megatron.algorithm.objective import Objective
 from chord_megatron.algorithm.policy_losses import clipped_policy_loss
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import ChordConfig, Config, GRPOConfig
+from chord_megatron.planning.experts import expert_weight_name
 from chord_megatron.planning.plan import Plan
+from chord_megatron.system.user_functions import is_user_function, load_user_function
 
 AGGREGATIONS: dict[str, Aggregation] = {"dapo": "token_mean", "grpo": "sequence_mean", "dr_grpo": "fixed_length"}
 
@@ -26,7 +29,7 @@ def build_objective(grpo: GRPOConfig, chord: ChordConfig) -> Objective:
             epsilon=grpo.epsilon,
             epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
         ),
-        expert_weight=phi if chord.chord_enable_phi_function else uniform,
+        expert_weight=_expert_weight(chord),
         beta=grpo.beta,
         importance=None if mode is None else ImportanceCorrection(mode, grpo.rollout_importance_sampling_threshold),
     )
@@ -45,3 +48,14 @@ def build_means(config: Config, plan: Plan) -> tuple[Mean, Mean]:
     else:
         rollout = replace(rollout, rows=size, by_rows=by_rows)
     return rollout, Mean(rows=size if by_rows else plan.expert_rows_per_step // num_micro_batches, by_rows=by_rows)
+
+
+def _expert_weight(chord: ChordConfig) -> ExpertWeight:
+    name = expert_weight_name(chord)
+    if is_user_function(name):
+        return checked(name, load_user_function("chord.expert_weight", name, arguments=2))
+    bound: dict[str, dict[str, Any]] = {
+        "phi": {"cutoff": chord.expert_weight_cutoff},
+        "luffy": {"gamma": chord.luffy_gamma},
+    }
+    return partial(EXPERT_WEIGHTS[name], **bound.get(name, {}))

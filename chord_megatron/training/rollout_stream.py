@@ -6,9 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
-
-from chord_megatron.algorithm.advantages import group_advantages
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.batching.samples import rollout_training_samples
@@ -16,6 +13,7 @@ from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.schedule import mu_at
+from chord_megatron.training.advantages import advantages_of
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.types import Prompt, SamplingParams, ScoredRollouts, TrainingSample
@@ -117,12 +115,12 @@ class RolloutStream:
 
     def _to_samples(self, scored: ScoredRollouts) -> list[TrainingSample]:
         """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
-        rewards = torch.tensor(scored.rewards, dtype=torch.float64)
         samples = rollout_training_samples(
             scored.rollouts,
-            group_advantages(rewards, self._config.rollout.num_generations),
+            advantages_of(scored, self._config),
             temperature=self._config.rollout.temperature,
             overlong_filter=self._config.grpo.overlong_filter,
+            rewards=scored.rewards,
         )
         if self._plan.steps_per_rollout > 1:
             samples = self._with_log_probs(samples, "old_log_probs")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from chord_megatron.algorithm.objective import Objective
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
@@ -21,6 +22,7 @@ from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.resuming import changes
+from chord_megatron.planning.rewards import reward_settings
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
@@ -65,9 +67,10 @@ class Run:
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
         self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
+        objective = build_objective(config.grpo, config.chord)  # functions of the user's own are loaded now
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
-                **config.rewards.model_dump(),
+                **reward_settings(config),
                 columns=columns_of(data.prompts, data.eval_prompts),
                 reference_column=config.data.reference_column,
             )
@@ -91,7 +94,7 @@ class Run:
             params = _sampling_params(config, stop)
             sampler = Sampler(self.engine, rollout, config.rollout, _probes(config, rollout, data), timer)
             self.evaluator = self._build_evaluator(data, params, sampler, scorer)
-            self.trainer = _build_trainer(config, plan, data, params, sampler, scorer)
+            self.trainer = _build_trainer(config, plan, objective, data, params, sampler, scorer)
             self.skipped_steps = self.skipped_in_row = 0
             self.next_step = self._resume()
             self.outputs: RunOutputs | None = None  # rank 0 writes
@@ -220,14 +223,20 @@ class Run:
 
 
 def _build_trainer(
-    config: Config, plan: Plan, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer
+    config: Config,
+    plan: Plan,
+    objective: Objective,
+    data: RunData,
+    params: SamplingParams,
+    sampler: Sampler,
+    scorer: Scorer,
 ) -> ChordTrainer:
     # Two streams of numbers, so that the two data sets are not shuffled alike.
     seed = 2 * config.train.seed
     return ChordTrainer(
         config=config,
-        objective=build_objective(config.grpo, config.chord),
         means=build_means(config, plan),
+        objective=objective,
         engine=sampler.engine,
         rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
         expert_stream=ExpertStream(config, data.experts, plan.expert_rows_per_step, seed + 1),

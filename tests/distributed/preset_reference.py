@@ -54,7 +54,7 @@ def ms_swift(
 ) -> Iterator[Tensor]:
     """Each micro-batch mixes a mean of completions and a mean of fresh expert rows; the trainer averages over them."""
     mu = mu_at(config, step)
-    rollouts = read_rollouts(config, step, eps=1e-4)
+    rollouts = read_rollouts(config, step)
     num_tokens = sum(int(rollout.is_target.sum()) for rollout in rollouts)
     size = config.train.micro_batch_size
     accumulation_steps = len(rollouts) // size

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import reference_advantages
 import torch
-from hash_reward import hash_reward
+from hash_reward import hash_reward, now_and_then
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -31,6 +32,7 @@ class Sequence:
     is_target: Tensor
     advantage: float = 0.0
     sampler_log_probs: Tensor | None = None  # [targets] float64, of a rollout
+    weights: Tensor | None = None  # [targets] float64, of an expert's parts
 
 
 @dataclass(frozen=True)
@@ -111,22 +113,29 @@ def rollout_loss(
 
 
 def expert_loss(model: PreTrainedModel, experts: list[Sequence], chord: ChordConfig) -> Tensor:
-    """The mean negative log-likelihood of the expert tokens, each weighted by p (1 - p) with phi."""
+    """The mean negative log-likelihood of the expert tokens, each weighted."""
     total, num_tokens = torch.zeros((), dtype=torch.float64), 0
     for expert in experts:
-        log_probs = target_log_probs(model, expert, temperature=1.0)
-        p = torch.exp(log_probs).detach()
-        weights = p * (1 - p) if chord.chord_enable_phi_function else torch.ones_like(p)
-        total = total - (weights * log_probs).sum()
+        log_probs, entropy = target_log_probs_and_entropy(model, expert, temperature=1.0)
+        weights = reference_advantages.expert_weights(log_probs.detach(), entropy.detach(), chord)
+        total = total - (weights * expert.weights * log_probs).sum()
         num_tokens += len(log_probs)
     return total / num_tokens
 
 
 def target_log_probs(model: PreTrainedModel, sequence: Sequence, temperature: float) -> Tensor:
     """[targets] log-probs of the tokens that are learnt."""
+    return target_log_probs_and_entropy(model, sequence, temperature)[0]
+
+
+def target_log_probs_and_entropy(
+    model: PreTrainedModel, sequence: Sequence, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """[targets] of the tokens that are learnt."""
     logits = model(input_ids=sequence.tokens[None]).logits[0, :-1] / temperature
-    log_probs = torch.log_softmax(logits, dim=-1).gather(1, sequence.tokens[1:, None]).squeeze(1)
-    return log_probs[sequence.is_target[1:]]
+    everything = torch.log_softmax(logits, dim=-1)[sequence.is_target[1:]]
+    targets = sequence.tokens[1:][sequence.is_target[1:]]
+    return everything.gather(1, targets[:, None]).squeeze(1), -(everything.exp() * everything).sum(-1)
 
 
 @torch.no_grad()
@@ -150,25 +159,30 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimi
     )
 
 
-def read_rollouts(config: Config, step: int, eps: float = 1e-6) -> list[Sequence]:
+def read_rollouts(config: Config, step: int) -> list[Sequence]:
     """The recorded completions of a step, with the advantages of their rewards."""
     assert config.rollout.replay_from is not None
     records = [record for record in read_jsonl(config.rollout.replay_from) if record["step"] == step]
     records.sort(key=lambda record: record["sample_index"])
     prompts = read_jsonl(config.data.dataset)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    texts = [chat(tokenizer, prompts[record["prompt_id"]]["prompt"]) for record in records]
+    lengths = [sum(record["response_mask"]) for record in records]
+    by_function = []
+    for name in config.rewards.reward_funcs:
+        if name == "soft_overlong":
+            by_function.append(reference_advantages.soft_overlong(lengths, config))
+            continue
+        function = {"hash_reward": hash_reward, "now_and_then": now_and_then}[name.rpartition(":")[2]]
+        by_function.append(function(texts, [completion(tokenizer, record) for record in records], []))
+    totals = reference_advantages.total_rewards(by_function, config)
     sequences = []
-    for start in range(0, len(records), config.rollout.num_generations):
-        group = records[start : start + config.rollout.num_generations]
-        prompt = chat(tokenizer, prompts[group[0]["prompt_id"]]["prompt"])
-        rewards = hash_reward([prompt] * len(group), [completion(tokenizer, record) for record in group], [])
-        mean = sum(rewards) / len(rewards)
-        std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
-        for record, reward in zip(group, rewards):
-            is_target = torch.tensor(record["response_mask"])
-            sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
-            advantage = (reward - mean) / (std + eps)
-            sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
+    for record, reward, advantage in zip(
+        records, totals, reference_advantages.advantages(totals, by_function, lengths, config)
+    ):
+        is_target = torch.tensor(record["response_mask"]) & (reward is not None)
+        sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
+        sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
     return sequences
 
 
@@ -178,9 +192,15 @@ def read_experts(config: Config) -> list[Sequence]:
     experts = []
     for row in read_jsonl(config.chord.chord_sft_dataset):
         prompt = tokenizer.encode(chat(tokenizer, row["prompt"]), add_special_tokens=False)
-        answer = [*tokenizer.encode(row["answer"], add_special_tokens=False), tokenizer.eos_token_id]
-        is_target = [False] * len(prompt) + [True] * len(answer)
-        experts.append(Sequence(torch.tensor(prompt + answer), torch.tensor(is_target)))
+        parts = [(row["answer"], 1.0)] if isinstance(row["answer"], str) else row["answer"]
+        of_characters = [weight for text, weight in parts for _ in text]
+        text = "".join(text for text, _ in parts)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        weights = [of_characters[start] for start, _ in encoded["offset_mapping"]] + [parts[-1][1]]
+        tokens = torch.tensor([*prompt, *encoded["input_ids"], tokenizer.eos_token_id])
+        is_target = torch.tensor([False] * len(prompt) + [weight > 0 for weight in weights])
+        of_targets = torch.tensor([weight for weight in weights if weight > 0], dtype=torch.float64)
+        experts.append(Sequence(tokens, is_target, weights=of_targets))
     return experts
 
 

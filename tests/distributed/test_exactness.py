@@ -25,6 +25,7 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "examples" / "quickstart" / "make_quickstart.py"
+HASH_REWARD = f"{HERE / 'hash_reward.py'}:hash_reward"
 NUM_PROMPTS, NUM_EXPERTS = 5, 7  # 6 and 9 are read: both streams go on into a second epoch
 STEPS = 3
 
@@ -63,6 +64,44 @@ CASES: dict[str, dict[str, Any]] = {
         "grpo.rollout_importance_sampling_threshold": 1.01,
         "optimizer.lr": 2e-4,  # a larger step makes e^d of the penalty large, and rounding with it
     },
+    # What an advantage is, and what an expert token weighs: one of each in a case.
+    "RLOO over the batch, p": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "rloo",
+        "grpo.scale_rewards": "batch",
+        "chord.expert_weight": "probability",
+    },
+    "REINFORCE++, LUFFY": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "reinforce_plus_plus",
+        "chord.expert_weight": "luffy",
+        "chord.luffy_gamma": 0.05,
+    },
+    "OPO, SRFT": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "opo",
+        "chord.expert_weight": "entropy",
+    },
+    "pass@k, phi with a cutoff": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "pass_at_k",
+        "chord.expert_weight": "phi",
+        "chord.expert_weight_cutoff": 0.03,
+    },
+    "GDPO, answers in parts": {
+        "chord.chord_mu_valley": 0.4,
+        "chord.chord_sft_dataset": "parts.jsonl",
+        "grpo.scale_rewards": "gdpo",
+        "rewards.reward_funcs": [HASH_REWARD, "soft_overlong"],
+        "rewards.reward_weights": [1.0, 0.5],
+        "rewards.soft_cache_length": 20,
+    },
+    "missing rewards, a weight of one's own": {
+        "chord.chord_mu_valley": 0.4,
+        "rewards.reward_funcs": [f"{HERE / 'hash_reward.py'}:now_and_then"],
+        "rewards.on_error": "leave_out",
+        "chord.expert_weight": f"{HERE / 'own_weight.py'}:unsure",
+    },
     # Qwen2 has biases on query, key and value; the first and the last stage share the embedding.
     "tied Qwen2": {"model.path": "tied", "chord.chord_mu_valley": 0.4},
 }
@@ -100,7 +139,11 @@ SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorde
 # Every case runs at two layouts, and two under all of them, which between them have all terms of the loss and both
 # kinds of head. `make test-all` adds the others, but this one, where the other layouts would add nothing.
 EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2"), (BASELINE, "DP 2, micro-batch 4, shuffled")
-LAYOUTS_OF = {"sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2")}
+MATRIX = (*EVERY_CASE_AT, "TP 1, micro-batch 1", "TP 1, micro-batch 4", "TP 1, shuffled", "TP 2", "PP 2", "DP 2")
+LAYOUTS_OF = {
+    "sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2"),
+    **dict.fromkeys([case for case in CASES if ", " in case and case != "mu 0.4, phi"], MATRIX),
+}
 PAIRS = [
     pytest.param(layout, case, marks=() if layout in EVERY_CASE_AT or case in EVERYWHERE else pytest.mark.slow)
     for layout in LAYOUTS
@@ -118,7 +161,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = runpy.run_path(str(QUICKSTART))
     problems = make["sample_problems"](random.Random(0), NUM_PROMPTS + NUM_EXPERTS)
     make["write_jsonl"](root / "prompts.jsonl", make["prompt_rows"](problems[:NUM_PROMPTS]))
-    make["write_jsonl"](root / "experts.jsonl", make["expert_rows"](problems[NUM_PROMPTS:]))
+    experts = [*make["expert_rows"](problems[NUM_PROMPTS:])]
+    make["write_jsonl"](root / "experts.jsonl", experts)
+    make["write_jsonl"](root / "parts.jsonl", [{**row, "answer": in_parts(row["answer"])} for row in experts])
     torch.manual_seed(0)
     tokenizer = make["build_tokenizer"]()
     model = make["build_model"](tokenizer)
@@ -137,6 +182,12 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def in_parts(answer: str) -> list[tuple[str, float]]:
+    """Three, of which the second is not learnt."""
+    first, second = len(answer) // 3, 2 * len(answer) // 3
+    return [(answer[:first], 0.5), (answer[first:second], 0.0), (answer[second:], 2.0)]
+
+
 def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
     """The configuration of a run; `settings` are dotted keys."""
     model = assets / settings.get("model.path", "model")
@@ -144,11 +195,10 @@ def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
         "model.dtype": "float32",
         "data.dataset": str(assets / "prompts.jsonl"),
         "data.max_prompt_length": 16,
-        "rewards.reward_funcs": [f"{HERE / 'hash_reward.py'}:hash_reward"],
+        "rewards.reward_funcs": [HASH_REWARD],
         "rollout.num_generations": 4,
         "rollout.max_completion_length": 24,
         "rollout.temperature": 0.8,
-        "chord.chord_sft_dataset": str(assets / "experts.jsonl"),
         "chord.chord_sft_global_batch_size": 3,  # neither DP nor the micro-batches divide 8 + 3 rows
         "chord.chord_sft_max_length": 64,
         "optimizer.lr": 1e-3,
@@ -159,6 +209,7 @@ def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
         "tracking.report_to": [],
         **settings,
         "model.path": str(model),
+        "chord.chord_sft_dataset": str(assets / settings.get("chord.chord_sft_dataset", "experts.jsonl")),
     }
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -251,6 +302,12 @@ def test_the_case_is_not_trivial(case: str, runs: Configs) -> None:
     if case == "sequence mask":
         assert all(0 < line["importance_clipped_fraction"] < 1 for line in lines)
         assert all(line["effective_sample_size"] < 0.99 for line in lines)
+    if case.startswith("missing rewards"):
+        assert all(0 < line["unscorable_completions"] < 8 for line in lines)
+    if case.startswith("GDPO"):
+        assert all(-1 < line["reward/soft_overlong"] < 0 for line in lines)
+        whole = metrics(runs[BASELINE, "mu 0.4"])
+        assert all(line["num_expert_tokens"] < other["num_expert_tokens"] for line, other in zip(lines, whole))
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

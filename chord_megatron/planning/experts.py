@@ -1,0 +1,39 @@
+"""Rules of the weight of expert tokens."""
+
+from __future__ import annotations
+
+import difflib
+
+from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS
+from chord_megatron.config import ChordConfig
+from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
+from chord_megatron.system.user_functions import is_user_function, user_file
+
+
+def expert_weight_name(chord: ChordConfig) -> str:
+    """`chord.expert_weight`, or what ms-swift's key says."""
+    return chord.expert_weight or ("phi" if chord.chord_enable_phi_function else "uniform")
+
+
+def check_expert_weight(chord: ChordConfig) -> None:
+    """That there is such a weight, and its keys are for it. Raises UserError."""
+    name = expert_weight_name(chord)
+    if name not in EXPERT_WEIGHTS and not is_user_function(name):
+        match = difflib.get_close_matches(name, EXPERT_WEIGHTS, n=1)
+        nearest = f"; did you mean {match[0]!r}?" if match else ""
+        raise UserError(
+            f"chord.expert_weight={shown(name)} is unknown; use {', '.join(EXPERT_WEIGHTS)} or path.py:function"
+            + nearest
+        )
+    if is_user_function(name):
+        user_file("chord.expert_weight", name)
+    if chord.chord_enable_phi_function and name != "phi":
+        raise UserError(
+            f"chord.chord_enable_phi_function=true asks for chord.expert_weight=phi, which is {shown(name)}; "
+            "remove one of them"
+        )
+    if chord.expert_weight_cutoff is not None and name != "phi":
+        raise UserError(f"chord.expert_weight_cutoff is for chord.expert_weight=phi, which is {shown(name)}; remove it")
+    if chord.luffy_gamma != ChordConfig().luffy_gamma and name != "luffy":
+        raise UserError(f"chord.luffy_gamma is for chord.expert_weight=luffy, which is {shown(name)}; remove it")
