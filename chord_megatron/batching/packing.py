@@ -112,7 +112,7 @@ def pack(
         expert_mask=packed(torch.bool, expert_masks),
         rollout_weights=packed(torch.float32, [mask * weight for mask, weight in zip(rollout_masks, weights)]),
         expert_weights=packed(torch.float32, [mask * weight for mask, weight in zip(expert_masks, weights)]),
-        advantages=packed(torch.float32, [m * s.advantage for m, s in zip(rollout_masks, chosen)]),
+        advantages=packed(torch.float32, [m * _advantages(s) for m, s in zip(rollout_masks, chosen)]),
         # Padding divides by 1, not by 0.
         temperatures=torch.cat([*temperatures, torch.ones(padding)]),
         rollout_log_probs=torch.zeros(num_tokens + padding) if rollout_log_probs is None else rollout_log_probs,
@@ -137,6 +137,10 @@ def unpack(batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
 def _shift(values: Tensor) -> Tensor:
     """Move what concerns token t + 1 to position t; nothing follows the last token."""
     return torch.cat([values[1:], values.new_zeros(1)])
+
+
+def _advantages(sample: TrainingSample) -> float | Tensor:
+    return _shift(sample.advantage) if isinstance(sample.advantage, Tensor) else sample.advantage
 
 
 def _num_loss_tokens(sample: TrainingSample) -> int:

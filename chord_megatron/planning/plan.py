@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
 from chord_megatron.planning.layout import check_layout
+from chord_megatron.planning.objectives import check_objective
 from chord_megatron.planning.rollouts import check_rollouts
 from chord_megatron.planning.streams import check_streams
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -34,6 +35,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     data_parallel_size = check_layout(config, arch, world_size)
     check_batches(config, data_parallel_size)
     check_streams(config)
+    check_objective(config.grpo)
     check_rollouts(config, arch, world_size)
     check_lengths(config, arch)
     steps_per_rollout = config.grpo.steps_per_generation * config.grpo.num_iterations

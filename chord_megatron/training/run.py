@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from chord_megatron.algorithm.objective import Objective
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
@@ -59,6 +60,7 @@ class Run:
         arch = read_architecture(model_dir)
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
+        objective = build_objective(config.grpo, config.chord)
         self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
@@ -88,7 +90,7 @@ class Run:
             params = _sampling_params(config, stop)
             sampler = Sampler(self.engine, rollout, config.rollout, _probes(config, rollout, data), timer)
             self.evaluator = self._build_evaluator(data, params, sampler, scorer)
-            self.trainer = _build_trainer(config, plan, data, params, sampler, scorer)
+            self.trainer = _build_trainer(config, plan, objective, data, params, sampler, scorer)
             self.skipped_steps = self.skipped_in_row = 0
             self.next_step = self._resume()
             self.outputs: RunOutputs | None = None  # rank 0 writes
@@ -217,13 +219,19 @@ class Run:
 
 
 def _build_trainer(
-    config: Config, plan: Plan, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer
+    config: Config,
+    plan: Plan,
+    objective: Objective,
+    data: RunData,
+    params: SamplingParams,
+    sampler: Sampler,
+    scorer: Scorer,
 ) -> ChordTrainer:
     # Two streams of numbers, so that the two data sets are not shuffled alike.
     seed = 2 * config.train.seed
     return ChordTrainer(
         config=config,
-        objective=build_objective(config.grpo, config.chord),
+        objective=objective,
         engine=sampler.engine,
         rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
         expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
