@@ -83,6 +83,7 @@ def _policy_losses(
     log_ratios = objective.ratio_level(log_probs, old_log_probs, mask, sequences)
     loss, *is_clipped = objective.policy_loss(PolicyTokens(log_probs, log_ratios, batch.advantages, mask, sequences))
 
+    is_off = torch.zeros_like(mask)
     if objective.off_policy_delta is not None:
         log_drift = log_importance_ratios(log_probs, batch.rollout_log_probs, mask)
         is_off = off_policy_sequences(log_drift, batch.advantages, mask, sequences, objective.off_policy_delta)
@@ -99,6 +100,7 @@ def _policy_losses(
     of_sampler, maxima = _against_sampler(detached, log_weights, batch)
     sums = {
         "kl": _sum_within(mask, kl),
+        "off_policy_masked": _sum_within(mask, is_off),
         "clipped_low": _sum_within(mask, low),
         "clipped_high": _sum_within(mask, high),
         "importance_clipped": _sum_within(mask, is_weight_clipped),

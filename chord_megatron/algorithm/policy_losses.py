@@ -112,9 +112,9 @@ def sapo_policy_loss(tokens: PolicyTokens, *, tau_pos: float, tau_neg: float) ->
 
     Its slope at rho = 1 is that of -rho A.
     """
-    tau = torch.where(tokens.advantages > 0, tau_pos, tau_neg)
-    gate = torch.sigmoid(tau * (torch.exp(tokens.log_ratios) - 1)) * 4 / tau
-    return TokenLoss(-gate * tokens.advantages)
+    excess = torch.exp(tokens.log_ratios) - 1
+    good, bad = (torch.sigmoid(tau * excess) * (4 / tau) for tau in (tau_pos, tau_neg))
+    return TokenLoss(-torch.where(tokens.advantages > 0, good, bad) * tokens.advantages)
 
 
 def gpg_policy_loss(tokens: PolicyTokens) -> TokenLoss:
@@ -146,10 +146,12 @@ def vespo_policy_loss(
 
     1 at w = 1. k and lambda by the sign of A; bounds of the logarithms as in TRL's `get_gamma_weights`.
     """
-    good = tokens.advantages >= 0
-    k, decay = torch.where(good, vespo_k_pos, vespo_k_neg), torch.where(good, vespo_lambda_pos, vespo_lambda_neg)
     log_w = tokens.sequences.sum(tokens.log_ratios.detach().double().clamp(-20, 20)).clamp(math.log(1e-8), 20)
-    weight = torch.exp(decay + k * log_w - decay * torch.exp(log_w)).to(tokens.log_probs.dtype)
+    good, bad = (
+        torch.exp(decay + k * log_w - decay * torch.exp(log_w))
+        for k, decay in ((vespo_k_pos, vespo_lambda_pos), (vespo_k_neg, vespo_lambda_neg))
+    )
+    weight = torch.where(tokens.advantages >= 0, good, bad).to(tokens.log_probs.dtype)
     return TokenLoss(-weight * tokens.advantages * tokens.log_probs)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import reference_losses
 import torch
 from hash_reward import hash_reward
 from torch import Tensor
@@ -29,7 +30,8 @@ class Sequence:
 
     tokens: Tensor
     is_target: Tensor
-    advantage: float = 0.0
+    reward: float = 0.0
+    advantages: Tensor | None = None  # [targets] float64, of a rollout
     sampler_log_probs: Tensor | None = None  # [targets] float64, of a rollout
 
 
@@ -56,6 +58,8 @@ def train(config: Config) -> list[Step]:
             rollouts = read_rollouts(config, step) if mu < 1 else []
             old_log_probs = detached_log_probs(model, rollouts, config.rollout.temperature)
             ref_log_probs = detached_log_probs(initial_model, rollouts, config.rollout.temperature)
+            rollouts = with_advantages(rollouts, old_log_probs, ref_log_probs, config)
+            rollouts = with_uncertain_tokens(model, rollouts, config)
         loss = (1 - mu) * rollout_loss(model, rollouts, old_log_probs, ref_log_probs, config)
         if mu > 0:
             rows = expert_order.next(config.chord.chord_sft_global_batch_size)
@@ -84,30 +88,59 @@ def rollout_loss(
     ref_log_probs: list[Tensor],
     config: Config,
 ) -> Tensor:
-    """The clipped GRPO loss with its KL penalty: the token mean, or the mean of sequence means."""
+    """The policy loss with its weights, penalty and bonus, and the mean of its type."""
     if not rollouts:
         return torch.zeros((), dtype=torch.float64)
     grpo = config.grpo
-    epsilon_high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
-    sums, lengths = [], []
+    losses = []
     for rollout, old, ref in zip(rollouts, old_log_probs, ref_log_probs):
-        log_probs = target_log_probs(model, rollout, config.rollout.temperature)
-        ratio = torch.exp(log_probs - old)
-        clipped = torch.clip(ratio, 1 - grpo.epsilon, 1 + epsilon_high)
-        loss = -torch.minimum(ratio * rollout.advantage, clipped * rollout.advantage)
+        log_probs, entropy = target_log_probs_and_entropy(model, rollout, config.rollout.temperature)
+        loss = reference_losses.token_losses(log_probs, old, rollout.advantages, grpo)
+        if grpo.off_policy_sequence_mask_delta is not None:
+            drift = (rollout.sampler_log_probs - log_probs.detach()).mean()
+            loss = loss * (not (rollout.advantages.sum() < 0 and drift > grpo.off_policy_sequence_mask_delta))
         if grpo.rollout_importance_sampling_mode is not None:
             assert grpo.rollout_importance_sampling_mode == "sequence_mask"
             log_weights = old - rollout.sampler_log_probs
             is_kept = log_weights.mean() <= math.log(grpo.rollout_importance_sampling_threshold)
             loss = loss * torch.exp(log_weights) * is_kept
-        difference = ref - log_probs
-        loss = loss + grpo.beta * (torch.exp(difference) - difference - 1)
-        sums.append(loss.sum())
-        lengths.append(len(log_probs))
-    if grpo.loss_type == "dapo":
-        return sum(sums) / sum(lengths)
-    assert grpo.loss_type == "grpo"
-    return sum(total / length for total, length in zip(sums, lengths)) / len(rollouts)
+        if not grpo.kl_in_reward:
+            loss = loss + grpo.beta * reference_losses.kl(log_probs, ref, grpo.kl_estimator)
+        losses.append(loss - grpo.entropy_coef * entropy)
+    return reference_losses.mean(losses, grpo.loss_type, config.rollout.max_completion_length)
+
+
+def with_advantages(
+    rollouts: list[Sequence], old_log_probs: list[Tensor], ref_log_probs: list[Tensor], config: Config
+) -> list[Sequence]:
+    """The group-normalised rewards, the penalty of the reference taken from them where that is asked for."""
+    grpo, size = config.grpo, config.rollout.num_generations
+    penalty = grpo.beta if grpo.kl_in_reward else 0.0
+    rewards = [
+        rollout.reward - penalty * (old - ref).sum().item()
+        for rollout, old, ref in zip(rollouts, old_log_probs, ref_log_probs)
+    ]
+    sequences = []
+    for index, rollout in enumerate(rollouts):
+        group = rewards[index // size * size :][:size]
+        mean = sum(group) / size
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in group) / (size - 1))
+        advantages = torch.full((len(old_log_probs[index]),), (rewards[index] - mean) / (std + 1e-6)).double()
+        sequences.append(replace(rollout, advantages=advantages))
+    return sequences
+
+
+@torch.no_grad()
+def with_uncertain_tokens(model: PreTrainedModel, rollouts: list[Sequence], config: Config) -> list[Sequence]:
+    """Advantages on the step's tokens of the highest entropy alone."""
+    share = config.grpo.top_entropy_quantile
+    if share == 1 or not rollouts:
+        return rollouts
+    temperature = config.rollout.temperature
+    entropies = [target_log_probs_and_entropy(model, rollout, temperature)[1] for rollout in rollouts]
+    threshold = torch.quantile(torch.cat(entropies), 1 - share)
+    kept = [entropy >= threshold for entropy in entropies]
+    return [replace(rollout, advantages=rollout.advantages * keep) for rollout, keep in zip(rollouts, kept)]
 
 
 def expert_loss(model: PreTrainedModel, experts: list[Sequence], chord: ChordConfig) -> Tensor:
@@ -124,9 +157,17 @@ def expert_loss(model: PreTrainedModel, experts: list[Sequence], chord: ChordCon
 
 def target_log_probs(model: PreTrainedModel, sequence: Sequence, temperature: float) -> Tensor:
     """[targets] log-probs of the tokens that are learnt."""
+    return target_log_probs_and_entropy(model, sequence, temperature)[0]
+
+
+def target_log_probs_and_entropy(
+    model: PreTrainedModel, sequence: Sequence, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """[targets] of the tokens that are learnt."""
     logits = model(input_ids=sequence.tokens[None]).logits[0, :-1] / temperature
-    log_probs = torch.log_softmax(logits, dim=-1).gather(1, sequence.tokens[1:, None]).squeeze(1)
-    return log_probs[sequence.is_target[1:]]
+    everything = torch.log_softmax(logits, dim=-1)[sequence.is_target[1:]]
+    targets = sequence.tokens[1:][sequence.is_target[1:]]
+    return everything.gather(1, targets[:, None]).squeeze(1), -(everything.exp() * everything).sum(-1)
 
 
 @torch.no_grad()
@@ -151,7 +192,7 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimi
 
 
 def read_rollouts(config: Config, step: int) -> list[Sequence]:
-    """The recorded completions of a step, with the advantages of their rewards."""
+    """The recorded completions of a step, with their rewards."""
     assert config.rollout.replay_from is not None
     records = [record for record in read_jsonl(config.rollout.replay_from) if record["step"] == step]
     records.sort(key=lambda record: record["sample_index"])
@@ -162,13 +203,11 @@ def read_rollouts(config: Config, step: int) -> list[Sequence]:
         group = records[start : start + config.rollout.num_generations]
         prompt = chat(tokenizer, prompts[group[0]["prompt_id"]]["prompt"])
         rewards = hash_reward([prompt] * len(group), [completion(tokenizer, record) for record in group], [])
-        mean = sum(rewards) / len(rewards)
-        std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
         for record, reward in zip(group, rewards):
             is_target = torch.tensor(record["response_mask"])
             sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
-            advantage = (reward - mean) / (std + 1e-6)
-            sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
+            tokens = torch.tensor(record["tokens"])
+            sequences.append(Sequence(tokens, is_target, reward, sampler_log_probs=sampler_log_probs))
     return sequences
 
 

@@ -33,6 +33,9 @@ STEPS = 3
 TOLERANCES = (1e-6, 1e-5, 1e-5)
 SMALLEST_LOSS = 0.1  # the losses of on-policy groups may cancel
 
+# Three steps on one generation batch.
+OFF_POLICY = {"chord.chord_mu_valley": 0.4, "grpo.num_iterations": STEPS, "optimizer.lr": 5e-4}
+
 # The share of the experts, the losses and the models.
 CASES: dict[str, dict[str, Any]] = {
     "mu 0": {"chord.chord_mu_valley": 0.0},
@@ -63,6 +66,40 @@ CASES: dict[str, dict[str, Any]] = {
         "grpo.rollout_importance_sampling_threshold": 1.01,
         "optimizer.lr": 2e-4,  # a larger step makes e^d of the penalty large, and rounding with it
     },
+    # The other policy losses, each with a term or a bound of its own; off-policy, as they are one on-policy.
+    "cispo, entropy bonus": {
+        **OFF_POLICY,
+        "grpo.loss_type": "cispo",
+        "grpo.epsilon_high": 1.01,
+        "grpo.entropy_coef": 0.1,
+    },
+    "sapo, off-policy mask": {**OFF_POLICY, "grpo.loss_type": "sapo", "grpo.off_policy_sequence_mask_delta": 0.001},
+    "GSPO, k2": {
+        **OFF_POLICY,
+        "grpo.loss_type": "grpo",
+        "grpo.importance_sampling_level": "sequence",
+        "grpo.epsilon": 3e-3,
+        "grpo.beta": 0.1,
+        "grpo.kl_estimator": "k2",
+    },
+    "GSPO-token, dr_grpo": {
+        **OFF_POLICY,
+        "grpo.loss_type": "dr_grpo",
+        "grpo.importance_sampling_level": "sequence_token",
+        "grpo.epsilon": 3e-3,
+        "grpo.epsilon_high": 4e-3,
+    },
+    "luspo": {
+        **OFF_POLICY,
+        "grpo.loss_type": "luspo",
+        "grpo.importance_sampling_level": "sequence",
+        "grpo.epsilon": 3e-3,
+    },
+    "bnpo, delta": {**OFF_POLICY, "grpo.loss_type": "bnpo", "grpo.epsilon": 0.005, "grpo.delta": 1.01},
+    "gpg, KL in the reward": {**OFF_POLICY, "grpo.loss_type": "gpg", "grpo.beta": 0.5, "grpo.kl_in_reward": True},
+    "gmpo": {**OFF_POLICY, "grpo.loss_type": "gmpo", "grpo.epsilon": 0.01},
+    "vespo": {**OFF_POLICY, "grpo.loss_type": "vespo"},
+    "top entropy": {**OFF_POLICY, "grpo.top_entropy_quantile": 0.3, "grpo.beta": 0.1},
     # Qwen2 has biases on query, key and value; the first and the last stage share the embedding.
     "tied Qwen2": {"model.path": "tied", "chord.chord_mu_valley": 0.4},
 }

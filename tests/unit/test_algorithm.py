@@ -24,7 +24,17 @@ from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 EPSILON, EPSILON_HIGH = 0.2, 0.28
 METRIC_SUMS = {
-    *("loss_rollout", "loss_expert", "entropy", "kl", "clipped_low", "clipped_high", "phi", "log_prob_diff"),
+    *(
+        "loss_rollout",
+        "loss_expert",
+        "entropy",
+        "kl",
+        "clipped_low",
+        "clipped_high",
+        "off_policy_masked",
+        "phi",
+        "log_prob_diff",
+    ),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
     "non_finite_rollout_log_probs",
 }
@@ -561,6 +571,7 @@ def test_metric_sums_by_hand():
         "loss_expert": loss_expert,
         "entropy": 0.625,
         "kl": sum(kl),
+        "off_policy_masked": 0.0,
         "clipped_low": 0.0,
         "clipped_high": 1.0,
         "phi": 0.1875,
