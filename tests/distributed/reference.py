@@ -140,6 +140,7 @@ def with_uncertain_tokens(model: PreTrainedModel, rollouts: list[Sequence], conf
     entropies = [target_log_probs_and_entropy(model, rollout, temperature)[1] for rollout in rollouts]
     threshold = torch.quantile(torch.cat(entropies), 1 - share)
     kept = [entropy >= threshold for entropy in entropies]
+    assert 0 < sum(int(keep.sum()) for keep in kept) < 0.5 * sum(map(len, kept))
     return [replace(rollout, advantages=rollout.advantages * keep) for rollout, keep in zip(rollouts, kept)]
 
 
