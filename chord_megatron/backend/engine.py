@@ -109,6 +109,7 @@ class MegatronEngine:
 
         reference: of the frozen initial model instead of the current one.
         """
+        self._assert_here("model")
         if reference:
             self._swap_reference()
         (log_probs,) = self._of_each_token(batch, compute_entropy=False)
@@ -118,13 +119,13 @@ class MegatronEngine:
 
     def compute_log_probs_and_entropies(self, batch: GlobalBatch) -> tuple[list[Tensor], list[Tensor]]:
         """`compute_log_probs` of the current model, and the entropy at each of those tokens, in one pass."""
+        self._assert_here("model")
         log_probs, entropies = self._of_each_token(batch, compute_entropy=True)
         return log_probs, entropies
 
     @torch.no_grad()
     def _of_each_token(self, batch: GlobalBatch, *, compute_entropy: bool) -> list[list[Tensor]]:
         """Log-probs, and entropies where asked for, of each sample's tokens."""
-        self._assert_here("model")
 
         def collect(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
             kinds = [log_probs] if entropy is None else [log_probs, entropy]

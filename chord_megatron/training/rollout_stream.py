@@ -125,13 +125,14 @@ class RolloutStream:
         """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
         config, grpo = self._config, self._config.grpo
         old, ref, entropies = self._log_probs(scored.rollouts)
-        rewards = torch.tensor(scored.rewards, dtype=torch.float64)
         if grpo.kl_in_reward:
             assert old is not None and ref is not None
-            rewards -= grpo.beta * torch.stack([(a.double() - b.double()).sum() for a, b in zip(old, ref)])
+            penalties = (grpo.beta * (a.double() - b.double()).sum().item() for a, b in zip(old, ref))
+            rewards = tuple(reward - penalty for reward, penalty in zip(scored.rewards, penalties))
+            scored = dataclasses.replace(scored, rewards=rewards)
         samples = rollout_training_samples(
             scored.rollouts,
-            group_advantages(rewards, config.rollout.num_generations),
+            group_advantages(torch.tensor(scored.rewards, dtype=torch.float64), config.rollout.num_generations),
             temperature=config.rollout.temperature,
             overlong_filter=grpo.overlong_filter,
         )
