@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
+from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEstimator, LossType
 from chord_megatron.algorithm.presets import Preset
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import one_line, shown
@@ -68,6 +69,7 @@ Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
 Minutes = Annotated[float, Field(ge=0.1, le=1e5)]
+Sharpness = Annotated[float, Field(ge=1e-3, le=1e3)]
 Gigabytes = Annotated[float, Field(ge=0.1, le=1e6)]  # a Python with NumPy takes a tenth of one
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
@@ -163,10 +165,24 @@ class RolloutConfig(_Group):
 
 
 class GRPOConfig(_Group):
+    loss_type: LossType = "dapo"  # the surrogate and its mean: algorithm/policy_losses.py, LOSS_TYPES
+    policy_loss: PathName | None = None  # path.py:function in place of the surrogate
+    importance_sampling_level: ImportanceSamplingLevel = "token"  # of the ratio
     epsilon: float = Field(default=0.2, ge=0, lt=1)
-    epsilon_high: NonNegativeNumber | None = None  # None = epsilon
+    epsilon_high: NonNegativeNumber | None = None  # None = epsilon; cispo: the cap itself
+    delta: float | None = Field(default=None, gt=1, le=_LARGEST_NUMBER)  # bounds the ratio where the clip leaves it
+    tau_pos: Sharpness = 1.0  # sapo
+    tau_neg: Sharpness = 1.05
+    vespo_k_pos: float = Field(default=2.0, ge=0, le=10)
+    vespo_lambda_pos: float = Field(default=3.0, ge=0.1, le=10)
+    vespo_k_neg: float = Field(default=3.0, ge=0, le=10)
+    vespo_lambda_neg: float = Field(default=2.0, ge=0.1, le=10)
+    off_policy_sequence_mask_delta: NonNegativeNumber | None = None  # nats a token
+    entropy_coef: NonNegativeNumber = 0.0  # of the mean entropy, which is taken from the loss
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)  # the share of tokens that have a policy loss
     beta: NonNegativeNumber = 0.0  # KL coefficient against the frozen initial model; 0 = no reference
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # token mean | sequence mean | fixed length
+    kl_estimator: KLEstimator = "k3"
+    kl_in_reward: bool = False  # the penalty is taken from the rewards, not added to the loss
     advantage_estimator: AdvantageEstimator = "grpo"
     # What advantages are divided by; None = what is usual with the estimator.
     scale_rewards: Scale | None = None

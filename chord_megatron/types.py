@@ -123,7 +123,7 @@ class TrainingSample:
     loss_mask: Tensor  # [length] bool, True on tokens whose log-prob enters the loss
     is_expert: bool
     temperature: float
-    advantage: float | Tensor = 0.0  # or [length], of each token
+    advantage: float | Tensor = 0.0  # of the completion, or [length] of each token
     rollout_log_probs: Tensor | None = None  # [length] float32
     old_log_probs: Tensor | None = None  # [length] float32, None when on-policy
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0

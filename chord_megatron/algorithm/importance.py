@@ -62,3 +62,16 @@ def importance_weights(
     if bound == "truncate":
         return compared.clamp(max=correction.threshold), is_clipped
     return torch.where(is_clipped, 0.0, ratios), is_clipped
+
+
+def off_policy_sequences(
+    log_drift: Tensor, advantages: Tensor, mask: Tensor, sequences: Sequences, delta: float
+) -> Tensor:
+    """Sequences with a negative advantage that the policy has left: mean of log(pi_sampler / pi) above `delta`.
+
+    What it would no longer say teaches it least (DeepSeek-V3.2, arXiv 2512.02556, section 3.1; TRL's
+    `get_off_policy_mask`). log_drift: [tokens] float64 of `log_importance_ratios`, pi / pi_sampler. Returns bool,
+    [tokens]. A sequence's advantage has the sign of the sum over its tokens.
+    """
+    is_negative = sequences.sum(torch.where(mask, advantages, 0.0)) < 0
+    return mask & is_negative & (-sequences.mean(log_drift, mask) > delta)

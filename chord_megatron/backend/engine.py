@@ -104,27 +104,39 @@ class MegatronEngine:
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
         )
 
-    @torch.no_grad()
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
         reference: of the frozen initial model instead of the current one.
         """
         self._assert_here("model")
-
-        def collect(log_probs: Tensor, entropy: None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
-            return log_probs.sum(), 0, unpack(micro_batch, log_probs.float())
-
         if reference:
             self._swap_reference()
-        outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=False)
+        (log_probs,) = self._of_each_token(batch, compute_entropy=False)
         if reference:
             self._swap_reference()
-        log_probs = torch.zeros(sum(batch.lengths), device=self.groups.device)
-        rows = log_probs.split(batch.lengths)
-        for index, row in (item for output in outputs for item in output.items()):
-            rows[index].copy_(row)
-        return list(self._gather(log_probs).cpu().split(batch.lengths))
+        return log_probs
+
+    def compute_log_probs_and_entropies(self, batch: GlobalBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """`compute_log_probs` of the current model, and the entropy at each of those tokens, in one pass."""
+        self._assert_here("model")
+        log_probs, entropies = self._of_each_token(batch, compute_entropy=True)
+        return log_probs, entropies
+
+    @torch.no_grad()
+    def _of_each_token(self, batch: GlobalBatch, *, compute_entropy: bool) -> list[list[Tensor]]:
+        """Log-probs, and entropies where asked for, of each sample's tokens."""
+
+        def collect(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
+            kinds = [log_probs] if entropy is None else [log_probs, entropy]
+            return log_probs.sum(), 0, dict(enumerate(unpack(micro_batch, values.float()) for values in kinds))
+
+        outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
+        kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
+        for kind, rows in enumerate(values.split(batch.lengths) for values in kinds):
+            for index, row in (item for output in outputs for item in output[kind].items()):
+                rows[index].copy_(row)
+        return [list(values.split(batch.lengths)) for values in self._gather(kinds).cpu()]
 
     def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
         """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,24 @@ def rollout_training_samples(
         )
         for rollout, advantage, is_known in zip(rollouts, advantages.tolist(), is_scored, strict=True)
     ]
+
+
+def most_uncertain(
+    samples: Sequence[TrainingSample], entropies: Sequence[Tensor], share: float
+) -> list[TrainingSample]:
+    """Their policy loss only where the entropy is at or above its quantile 1 - share over all their loss tokens.
+
+    Elsewhere the advantage is 0, so that denominators and KL penalty stay as they are (arXiv 2506.01939;
+    `top_entropy_quantile` of TRL and ms-swift). entropies: [length] each.
+    """
+    counted = torch.cat([row[1:][sample.loss_mask[1:]] for sample, row in zip(samples, entropies)])
+    if not len(counted):
+        return list(samples)
+    # As torch.quantile, which takes 2^24 numbers at most.
+    place = (1 - share) * (len(counted) - 1)
+    ranked, below = counted.double().sort().values, int(place)
+    threshold = torch.lerp(ranked[below], ranked[min(below + 1, len(ranked) - 1)], place - below)
+    return [replace(s, advantage=(row >= threshold) * s.advantage) for s, row in zip(samples, entropies)]
 
 
 def expert_training_samples(experts: Sequence[ExpertSample], *, temperature: float = 1.0) -> list[TrainingSample]:

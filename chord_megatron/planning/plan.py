@@ -11,6 +11,7 @@ from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
 from chord_megatron.planning.experts import check_expert_weight
 from chord_megatron.planning.layout import check_layout
+from chord_megatron.planning.objectives import check_objective
 from chord_megatron.planning.presets import check_preset
 from chord_megatron.planning.rewards import check_rewards
 from chord_megatron.planning.rollouts import check_rollouts
@@ -39,6 +40,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     check_streams(config)
     check_rewards(config)
     check_expert_weight(config.chord)
+    check_objective(config.grpo)
     check_rollouts(config, arch, world_size)
     check_lengths(config, arch)
     steps_per_rollout = config.grpo.steps_per_generation * config.grpo.num_iterations

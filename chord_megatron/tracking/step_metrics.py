@@ -12,8 +12,9 @@ from chord_megatron.types import GlobalBatch, LossTotals, Metrics, ScoredRollout
 
 def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, mu: float) -> Metrics:
     """Means from the metric sums of a step; None where a stream was empty."""
-    sums = totals.sums
+    sums = {**totals.sums, "clipped": totals.sums["clipped_low"] + totals.sums["clipped_high"]}
     rollout_tokens, expert_tokens = batch.num_rollout_tokens, batch.num_expert_tokens
+    masks_sequences = objective.off_policy_delta is not None
     non_finite = int(sums["non_finite_rollout_log_probs"])
     compared_tokens = rollout_tokens - non_finite
 
@@ -32,6 +33,9 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
         "entropy": rollout_mean("entropy"),
         "kl": rollout_mean("kl") if objective.beta > 0 else None,
         "clip_fraction": rollout_mean("clipped"),
+        "clip_fraction_low": rollout_mean("clipped_low"),
+        "clip_fraction_high": rollout_mean("clipped_high"),
+        "off_policy_masked_fraction": rollout_mean("off_policy_masked") if masks_sequences else None,
         "log_prob_diff_mean": compared_mean("log_prob_diff"),
         "log_prob_diff_max": totals.maxima["log_prob_diff"] if compared_tokens else None,
         "importance_weight_mean": compared_mean("importance_ratio"),

@@ -6,39 +6,48 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from chord_megatron.algorithm.aggregation import Aggregation, Mean
+from chord_megatron.algorithm.aggregation import Mean
 from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS, ExpertWeight, checked
 from chord_megatron.algorithm.importance import ImportanceCorrection
 from chord_megatron.algorithm.objective import Objective
-from chord_megatron.algorithm.policy_losses import clipped_policy_loss
+from chord_megatron.algorithm.policy_losses import (
+    KL_ESTIMATORS,
+    LOSS_TYPES,
+    RATIO_LEVELS,
+    PolicyLoss,
+    parameters_of,
+)
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import ChordConfig, Config, GRPOConfig
 from chord_megatron.planning.experts import expert_weight_name
 from chord_megatron.planning.plan import Plan
 from chord_megatron.system.user_functions import is_user_function, load_user_function
-
-AGGREGATIONS: dict[str, Aggregation] = {"dapo": "token_mean", "grpo": "sequence_mean", "dr_grpo": "fixed_length"}
+from chord_megatron.training.user_policy_loss import load_policy_loss
 
 
 def build_objective(grpo: GRPOConfig, chord: ChordConfig) -> Objective:
-    """Everything but mu and the mean of the rollout stream, which the batch's weights hold."""
+    """Everything but mu and the mean of the rollout stream, which the batch's weights hold.
+
+    Raises UserError where a policy loss of the user's cannot be used.
+    """
     mode = grpo.rollout_importance_sampling_mode
     return Objective(
-        policy_loss=partial(
-            clipped_policy_loss,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high,
-        ),
+        policy_loss=_policy_loss(grpo),
+        ratio_level=RATIO_LEVELS[grpo.importance_sampling_level],
         expert_weight=_expert_weight(chord),
         beta=grpo.beta,
+        kl_estimator=KL_ESTIMATORS[grpo.kl_estimator],
+        kl_in_reward=grpo.kl_in_reward,
+        entropy_coef=grpo.entropy_coef,
         importance=None if mode is None else ImportanceCorrection(mode, grpo.rollout_importance_sampling_threshold),
+        off_policy_delta=grpo.off_policy_sequence_mask_delta,
     )
 
 
 def build_means(config: Config, plan: Plan) -> tuple[Mean, Mean]:
     """The means of the rollout and of the expert stream, as chord.semantics takes them."""
     semantics, size = SEMANTICS[config.chord.semantics], config.train.micro_batch_size
-    rollout = Mean(AGGREGATIONS[config.grpo.loss_type], config.rollout.max_completion_length)
+    rollout = Mean(LOSS_TYPES[config.grpo.loss_type].aggregation, config.rollout.max_completion_length)
     if semantics.micro_batches is None:
         return rollout, Mean()
     by_rows = semantics.micro_batches == "rows"
@@ -59,3 +68,13 @@ def _expert_weight(chord: ChordConfig) -> ExpertWeight:
         "luffy": {"gamma": chord.luffy_gamma},
     }
     return partial(EXPERT_WEIGHTS[name], **bound.get(name, {}))
+
+
+def _policy_loss(grpo: GRPOConfig) -> PolicyLoss:
+    if grpo.policy_loss is not None:
+        return load_policy_loss(grpo.policy_loss)
+    surrogate = LOSS_TYPES[grpo.loss_type].surrogate
+    values = {key: getattr(grpo, key) for key in parameters_of(surrogate)}
+    if "epsilon_high" in values and grpo.epsilon_high is None:
+        values["epsilon_high"] = grpo.epsilon
+    return partial(surrogate, **values)

@@ -62,6 +62,7 @@ class Run:
         arch = read_architecture(model_dir)
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         self._refuse_inside_generation(plan)
+        objective = build_objective(config.grpo, config.chord)
         self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)

@@ -18,6 +18,7 @@ from reference import (
     read_experts,
     read_rollouts,
     target_log_probs,
+    with_advantages,
 )
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -54,7 +55,7 @@ def ms_swift(
 ) -> Iterator[Tensor]:
     """Each micro-batch mixes a mean of completions and a mean of fresh expert rows; the trainer averages over them."""
     mu = mu_at(config, step)
-    rollouts = read_rollouts(config, step)
+    rollouts = scored_rollouts(config, step)
     num_tokens = sum(int(rollout.is_target.sum()) for rollout in rollouts)
     size = config.train.micro_batch_size
     accumulation_steps = len(rollouts) // size
@@ -80,7 +81,7 @@ def trinity(
     """Completions, then expert rows, are cut into micro-batches; each stream's token mean counts by its rows."""
     mu = mu_at(config, step + 1)
     temperature = config.rollout.temperature
-    rollouts = read_rollouts(config, step)
+    rollouts = scored_rollouts(config, step)
     rows = [experts[row] for row in order.next(config.chord.chord_sft_global_batch_size)]
     marked: list[tuple[Sequence, bool]] = [*((each, False) for each in rollouts), *((each, True) for each in rows)]
     for micro_batch in cut(marked, config.train.micro_batch_size):
@@ -112,6 +113,13 @@ def mu_at(config: Config, step: int) -> float:
     )
 
 
+def scored_rollouts(config: Config, step: int) -> list[Sequence]:
+    """The recorded completions of a step with their advantages; no reference model takes part."""
+    rollouts = read_rollouts(config, step)
+    nothing = [torch.zeros(int(rollout.is_target.sum())) for rollout in rollouts]
+    return with_advantages(rollouts, nothing, nothing, config)
+
+
 def policy_losses(model: PreTrainedModel, rollouts: list[Sequence], config: Config) -> list[Tensor]:
     """The on-policy surrogate of each completion's tokens: the ratio is 1, its gradient is not 0."""
     old = detached_log_probs(model, rollouts, config.rollout.temperature)
@@ -119,7 +127,7 @@ def policy_losses(model: PreTrainedModel, rollouts: list[Sequence], config: Conf
     for rollout, before in zip(rollouts, old):
         ratio = torch.exp(target_log_probs(model, rollout, config.rollout.temperature) - before)
         clipped = torch.clip(ratio, 1 - config.grpo.epsilon, 1 + config.grpo.epsilon)
-        losses.append(-torch.minimum(ratio * rollout.advantage, clipped * rollout.advantage))
+        losses.append(-torch.minimum(ratio * rollout.advantages, clipped * rollout.advantages))
     return losses
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import reference_advantages
+import reference_losses
 import torch
 from hash_reward import hash_reward, now_and_then
 from torch import Tensor
@@ -25,12 +26,22 @@ torch.set_num_threads(1)  # the matrices are too small for more
 
 
 @dataclass(frozen=True)
+class Rewards:
+    """Of a completion; None where it could not be scored."""
+
+    total: float | None
+    by_function: list[float | None]
+    length: int  # in tokens
+
+
+@dataclass(frozen=True)
 class Sequence:
     """Tokens, and which of them are learnt, [length] each."""
 
     tokens: Tensor
     is_target: Tensor
-    advantage: float = 0.0
+    rewards: Rewards | None = None  # of a rollout
+    advantages: Tensor | None = None  # [targets] float64, of a rollout
     sampler_log_probs: Tensor | None = None  # [targets] float64, of a rollout
     weights: Tensor | None = None  # [targets] float64, of an expert's parts
 
@@ -58,6 +69,8 @@ def train(config: Config) -> list[Step]:
             rollouts = read_rollouts(config, step) if mu < 1 else []
             old_log_probs = detached_log_probs(model, rollouts, config.rollout.temperature)
             ref_log_probs = detached_log_probs(initial_model, rollouts, config.rollout.temperature)
+            rollouts = with_advantages(rollouts, old_log_probs, ref_log_probs, config)
+            rollouts = with_uncertain_tokens(model, rollouts, config)
         loss = (1 - mu) * rollout_loss(model, rollouts, old_log_probs, ref_log_probs, config)
         if mu > 0:
             rows = expert_order.next(config.chord.chord_sft_global_batch_size)
@@ -86,30 +99,60 @@ def rollout_loss(
     ref_log_probs: list[Tensor],
     config: Config,
 ) -> Tensor:
-    """The clipped GRPO loss with its KL penalty: the token mean, or the mean of sequence means."""
+    """The policy loss with its weights, penalty and bonus, and the mean of its type."""
     if not rollouts:
         return torch.zeros((), dtype=torch.float64)
     grpo = config.grpo
-    epsilon_high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
-    sums, lengths = [], []
+    losses = []
     for rollout, old, ref in zip(rollouts, old_log_probs, ref_log_probs):
-        log_probs = target_log_probs(model, rollout, config.rollout.temperature)
-        ratio = torch.exp(log_probs - old)
-        clipped = torch.clip(ratio, 1 - grpo.epsilon, 1 + epsilon_high)
-        loss = -torch.minimum(ratio * rollout.advantage, clipped * rollout.advantage)
+        log_probs, entropy = target_log_probs_and_entropy(model, rollout, config.rollout.temperature)
+        loss = reference_losses.token_losses(log_probs, old, rollout.advantages, grpo)
+        if grpo.off_policy_sequence_mask_delta is not None:
+            drift = (rollout.sampler_log_probs - log_probs.detach()).mean()
+            loss = loss * (not (rollout.advantages.sum() < 0 and drift > grpo.off_policy_sequence_mask_delta))
         if grpo.rollout_importance_sampling_mode is not None:
             assert grpo.rollout_importance_sampling_mode == "sequence_mask"
             log_weights = old - rollout.sampler_log_probs
             is_kept = log_weights.mean() <= math.log(grpo.rollout_importance_sampling_threshold)
             loss = loss * torch.exp(log_weights) * is_kept
-        difference = ref - log_probs
-        loss = loss + grpo.beta * (torch.exp(difference) - difference - 1)
-        sums.append(loss.sum())
-        lengths.append(len(log_probs))
-    if grpo.loss_type == "dapo":
-        return sum(sums) / sum(lengths)
-    assert grpo.loss_type == "grpo"
-    return sum(total / length for total, length in zip(sums, lengths)) / len(rollouts)
+        if not grpo.kl_in_reward:
+            loss = loss + grpo.beta * reference_losses.kl(log_probs, ref, grpo.kl_estimator)
+        losses.append(loss - grpo.entropy_coef * entropy)
+    return reference_losses.mean(losses, grpo.loss_type, config.rollout.max_completion_length)
+
+
+def with_advantages(
+    rollouts: list[Sequence], old_log_probs: list[Tensor], ref_log_probs: list[Tensor], config: Config
+) -> list[Sequence]:
+    """The group-normalised rewards, the penalty of the reference taken from them where that is asked for."""
+    if not rollouts:
+        return []
+    penalty = config.grpo.beta if config.grpo.kl_in_reward else 0.0
+    totals = [
+        None if rollout.rewards.total is None else rollout.rewards.total - penalty * (old - ref).sum().item()
+        for rollout, old, ref in zip(rollouts, old_log_probs, ref_log_probs)
+    ]
+    by_function = [*zip(*(rollout.rewards.by_function for rollout in rollouts))]
+    lengths = [rollout.rewards.length for rollout in rollouts]
+    advantages = reference_advantages.advantages(totals, by_function, lengths, config)
+    return [
+        replace(rollout, advantages=torch.full((len(old),), advantage).double())
+        for rollout, old, advantage in zip(rollouts, old_log_probs, advantages)
+    ]
+
+
+@torch.no_grad()
+def with_uncertain_tokens(model: PreTrainedModel, rollouts: list[Sequence], config: Config) -> list[Sequence]:
+    """Advantages on the step's tokens of the highest entropy alone."""
+    share = config.grpo.top_entropy_quantile
+    if share == 1 or not rollouts:
+        return rollouts
+    temperature = config.rollout.temperature
+    entropies = [target_log_probs_and_entropy(model, rollout, temperature)[1] for rollout in rollouts]
+    threshold = torch.quantile(torch.cat(entropies), 1 - share)
+    kept = [entropy >= threshold for entropy in entropies]
+    assert 0 < sum(int(keep.sum()) for keep in kept) < 0.5 * sum(map(len, kept))
+    return [replace(rollout, advantages=rollout.advantages * keep) for rollout, keep in zip(rollouts, kept)]
 
 
 def expert_loss(model: PreTrainedModel, experts: list[Sequence], chord: ChordConfig) -> Tensor:
@@ -160,7 +203,7 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimi
 
 
 def read_rollouts(config: Config, step: int) -> list[Sequence]:
-    """The recorded completions of a step, with the advantages of their rewards."""
+    """The recorded completions of a step, with their rewards."""
     assert config.rollout.replay_from is not None
     records = [record for record in read_jsonl(config.rollout.replay_from) if record["step"] == step]
     records.sort(key=lambda record: record["sample_index"])
@@ -177,12 +220,14 @@ def read_rollouts(config: Config, step: int) -> list[Sequence]:
         by_function.append(function(texts, [completion(tokenizer, record) for record in records], []))
     totals = reference_advantages.total_rewards(by_function, config)
     sequences = []
-    for record, reward, advantage in zip(
-        records, totals, reference_advantages.advantages(totals, by_function, lengths, config)
-    ):
+    for record, reward, *of_functions in zip(records, totals, *by_function):
         is_target = torch.tensor(record["response_mask"]) & (reward is not None)
         sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
-        sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
+        length = sum(record["response_mask"])
+        rewards = Rewards(reward, of_functions, length)
+        sequences.append(
+            Sequence(torch.tensor(record["tokens"]), is_target, rewards, sampler_log_probs=sampler_log_probs)
+        )
     return sequences
 
 

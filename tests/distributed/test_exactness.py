@@ -34,6 +34,52 @@ STEPS = 3
 TOLERANCES = (1e-6, 1e-5, 1e-5)
 SMALLEST_LOSS = 0.1  # the losses of on-policy groups may cancel
 
+# Three steps on one generation batch.
+OFF_POLICY = {"chord.chord_mu_valley": 0.4, "grpo.num_iterations": STEPS, "optimizer.lr": 5e-4}
+
+# Each with a term or a bound of its own.
+POLICY_LOSSES: dict[str, dict[str, Any]] = {
+    "cispo, entropy bonus": {
+        **OFF_POLICY,
+        "grpo.loss_type": "cispo",
+        "grpo.epsilon_high": 1.01,
+        "grpo.entropy_coef": 0.1,
+    },
+    "sapo, off-policy mask": {**OFF_POLICY, "grpo.loss_type": "sapo", "grpo.off_policy_sequence_mask_delta": 0.001},
+    "GSPO, k2": {
+        **OFF_POLICY,
+        "grpo.loss_type": "grpo",
+        "grpo.importance_sampling_level": "sequence",
+        "grpo.epsilon": 3e-3,
+        "grpo.beta": 0.1,
+        "grpo.kl_estimator": "k2",
+    },
+    "GSPO-token, dr_grpo": {
+        **OFF_POLICY,
+        "grpo.loss_type": "dr_grpo",
+        "grpo.importance_sampling_level": "sequence_token",
+        "grpo.epsilon": 3e-3,
+        "grpo.epsilon_high": 4e-3,
+    },
+    "luspo": {
+        **OFF_POLICY,
+        "grpo.loss_type": "luspo",
+        "grpo.importance_sampling_level": "sequence",
+        "grpo.epsilon": 3e-3,
+    },
+    "bnpo, delta": {**OFF_POLICY, "grpo.loss_type": "bnpo", "grpo.epsilon": 0.005, "grpo.delta": 1.01},
+    "gpg, KL in the reward": {
+        **OFF_POLICY,
+        "grpo.num_iterations": 1,
+        "grpo.loss_type": "gpg",
+        "grpo.beta": 0.5,
+        "grpo.kl_in_reward": True,
+    },
+    "gmpo": {**OFF_POLICY, "grpo.loss_type": "gmpo", "grpo.epsilon": 0.01},
+    "vespo": {**OFF_POLICY, "grpo.loss_type": "vespo"},
+    "top entropy": {**OFF_POLICY, "grpo.top_entropy_quantile": 0.3, "grpo.beta": 0.1},
+}
+
 # The share of the experts, the losses and the models.
 CASES: dict[str, dict[str, Any]] = {
     "mu 0": {"chord.chord_mu_valley": 0.0},
@@ -102,6 +148,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rewards.on_error": "leave_out",
         "chord.expert_weight": f"{HERE / 'own_weight.py'}:unsure",
     },
+    **POLICY_LOSSES,
     # Qwen2 has biases on query, key and value; the first and the last stage share the embedding.
     "tied Qwen2": {"model.path": "tied", "chord.chord_mu_valley": 0.4},
 }
@@ -143,6 +190,7 @@ MATRIX = (*EVERY_CASE_AT, "TP 1, micro-batch 1", "TP 1, micro-batch 4", "TP 1, s
 LAYOUTS_OF = {
     "sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2"),
     **dict.fromkeys([case for case in CASES if ", " in case and case != "mu 0.4, phi"], MATRIX),
+    **dict.fromkeys(POLICY_LOSSES, MATRIX),
 }
 PAIRS = [
     pytest.param(layout, case, marks=() if layout in EVERY_CASE_AT or case in EVERYWHERE else pytest.mark.slow)
@@ -150,6 +198,17 @@ PAIRS = [
     for case in CASES
     if layout in LAYOUTS_OF.get(case, LAYOUTS)
 ]
+
+# What a bound does at the last step: something, and not to every token.
+BETWEEN_0_AND_1 = {
+    "cispo, entropy bonus": ("clip_fraction_high",),
+    "sapo, off-policy mask": ("off_policy_masked_fraction",),
+    "GSPO, k2": ("clip_fraction_low", "clip_fraction_high"),
+    "GSPO-token, dr_grpo": ("clip_fraction_low", "clip_fraction_high"),
+    "luspo": ("clip_fraction_low", "clip_fraction_high"),
+    "bnpo, delta": ("clip_fraction_low", "clip_fraction_high"),
+    "gmpo": ("clip_fraction_low", "clip_fraction_high"),
+}
 
 Configs = dict[tuple[str, str], Config]  # by layout and case
 
@@ -299,6 +358,11 @@ def test_the_case_is_not_trivial(case: str, runs: Configs) -> None:
         assert all(line["reward_std"] > 0.1 and line["zero_std_fraction"] < 1 for line in lines)
     if case == "off-policy":
         assert 0 < lines[-1]["clip_fraction"] < 1 and lines[-1]["kl"] > 0
+    if case in POLICY_LOSSES:
+        assert len({line["loss_rollout"] for line in lines}) == STEPS
+        for key in BETWEEN_0_AND_1.get(case, ()):
+            assert 0 < lines[-1][key] < 1, key
+        assert ("grpo.beta" in CASES[case]) == bool(lines[-1]["kl"])
     if case == "sequence mask":
         assert all(0 < line["importance_clipped_fraction"] < 1 for line in lines)
         assert all(line["effective_sample_size"] < 0.99 for line in lines)

@@ -17,14 +17,24 @@ from chord_megatron.algorithm.aggregation import Aggregation, Mean, aggregation_
 from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.algorithm.objective import Objective, chord_loss
-from chord_megatron.algorithm.policy_losses import PolicyTokens, clipped_policy_loss, kl_penalty
+from chord_megatron.algorithm.policy_losses import KL_ESTIMATORS, PolicyTokens, clipped_policy_loss
 from chord_megatron.algorithm.sequences import Sequences
 from chord_megatron.batching.packing import BatchLayout, build_global_batch, pack
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 EPSILON, EPSILON_HIGH = 0.2, 0.28
 METRIC_SUMS = {
-    *("loss_rollout", "loss_expert", "entropy", "kl", "clipped", "phi", "log_prob_diff"),
+    *(
+        "loss_rollout",
+        "loss_expert",
+        "entropy",
+        "kl",
+        "clipped_low",
+        "clipped_high",
+        "off_policy_masked",
+        "phi",
+        "log_prob_diff",
+    ),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
     "non_finite_rollout_log_probs",
 }
@@ -217,17 +227,18 @@ def test_clipped_policy_loss_by_hand(advantage, ratio, loss, gradient, is_clippe
         mask=torch.tensor([True]),
         sequences=Sequences(torch.tensor([0, 1])),
     )
-    value, clipped = clipped_policy_loss(tokens, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
+    value, low, high = clipped_policy_loss(tokens, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, abs=1e-15)
     assert log_probs.grad.item() == pytest.approx(gradient, abs=1e-15)
-    assert clipped.tolist() == [is_clipped]
+    assert (low | high).tolist() == [is_clipped] and not (low & high).any()
+    assert low.tolist() == [is_clipped and ratio < 1] and high.tolist() == [is_clipped and ratio > 1]
 
 
 def test_kl_penalty_by_hand():
     log_probs = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
     difference = torch.tensor([math.log(2), 0.0, -math.log(2)], dtype=torch.float64)
-    penalty = kl_penalty(log_probs, log_probs.detach() + difference)
+    penalty = KL_ESTIMATORS["k3"](log_probs, log_probs.detach() + difference)
     penalty.sum().backward()
     assert penalty.tolist() == pytest.approx([1 - math.log(2), 0.0, math.log(2) - 0.5], abs=1e-15)
     assert penalty[1].item() == 0.0
@@ -236,7 +247,7 @@ def test_kl_penalty_by_hand():
 
 def test_kl_penalty_is_never_negative_in_float32():
     size = torch.logspace(-12, 1, 100_001)
-    assert (kl_penalty(torch.zeros(200_002), torch.cat([size, -size])) >= 0).all()
+    assert (KL_ESTIMATORS["k3"](torch.zeros(200_002), torch.cat([size, -size])) >= 0).all()
 
 
 def test_phi_keeps_its_digits_near_one():
@@ -560,7 +571,9 @@ def test_metric_sums_by_hand():
         "loss_expert": loss_expert,
         "entropy": 0.625,
         "kl": sum(kl),
-        "clipped": 1.0,
+        "off_policy_masked": 0.0,
+        "clipped_low": 0.0,
+        "clipped_high": 1.0,
         "phi": 0.1875,
         "log_prob_diff": abs(a + 1.5) + abs(b + 0.25),
         "importance_ratio": math.exp(0.5) + math.exp(-0.75),

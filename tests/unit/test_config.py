@@ -177,7 +177,7 @@ def test_a_malformed_override_is_explained(minimal: Path, override: str, expecte
         ("train.global_batch_size=0", "train.global_batch_size=0: "),
         ("chord.chord_mu_peak=1.5", "chord.chord_mu_peak=1.5: "),
         ("rollout.temperature=0", "rollout.temperature=0: "),
-        ("grpo.loss_type=bnpo", "grpo.loss_type='bnpo': "),
+        ("grpo.loss_type=ppo", "grpo.loss_type='ppo': "),
         ("grpo.rollout_importance_sampling_mode=token", "grpo.rollout_importance_sampling_mode='token': "),
         ("grpo.rollout_importance_sampling_threshold=1", "grpo.rollout_importance_sampling_threshold=1: "),
         ("optimizer.lr=.nan", "optimizer.lr=nan: "),

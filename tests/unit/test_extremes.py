@@ -244,7 +244,11 @@ SENTENCES: list[tuple[str, Any, str]] = [
     ("train.output_dir", "a\0b", "train.output_dir='a\\x00b': must be text without NUL and halves of characters"),
     ("data.dataset_split", False, "data.dataset_split=False: must be text; put it in quotes"),
     ("data.dataset_split", 7, "data.dataset_split=7: must be text; put it in quotes"),
-    ("grpo.loss_type", "bnpo", "grpo.loss_type='bnpo': must be 'dapo', 'grpo' or 'dr_grpo'"),
+    (
+        "grpo.kl_estimator",
+        "k4",
+        "grpo.kl_estimator='k4': must be 'k1', 'k2' or 'k3'",
+    ),
     ("model.recompute", 1, "model.recompute=1: must be true or false"),
     (
         "data.reference_pattern",
