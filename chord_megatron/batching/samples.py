@@ -35,6 +35,7 @@ def expert_training_samples(experts: Sequence[ExpertSample]) -> list[TrainingSam
             loss_mask=torch.arange(len(expert.tokens)) >= expert.prompt_length,
             is_expert=True,
             temperature=1.0,
+            row=expert.id,
         )
         for expert in experts
     ]

@@ -11,6 +11,7 @@ from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
 from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.rollouts import check_rollouts
+from chord_megatron.planning.schedule import check_mu_schedule
 from chord_megatron.planning.streams import check_streams
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -33,6 +34,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     """Check the configuration against the model and the number of processes. Raises UserError."""
     data_parallel_size = check_layout(config, arch, world_size)
     check_batches(config, data_parallel_size)
+    check_mu_schedule(config)
     check_streams(config)
     check_rollouts(config, arch, world_size)
     check_lengths(config, arch)

@@ -14,7 +14,7 @@ from chord_megatron.batching.samples import rollout_training_samples
 from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.planning.plan import Plan
-from chord_megatron.planning.schedule import mu_at
+from chord_megatron.planning.schedule import mu_range
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.types import Prompt, SamplingParams, ScoredRollouts, TrainingSample
@@ -92,7 +92,7 @@ class RolloutStream:
         self._cursor.load_state_dict(state)
 
     def _needs_rollouts(self, step: int) -> bool:
-        return any(mu_at(self._config, s) < 1.0 for s in range(step, step + self._plan.steps_per_rollout))
+        return mu_range(self._config, step, step + self._plan.steps_per_rollout)[0] < 1.0
 
     def _generate(self, step: int) -> _GenerationBatch:
         """A generation batch of scored completions, and the next one asked for where that is due."""
