@@ -564,6 +564,11 @@ def test_metric_sums_by_hand():
         "kl": sum(kl),
         "clipped": 1.0,
         "phi": 0.1875,
+        "expert_entropy": 16.0,
+        "active_rows": 1.0,
+        **dict.fromkeys((*in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)), 0.0),
+        "expert_tokens_2": 1.0,  # 0.2 <= 1/4 < 0.3
+        "expert_phi_2": 0.1875,
         "log_prob_diff": abs(a + 1.5) + abs(b + 0.25),
         "importance_ratio": math.exp(0.5) + math.exp(-0.75),
         "importance_ratio_squared": math.exp(1.0) + math.exp(-1.5),
@@ -597,7 +602,9 @@ def test_a_token_may_count_and_weigh_nothing():
         chord_loss(values, values.detach().abs(), each, objective=objective, mu=0.5) for each in (batch, silent)
     )
     assert muted.sums["loss_rollout"].item() == 0.0
-    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - {"loss_rollout"})
+    of_weights = {"loss_rollout", "active_rows"}
+    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - of_weights)
+    assert plain.sums["active_rows"].item() == 4 and muted.sums["active_rows"].item() == 0
     assert torch.equal(silent.counts, batch.counts)
 
 
