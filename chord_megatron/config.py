@@ -203,6 +203,12 @@ class ChordConfig(_Group):
     chord_sft_max_length: Positive | None = None  # prompt + answer; None = what the model reads
     chord_sft_global_batch_size: Positive | None = None  # expert rows per optimizer step
     chord_sft_per_device_train_batch_size: Positive | None = None  # ms-swift: x DP x gradient accumulation
+    # reward and gradient_ratio are closed loops within [chord_mu_valley, chord_mu_peak].
+    mu_schedule: Literal["cosine", "linear", "constant", "reward", "gradient_ratio"] = "cosine"
+    mu_target: Number | None = None  # closed loops: a mean reward; the expert stream's share of the gradient
+    mu_start: Fraction | None = None  # closed loops: mu before the first measurement; None = chord_mu_peak
+    mu_smoothing: float = Field(default=0.9, ge=0, lt=1)  # closed loops: what the moving average keeps at each value
+    mu_update_steps: Positive = 10  # gradient_ratio: measure every N steps, by two more backward passes
     chord_mu_peak: Fraction = 0.5
     chord_mu_valley: Fraction = 0.05
     chord_mu_warmup_steps: NonNegative = 0
@@ -246,6 +252,8 @@ class TrainConfig(_Group):
 class TrackingConfig(_Group):
     report_to: list[Literal["tensorboard"]] = ["tensorboard"]
     log_completions: NonNegative = 8  # completions per step in completions.jsonl
+    # Gradient norm of each stream and their cosine every N steps, by two more backward passes; None = never.
+    diagnose_steps: Positive | None = None
 
 
 class Config(_Group):

@@ -128,6 +128,12 @@ class TrainingSample:
     old_log_probs: Tensor | None = None  # [length] float32, None when on-policy
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
     token_weights: float | Tensor = 1.0  # or [length], of expert tokens; they do not enter the denominator
+    row: int | None = None  # number in its data set, of an expert's
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens whose log-prob enters the loss; the first one has none."""
+        return int(self.loss_mask[1:].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,10 +185,20 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar with gradient
     sums: dict[str, Tensor]  # float64 scalars, added over micro-batches and ranks
     maxima: dict[str, Tensor]  # float64 scalars, of which the largest of all micro-batches and ranks is kept
+    rows: dict[str, Tensor]  # [sequences] float64, of each sequence of the micro-batch; padding's are not read
 
 
 class LossTotals(NamedTuple):
-    """The sums and maxima of a step by name, the same on every rank."""
+    """The sums and maxima of a step by name, and what it says of each of its samples; the same on every rank."""
 
     sums: dict[str, float]
     maxima: dict[str, float]
+    rows: dict[str, list[float]]  # by name, in the order of the step's samples
+
+
+class GradientComparison(NamedTuple):
+    """Two losses' gradients at the same weights; NaN where one is not finite."""
+
+    norm_a: float  # L2
+    norm_b: float
+    cosine: float  # NaN also where a gradient is 0

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chord_megatron.algorithm.expert_weights import ExpertWeight, phi, uniform
+from chord_megatron.algorithm.diagnosis import expert_row_sums, stream_sums
+from chord_megatron.algorithm.expert_weights import ExpertWeight, uniform
 from chord_megatron.algorithm.importance import (
     ImportanceCorrection,
     importance_weights,
@@ -66,10 +67,11 @@ def chord_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, *, objecti
             "loss_rollout": loss_rollout.detach(),
             "loss_expert": loss_expert.detach(),
             "entropy": _sum_within(batch.rollout_mask, entropy),
-            "phi": _sum_within(batch.expert_mask, phi(log_probs, entropy)),
+            **stream_sums(log_probs, entropy, batch),
             **sums,
         },
         maxima=maxima,
+        rows=expert_row_sums(log_probs, entropy, batch),
     )
 
 

@@ -50,7 +50,7 @@ def build_global_batch(
     num_tokens = {}
     for is_expert, mean in ((False, rollout_mean), (True, expert_mean)):
         rows = [i for i, sample in enumerate(samples) if sample.is_expert == is_expert]
-        lengths = [_num_loss_tokens(samples[i]) for i in rows]
+        lengths = [samples[i].num_loss_tokens for i in rows]
         num_tokens[is_expert] = sum(lengths)
         for i, weight in zip(rows, aggregation_weights(lengths, mean)):
             weights[i] = weight
@@ -145,11 +145,6 @@ def _per_token(value: float | Tensor) -> float | Tensor:
 def _shift(values: Tensor) -> Tensor:
     """Move what concerns token t + 1 to position t; nothing follows the last token."""
     return torch.cat([values[1:], values.new_zeros(1)])
-
-
-def _num_loss_tokens(sample: TrainingSample) -> int:
-    # The first token has no prediction.
-    return int(sample.loss_mask[1:].sum())
 
 
 def _round_up(number: int, multiple: int) -> int:

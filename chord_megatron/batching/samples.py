@@ -69,6 +69,7 @@ def _expert_training_sample(expert: ExpertSample, temperature: float) -> Trainin
         is_expert=True,
         temperature=temperature,
         token_weights=1.0 if weights is None else torch.tensor(weights),
+        row=expert.id,
     )
 
 

@@ -36,10 +36,8 @@ def _plan_table(config: Config, plan: Plan) -> Table:
     from rich.table import Table
 
     from chord_megatron.planning.presets import cost_of_preset
-    from chord_megatron.planning.schedule import mu_at
 
     parallel, train = config.parallel, config.train
-    last = train.train_iters - 1
     table = Table(show_header=False, title="What one optimizer step does", title_justify="left")
     for name, value in (
         ("prompts", f"{plan.prompts_per_step}"),
@@ -64,9 +62,20 @@ def _plan_table(config: Config, plan: Plan) -> Table:
             + ", sequence parallel" * parallel.sequence_parallel
             + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
         ),
-        ("mu", f"{mu_at(config, 0):.3g} at step 0, {mu_at(config, last):.3g} at step {last}"),
+        ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
         ("steps", f"{train.train_iters}, into {train.output_dir}"),
     ):
         table.add_row(name, value)
     return table
+
+
+def _mu(config: Config) -> str:
+    from chord_megatron.planning.schedule import CLOSED_LOOPS, mu_at, mu_range
+
+    chord, last = config.chord, config.train.train_iters - 1
+    start = f"{mu_at(config, 0):.3g} at step 0"
+    if chord.mu_schedule not in CLOSED_LOOPS:
+        return f"{start}, {mu_at(config, last):.3g} at step {last}"
+    lowest, highest = mu_range(config)
+    return f"{start}, then within {lowest:.3g} and {highest:.3g}, by {chord.mu_schedule} towards {chord.mu_target:g}"

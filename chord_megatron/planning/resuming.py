@@ -41,13 +41,13 @@ MAY_CHANGE = _keys(
     "beta kl_estimator kl_in_reward advantage_estimator scale_rewards overlong_filter steps_per_generation "
     "num_iterations rollout_importance_sampling_mode rollout_importance_sampling_threshold",
     chord="chord_sft_global_batch_size chord_sft_per_device_train_batch_size chord_mu_peak chord_mu_valley "
-    "chord_mu_warmup_steps chord_mu_decay_steps chord_enable_phi_function "
-    "expert_weight expert_weight_cutoff luffy_gamma",
+    "chord_mu_warmup_steps chord_mu_decay_steps mu_schedule mu_target mu_start mu_smoothing mu_update_steps "
+    "chord_enable_phi_function expert_weight expert_weight_cutoff luffy_gamma",
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
     train="output_dir micro_batch_size global_batch_size packing_order train_iters eval_steps eval_temperature "
     "save_steps save_total_limit save_on_signal max_skipped_steps",
-    tracking="report_to log_completions",
+    tracking="report_to log_completions diagnose_steps",
 )
 
 

@@ -13,7 +13,7 @@ from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import read_yaml
-from chord_megatron.tracking.run_log import COMPLETIONS_FILE, METRICS_FILE
+from chord_megatron.tracking.run_log import LOG_FILES, METRICS_FILE
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
 _ALWAYS_THERE = (".metadata", "state.json")  # in a checkpoint
@@ -116,7 +116,7 @@ class RunDir:
         for path in (*self._steps_in(self._checkpoints), *self._steps_in(self._exports)):
             if _step_of(path) > step:
                 moved.append(str(path.rename(_free_name(path)).relative_to(self.path)))
-        logs = [self.path / name for name in (METRICS_FILE, COMPLETIONS_FILE)] if moved else []
+        logs = [self.path / name for name in LOG_FILES] if moved else []
         for log in (log for log in logs if log.exists()):
             copy = _free_name(log)
             shutil.copy2(log, copy)

@@ -15,7 +15,7 @@ from chord_megatron.batching.samples import most_uncertain, rollout_training_sam
 from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.planning.plan import Plan
-from chord_megatron.planning.schedule import mu_at
+from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.training.advantages import advantages_of
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
@@ -103,8 +103,7 @@ class RolloutStream:
         self._cursor.load_state_dict(state)
 
     def _needs_rollouts(self, step: int) -> bool:
-        steps = range(step, step + self._plan.steps_per_rollout)
-        return self._draws_at_1 or any(mu_at(self._config, s) < 1.0 for s in steps)
+        return needs_rollouts(self._config, step, step + self._plan.steps_per_rollout)
 
     def _generate(self, step: int) -> _GenerationBatch:
         """A generation batch of scored completions, and the next one asked for where that is due."""

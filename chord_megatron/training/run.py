@@ -34,6 +34,7 @@ from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.evaluation import Evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.export import exported_hf
+from chord_megatron.training.mu_control import MuControl
 from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.rollout_stream import RolloutStream
@@ -186,7 +187,7 @@ class Run:
                 "skipped_steps": self.skipped_steps,
                 "peak_memory_bytes": peak,
             }
-            self.outputs.step(self.next_step, metrics, result.rollouts)
+            self.outputs.step(self.next_step, metrics, result.rollouts, result.expert_rows)
         return told
 
     def _save(self, told: int) -> None:
@@ -241,6 +242,7 @@ def _build_trainer(
         engine=sampler.engine,
         rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
         expert_stream=ExpertStream(config, data.experts, plan.expert_rows_per_step, seed + 1),
+        mu=MuControl(config),
         timer=sampler.timer,
     )
 

@@ -121,9 +121,9 @@ def losses(run: RunFiles) -> torch.Tensor:
 
 
 def assert_same_run(run: RunFiles, expected: RunFiles, step: int) -> None:
-    """Bitwise: metrics, completions, sampled tokens and the weights after `step` steps."""
+    """Bitwise: metrics, completions, experts, sampled tokens and the weights after `step` steps."""
     assert read_metrics(run.path) == read_metrics(expected.path)
-    for name in ("completions.jsonl", "../rollouts.jsonl"):
+    for name in ("completions.jsonl", "experts.jsonl", "../rollouts.jsonl"):
         assert (run.path / name).read_bytes() == (expected.path / name).read_bytes(), name
     assert weight_bytes(run.path, step) == weight_bytes(expected.path, step)
 

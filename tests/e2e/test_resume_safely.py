@@ -71,7 +71,7 @@ def test_a_run_that_is_taken_back_keeps_what_was_newer(run: Path, config: Path):
     outcome = succeeded(train_here(config, "train.train_iters=4", "train.save_total_limit=1"))
 
     kept = ("checkpoints/step_4.set-aside", "hf/step_4.set-aside")
-    logs = ("metrics.jsonl.set-aside", "completions.jsonl.set-aside")
+    logs = tuple(f"{name}.jsonl.set-aside" for name in ("metrics", "completions", "experts"))
     assert f"newer than step 2, and kept: {', '.join((*kept, *logs))}\n" in outcome.stdout
     assert [line["step"] for line in read_lines(run / logs[0])] == [0, 1, 2, 3]
     assert [files_below(run / name) for name in kept] == [*newer.values()]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from chord_megatron.algorithm.advantages import group_advantages, zero_std_fraction
 from chord_megatron.algorithm.aggregation import Aggregation, Mean, aggregation_weights
+from chord_megatron.algorithm.diagnosis import EXPERT_PHI, EXPERT_TOKENS, in_deciles
 from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.algorithm.objective import Objective, chord_loss
@@ -35,6 +36,7 @@ METRIC_SUMS = {
         "phi",
         "log_prob_diff",
     ),
+    *("expert_entropy", "active_rows", *in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
     "non_finite_rollout_log_probs",
 }
@@ -483,7 +485,7 @@ def test_a_micro_batch_without_loss_tokens_contributes_zero_and_stays_attached(m
     for batch in (padding_only, one_rank([prompt_only]).micro_batches[0]):
         log_probs = torch.full(batch.input_ids.shape, -0.5, requires_grad=True)
         objective = make_objective(beta=0.1, use_phi=True)
-        loss, sums, maxima = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=mu)
+        loss, sums, maxima, _ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=mu)
         loss.backward()
         assert loss.item() == 0.0
         assert torch.equal(log_probs.grad, torch.zeros_like(log_probs))
@@ -528,7 +530,7 @@ def test_values_outside_the_mask_do_not_matter(outside: float, dtype: torch.dtyp
     results = []
     for filler in (-1.0, outside):
         log_probs = torch.where(counts, inside, filler).to(dtype).requires_grad_()
-        loss, sums, maxima = chord_loss(
+        loss, sums, maxima, _ = chord_loss(
             log_probs,
             torch.where(counts, 1.0, torch.nan),
             batch,
@@ -562,7 +564,7 @@ def test_metric_sums_by_hand():
     log_probs = torch.tensor([a, b, -9.0, y, -9.0], dtype=torch.float64, requires_grad=True)
     entropy = torch.tensor([0.5, 0.125, 64.0, 16.0, 64.0], dtype=torch.float64)
     objective = make_objective(beta=0.5, use_phi=True, epsilon=0.2, epsilon_high=0.28)
-    loss, sums, maxima = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
+    loss, sums, maxima, _ = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
     kl = [math.exp(-0.5 - a) - (-0.5 - a) - 1, math.exp(-2 - b) - (-2 - b) - 1]
     loss_rollout = (-2 * 1.28 - 2 * 0.5 + 0.5 * sum(kl)) / 2
     loss_expert = 0.1875 * math.log(4)
@@ -575,6 +577,11 @@ def test_metric_sums_by_hand():
         "clipped_low": 0.0,
         "clipped_high": 1.0,
         "phi": 0.1875,
+        "expert_entropy": 16.0,
+        "active_rows": 1.0,
+        **dict.fromkeys((*in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)), 0.0),
+        "expert_tokens_2": 1.0,  # 0.2 <= 1/4 < 0.3
+        "expert_phi_2": 0.1875,
         "log_prob_diff": abs(a + 1.5) + abs(b + 0.25),
         "importance_ratio": math.exp(0.5) + math.exp(-0.75),
         "importance_ratio_squared": math.exp(1.0) + math.exp(-1.5),
@@ -608,7 +615,9 @@ def test_a_token_may_count_and_weigh_nothing():
         chord_loss(values, values.detach().abs(), each, objective=objective, mu=0.5) for each in (batch, silent)
     )
     assert muted.sums["loss_rollout"].item() == 0.0
-    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - {"loss_rollout"})
+    of_weights = {"loss_rollout", "active_rows"}
+    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - of_weights)
+    assert plain.sums["active_rows"].item() == 4 and muted.sums["active_rows"].item() == 0
     assert torch.equal(silent.counts, batch.counts)
 
 

@@ -236,7 +236,7 @@ def totals_over_batches(
         results.append(chord_loss(values, values.detach().abs(), batch, objective=make_objective(**settings), mu=mu))
     sums = {name: sum(result.sums[name].item() for result in results) for name in results[0].sums}
     maxima = {name: max(result.maxima[name].item() for result in results) for name in results[0].maxima}
-    return torch.stack([result.loss for result in results]).sum(), LossTotals(sums, maxima)
+    return torch.stack([result.loss for result in results]).sum(), LossTotals(sums, maxima, {})
 
 
 def sum_over_batches(
@@ -398,7 +398,7 @@ def test_an_empty_rollout_stream_contributes_zero_and_stays_attached(mode: str):
     for batch in (pack([], [], [], pad_to_multiple=4), one_rank(expert_only).micro_batches[0]):
         log_probs = torch.full(batch.input_ids.shape, -0.5, requires_grad=True)
         objective = make_objective(**weighted(mode))
-        loss, sums, _ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=0.0)
+        loss, sums, *_ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=0.0)
         loss.backward()
         assert loss.item() == 0.0 and torch.equal(log_probs.grad, torch.zeros_like(log_probs))
         names = ("importance_ratio", "importance_ratio_squared", "importance_clipped")

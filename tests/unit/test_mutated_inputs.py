@@ -85,6 +85,9 @@ COMPLETIONS = json_lines(
         for split in ({}, {"split": "eval"})
     ]
 )
+EXPERTS = json_lines(
+    [{"step": step, "id": row, "log_prob": -1.5, "phi": 0.25, "shift": 0.0} for step in (0, 1) for row in (3, 4)]
+)
 
 
 def read_overrides(path: Path) -> None:
@@ -137,6 +140,7 @@ INPUTS = {
     "metrics, summed up": Input("metrics.jsonl", METRICS, summarize),
     "metrics, drawn": Input("metrics.jsonl", METRICS, lambda path: draw_history(load_history(path.parent), "x"), 15),
     "completions, resumed": Input("completions.jsonl", COMPLETIONS, resume),
+    "experts, resumed": Input("experts.jsonl", EXPERTS, resume),
     "completions, shown": Input("completions.jsonl", COMPLETIONS, report._samples),
     "configuration of another run": Input(
         "config.yaml", b"model: {path: some/model}\ntrain: {seed: 0}\n", refuse_other_run

@@ -20,6 +20,7 @@ from chord_megatron.tracking.progress import RECENT_STEPS, format_step
 from chord_megatron.tracking.progress import ProgressLine as Progress
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_log import RunLog
+from chord_megatron.tracking.step_metrics import ExpertRow
 from chord_megatron.tracking.summary import EvalPoint, print_summary, summarize
 from chord_megatron.tracking.timers import PhaseTimer
 
@@ -114,6 +115,33 @@ def test_resume_drops_what_is_written_again(tmp_path: Path) -> None:
     assert kinds(tmp_path) == [("eval", 0), ("step", 0), ("step", 1), ("eval", 2), ("step", 2)]
     assert [row["step"] for row in lines(tmp_path / "completions.jsonl")] == [0, 0, 1, 1]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_experts_and_what_they_lost_since_they_were_first_seen(tmp_path: Path) -> None:
+    """Also across a resumption, which drops the lines that it writes again."""
+    with open_log(tmp_path) as log:
+        log.log_experts(0, [ExpertRow(7, -1.0, 0.5), ExpertRow(3, math.nan, math.nan)])
+        log.log_experts(1, [ExpertRow(7, -1.25, 0.25), ExpertRow(3, -2.0, 0.125)])
+        log.log_experts(2, [ExpertRow(9, -3.0, 0.5)])
+    assert lines(tmp_path / "experts.jsonl") == [
+        {"step": 0, "id": 7, "log_prob": -1.0, "phi": 0.5, "shift": 0.0},
+        {"step": 0, "id": 3, "log_prob": None, "phi": None, "shift": None},
+        {"step": 1, "id": 7, "log_prob": -1.25, "phi": 0.25, "shift": 0.25},
+        {"step": 1, "id": 3, "log_prob": -2.0, "phi": 0.125, "shift": 0.0},
+        {"step": 2, "id": 9, "log_prob": -3.0, "phi": 0.5, "shift": 0.0},
+    ]
+    with open_log(tmp_path, resume_step=2) as log:
+        log.log_experts(2, [ExpertRow(9, -2.5, 0.5), ExpertRow(3, -1.5, 0.5), ExpertRow(7, -1.5, 0.5)])
+    again = lines(tmp_path / "experts.jsonl")[4:]
+    assert [(row["id"], row["shift"]) for row in again] == [(9, 0.0), (3, -0.5), (7, 0.5)]
+
+
+@pytest.mark.parametrize("row", ['{"step": 0}', '{"step": 0, "id": 1.5, "log_prob": 0.5}', '{"step": 0, "id": 1}'])
+def test_a_damaged_line_of_experts_is_named(tmp_path: Path, row: str) -> None:
+    write_run(tmp_path, 2)
+    (tmp_path / "experts.jsonl").write_text(row.replace('"id": 1}', '"id": 1, "log_prob": "x"}') + "\n")
+    with pytest.raises(UserError, match=r"line 1 of .*experts.jsonl has no row number or no log-prob; remove that"):
+        open_log(tmp_path, resume_step=2)
 
 
 def test_resume_keeps_everything_before_it(tmp_path: Path) -> None:
