@@ -10,6 +10,11 @@ def hash_reward(prompts: list[str], completions: list[str], references: list[str
     return [zlib.crc32(f"{prompt}{text}".encode()) % 1000 / 1000 for prompt, text in zip(prompts, texts)]
 
 
+def never(prompts: list[str], completions: list[str], references: list[str]) -> list[None]:
+    """No reward for any."""
+    return [None for _ in completions]
+
+
 def now_and_then(prompts: list[str], completions: list[str], references: list[str]) -> list[float | None]:
     """As `hash_reward`, but none for some completions."""
     rewards = hash_reward(prompts, completions, references)

@@ -15,7 +15,7 @@ from typing import Any
 import reference_advantages
 import reference_losses
 import torch
-from hash_reward import hash_reward, now_and_then
+from hash_reward import hash_reward, never, now_and_then
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -216,9 +216,11 @@ def read_rollouts(config: Config, step: int) -> list[Sequence]:
         if name == "soft_overlong":
             by_function.append(reference_advantages.soft_overlong(lengths, config))
             continue
-        function = {"hash_reward": hash_reward, "now_and_then": now_and_then}[name.rpartition(":")[2]]
+        function = {"hash_reward": hash_reward, "now_and_then": now_and_then, "never": never}[name.rpartition(":")[2]]
         by_function.append(function(texts, [completion(tokenizer, record) for record in records], []))
     totals = reference_advantages.total_rewards(by_function, config)
+    if totals == [None] * len(totals):
+        return []
     sequences = []
     for record, reward, *of_functions in zip(records, totals, *by_function):
         is_target = torch.tensor(record["response_mask"]) & (reward is not None)
