@@ -159,8 +159,8 @@ def files_at_most(nbytes: int) -> Iterator[None]:
 # The largest file that may be, and which one is then too large.
 TOO_LARGE = {
     "configuration": (1_000, "config.yaml"),
-    "completions": (2_900, "completions.jsonl"),
-    "metrics": (2_900, "metrics.jsonl"),
+    "completions": (6_000, "completions.jsonl"),
+    "metrics": (6_000, "metrics.jsonl"),
     "export": (100_000, "hf/step_2"),
     "checkpoint": (200_000, "checkpoints/step_2"),
 }
@@ -169,8 +169,9 @@ TOO_LARGE = {
 @pytest.mark.parametrize("case", TOO_LARGE)
 def test_a_file_that_cannot_grow_is_named_and_the_next_run_goes_on(case: str, config: Path, tmp_path: Path):
     limit, name = TOO_LARGE[case]
-    only_metrics = ("tracking.log_completions=0", "train.save_steps=4", "train.train_iters=4")
-    overrides = only_metrics if case == "metrics" else ("train.train_iters=2",)
+    logged = {"metrics": "tracking.log_completions=0", "completions": "rollout.max_completion_length=40"}
+    is_log = case in logged  # over four steps, a line of which has more bytes than the other file's
+    overrides = (logged[case], "train.save_steps=4", "train.train_iters=4") if is_log else ("train.train_iters=2",)
     with files_at_most(limit):
         error = refusal(config, *overrides)
     assert error == (
@@ -179,15 +180,15 @@ def test_a_file_that_cannot_grow_is_named_and_the_next_run_goes_on(case: str, co
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("*.tmp")]
     succeeded(train_here(config, *overrides))
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(4 if case == "metrics" else 2)]
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(4 if is_log else 2)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_curves_that_cannot_grow_are_named(config: Path, tmp_path: Path):
     """TensorBoard writes from a thread of its own, whose traceback stands before the sentence."""
-    overrides = ("tracking.report_to=[tensorboard]", "tracking.log_completions=0", "train.train_iters=2")
-    with files_at_most(2_900):
-        error = refusal(config, *overrides, "train.save_steps=2")
+    overrides = ("tracking.report_to=[tensorboard]", "tracking.log_completions=0", "train.train_iters=4")
+    with files_at_most(6_000):
+        error = refusal(config, *overrides, "train.save_steps=4")
     assert error == (
         f"{tmp_path / 'run' / 'tensorboard'} cannot be written (File too large); make room, and start the same "
         "command again"
