@@ -233,6 +233,7 @@ CONFIGS = {
     "ranks of latent attention": ("deepseek_v3", {"q_lora_rank": 10**9, "kv_lora_rank": 10**9}),
     "positions of YaRN": ("deepseek_v3", {"rope_parameters": YARN_ROPE | {"original_max_position_embeddings": 10**9}}),
 }
+OF_THE_DOCTOR = ("layers", "the most layers", "layers of experts", "width")  # who looks at the machine, too, for long
 
 
 @pytest.mark.parametrize("attack", CONFIGS)
@@ -248,6 +249,9 @@ def test_a_config_takes_time_and_memory_by_its_length(tmp_path: Path, attack: st
         reasons += (f"error: {model} has no tokenizer",)  # transformers looks at config.json, too
     assert refusal("convert", "hf-to-megatron", model, tmp_path / "out").startswith(reasons)
     refused_by_a_run(model, tmp_path, reasons)
+    if attack in OF_THE_DOCTOR:
+        outcome = forked.run(WORKER, "doctor", tmp_path / "run.yaml", timeout_seconds=SECONDS)
+        assert outcome.code in (1, 2) and "Traceback" not in outcome.stderr, outcome.stderr[-3000:]
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size"])
@@ -298,8 +302,7 @@ def change_config(model: Path, keys: dict[str, Any]) -> None:
 
 
 def refused_by_a_run(model: Path, folder: Path, reasons: tuple[str, ...]) -> None:
-    """By training with one of the reasons, by the doctor without falling over; validate, which reads config.json
-    alone, has nothing to take memory for."""
+    """With one of the reasons; validate, which reads config.json alone, has nothing to take memory for."""
     (folder / "prompts.jsonl").write_text('{"prompt": "1", "answer": "2"}\n')
     run = folder / "run.yaml"
     run.write_text(
@@ -310,6 +313,5 @@ def refused_by_a_run(model: Path, folder: Path, reasons: tuple[str, ...]) -> Non
         "rollout: {max_completion_length: 4}\n"
     )
     assert refusal("train", run).startswith(reasons)
-    for command, codes in {"doctor": (1, 2), "validate": (0, 2)}.items():
-        outcome = forked.run(WORKER, command, run, timeout_seconds=SECONDS)
-        assert outcome.code in codes and "Traceback" not in outcome.stderr, outcome.stderr[-3000:]
+    outcome = forked.run(WORKER, "validate", run, timeout_seconds=SECONDS)
+    assert outcome.code in (0, 2) and "Traceback" not in outcome.stderr, outcome.stderr[-3000:]
