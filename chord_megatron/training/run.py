@@ -206,7 +206,8 @@ class Run:
         with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
             self.engine.save(self.run_dir.checkpoint(step), state)
         if self.outputs:
-            self.run_dir.publish(step, self.config.train.save_total_limit)
+            for note in self.run_dir.publish(step, self.config.train.save_total_limit):
+                self.outputs.log.message(note)
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_row >= self.config.train.max_skipped_steps:
