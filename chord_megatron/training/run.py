@@ -40,6 +40,7 @@ from chord_megatron.training.stopping import Stopped, StopSignals
 from chord_megatron.training.trainer import ChordTrainer, StepResult
 from chord_megatron.types import Prompt, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.model_files import links_out_of
 
 _NUM_PROBES = 8
 
@@ -91,7 +92,7 @@ class Run:
             self.next_step = self._resume()
             self.outputs: RunOutputs | None = None  # rank 0 writes
             if self.groups.rank == 0:
-                notes = [self.engine.acceleration_note, *data.notes]
+                notes = [self.engine.acceleration_note, *data.notes, *links_out_of(model_dir)]
                 self.outputs = RunOutputs(
                     config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=beginning.changed
                 )
