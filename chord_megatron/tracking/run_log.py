@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
+from chord_megatron.system.files import JsonLines, filter_json_lines, read_json_lines
 from chord_megatron.system.sentences import shown
 from chord_megatron.tracking.progress import Metrics, ProgressLine
 
@@ -95,9 +96,11 @@ class RunLog:
             scalars = {
                 tensorboard_tag(key): value
                 for key, value in record.items()
-                if key != "step" and finite(value) is not None
+                if key != "step" and value is not None and math.isfinite(value)
             }
-            self._curves.write(record["step"], scalars)
+            step = record["step"]
+            assert step is not None
+            self._curves.write(int(step), scalars)
 
 
 def tensorboard_tag(key: str) -> str:

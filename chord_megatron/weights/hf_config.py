@@ -242,7 +242,7 @@ def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
     return theta, scaling
 
 
-def _rope_value(said: dict[str, Any], key: str) -> float:
+def _rope_value(said: dict[str, Any], key: str) -> Any:
     return count(said, key, most=MOST_POSITIONS) if key.endswith("_position_embeddings") else positive(said, key)
 
 
