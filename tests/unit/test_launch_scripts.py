@@ -167,8 +167,8 @@ def test_elastic_nodes(stand_ins: StandIns, rank: str):
     assert stand_ins.run("elastic_nodes.sh", "c.yaml", "a.b=1", NODE_RANK=rank, LOCAL_ADDR="10.0.0.7") == (0, "")
     assert stand_ins.calls("chord-megatron") == ["validate c.yaml --nnodes 2 --nproc-per-node 4 a.b=1"]
     assert stand_ins.calls(command) == [
-        f"{first}--nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node0:29500 --rdzv-id chord"
-        " --rdzv-conf is_host=false,join_timeout=600,read_timeout=600 --local-addr 10.0.0.7"
+        f"{first}--nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node0:29500"
+        " --rdzv-id chord --rdzv-conf is_host=false,join_timeout=600,read_timeout=600 --local-addr 10.0.0.7"
         " -m chord_megatron.train c.yaml a.b=1"
     ]
     assert stand_ins.calls("store") == ["1 30"]
