@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chord_megatron.algorithm.aggregation import LossType, aggregation_weights
+from chord_megatron.algorithm.aggregation import Mean, aggregation_weights
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
+
+TOKEN_MEAN = Mean()
 
 
 @dataclass(frozen=True)
@@ -33,35 +35,37 @@ def build_global_batch(
     *,
     micro_batch_size: int,
     shuffle_seed: int | None = None,
-    loss_type: LossType = "dapo",
-    max_completion_length: int = 0,
+    rollout_mean: Mean = TOKEN_MEAN,
+    expert_mean: Mean = TOKEN_MEAN,
 ) -> GlobalBatch:
     """A data-parallel rank's micro-batches of a step.
 
     samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch.
-    shuffle_seed: None keeps the order. `loss_type` is the mean of the rollout stream; the expert stream's is the
-    token mean.
+    shuffle_seed: None keeps the order.
     """
     order = list(range(len(samples)))
     if shuffle_seed is not None:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
-    rollout_lengths = [0 if sample.is_expert else _num_loss_tokens(sample) for sample in samples]
-    expert_lengths = [_num_loss_tokens(sample) if sample.is_expert else 0 for sample in samples]
-    rollout_weights = aggregation_weights(rollout_lengths, loss_type, max_completion_length=max_completion_length)
-    expert_weights = aggregation_weights(expert_lengths)
-    token_weights = [e if s.is_expert else r for s, r, e in zip(samples, rollout_weights, expert_weights)]
+    weights = [0.0] * len(samples)
+    num_tokens = {}
+    for is_expert, mean in ((False, rollout_mean), (True, expert_mean)):
+        rows = [i for i, sample in enumerate(samples) if sample.is_expert == is_expert]
+        lengths = [_num_loss_tokens(samples[i]) for i in rows]
+        num_tokens[is_expert] = sum(lengths)
+        for i, weight in zip(rows, aggregation_weights(lengths, mean)):
+            weights[i] = weight
 
     mine = order[layout.dp_rank :: layout.dp_size]
     largest_share = -(-len(samples) // layout.dp_size)
     num_micro_batches = _round_up(max(1, -(-largest_share // micro_batch_size)), layout.micro_batch_multiple)
     micro_batches = tuple(
-        pack(samples, mine[start : start + micro_batch_size], token_weights, layout.pad_to_multiple)
+        pack(samples, mine[start : start + micro_batch_size], weights, layout.pad_to_multiple)
         for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
     )
     return GlobalBatch(
         micro_batches=micro_batches,
-        num_rollout_tokens=sum(rollout_lengths),
-        num_expert_tokens=sum(expert_lengths),
+        num_rollout_tokens=num_tokens[False],
+        num_expert_tokens=num_tokens[True],
         num_tokens=sum(len(sample.tokens) for sample in samples),
         lengths=tuple(len(sample.tokens) for sample in samples),
     )

@@ -18,6 +18,7 @@ from chord_megatron.planning.schedule import mu_at
 from chord_megatron.tracking.step_metrics import loss_metrics, rollout_metrics
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream
+from chord_megatron.training.objective import rollout_mean
 from chord_megatron.training.rollout_stream import RolloutStream, StepRollouts
 from chord_megatron.types import GlobalBatch, Metrics, ScoredRollouts, TrainingSample
 
@@ -70,8 +71,7 @@ class ChordTrainer:
             self.engine.batch_layout,
             micro_batch_size=train.micro_batch_size,
             shuffle_seed=train.seed + step if train.packing_order == "shuffled" else None,
-            loss_type=self.config.grpo.loss_type,
-            max_completion_length=self.config.rollout.max_completion_length,
+            rollout_mean=rollout_mean(self.config),
         )
 
     def describe(self, scored: ScoredRollouts | None) -> Metrics:

@@ -6,13 +6,14 @@ import dataclasses
 import math
 from decimal import Decimal, localcontext
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from chord_megatron.algorithm.advantages import group_advantages, zero_std_fraction
-from chord_megatron.algorithm.aggregation import aggregation_weights
+from chord_megatron.algorithm.aggregation import Aggregation, Mean, aggregation_weights
 from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.algorithm.objective import Objective, chord_loss
@@ -131,37 +132,64 @@ def test_mu_without_decay_drops_from_warmup_to_the_valley():
 # --- aggregation weights --------------------------------------------------------------------------------------------
 
 
+MEANS = [Mean(aggregation, 8) for aggregation in get_args(Aggregation)]
+
+
 @pytest.mark.parametrize(
-    ("loss_type", "expected"),
+    ("aggregation", "expected"),
     [
-        ("dapo", [1 / 10, 1 / 10, 1 / 10]),  # one over all tokens
-        ("grpo", [1 / 6, 1 / 9, 1 / 15]),  # 1 / (3 sequences * length)
-        ("dr_grpo", [1 / 24, 1 / 24, 1 / 24]),  # 1 / (3 sequences * 8)
+        ("token_mean", [1 / 10, 1 / 10, 1 / 10]),  # one over all tokens
+        ("sequence_mean", [1 / 6, 1 / 9, 1 / 15]),  # 1 / (3 sequences * length)
+        ("sequence_sum", [1 / 3, 1 / 3, 1 / 3]),
+        ("fixed_length", [1 / 24, 1 / 24, 1 / 24]),  # 1 / (3 sequences * 8)
     ],
 )
-def test_aggregation_weights_by_hand(loss_type: str, expected: list[float]):
-    assert aggregation_weights([2, 3, 5], loss_type, max_completion_length=8) == pytest.approx(expected, rel=1e-15)
+def test_aggregation_weights_by_hand(aggregation: Aggregation, expected: list[float]):
+    assert aggregation_weights([2, 3, 5], Mean(aggregation, 8)) == pytest.approx(expected, rel=1e-15)
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "per_token"),
-    [("dapo", [1 / 6, 1 / 6]), ("grpo", [1 / 4, 1 / 8]), ("dr_grpo", [1 / 16, 1 / 16])],
+    ("aggregation", "dropped", "kept"),
+    [
+        ("token_mean", [1 / 6, 1 / 6], [1 / 6, 1 / 6]),
+        ("sequence_mean", [1 / 4, 1 / 8], [1 / 8, 1 / 16]),
+        ("sequence_sum", [1 / 2, 1 / 2], [1 / 4, 1 / 4]),
+        ("fixed_length", [1 / 16, 1 / 16], [1 / 32, 1 / 32]),
+    ],
 )
-def test_filtered_sequences_do_not_count(loss_type: str, per_token: list[float]):
-    weights = aggregation_weights([0, 2, 0, 4], loss_type, max_completion_length=8)
-    assert [weights[1], weights[3]] == pytest.approx(per_token, rel=1e-15)
-    assert all(math.isfinite(weight) for weight in weights)
+def test_filtered_sequences_count_only_where_that_is_asked_for(
+    aggregation: Aggregation, dropped: list[float], kept: list[float]
+):
+    for counts_filtered, per_token in ((False, dropped), (True, kept)):
+        weights = aggregation_weights([0, 2, 0, 4], Mean(aggregation, 8, counts_filtered))
+        assert [weights[1], weights[3]] == pytest.approx(per_token, rel=1e-15)
+        assert all(math.isfinite(weight) for weight in weights)
 
 
 def test_a_sequence_of_one_token_is_a_sequence():
-    assert aggregation_weights([1, 3], "grpo") == pytest.approx([1 / 2, 1 / 6], rel=1e-15)
-    assert aggregation_weights([1, 3], "dr_grpo", max_completion_length=4) == [1 / 8, 1 / 8]
+    assert aggregation_weights([1, 3], Mean("sequence_mean")) == pytest.approx([1 / 2, 1 / 6], rel=1e-15)
+    assert aggregation_weights([1, 3], Mean("fixed_length", 4)) == [1 / 8, 1 / 8]
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_an_empty_stream_has_zero_weights(loss_type: str):
-    assert aggregation_weights([0, 0], loss_type, max_completion_length=8) == [0.0, 0.0]
-    assert aggregation_weights([], loss_type, max_completion_length=8) == []
+@pytest.mark.parametrize("mean", [*MEANS, Mean(rows=2), Mean(rows=1, by_rows=True)])
+def test_an_empty_stream_has_zero_weights(mean: Mean):
+    assert aggregation_weights([0, 0], mean) == [0.0, 0.0]
+    assert aggregation_weights([], mean) == []
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "by_rows", "expected"),
+    [
+        # Two micro-batches: of 2 + 3 tokens, and of 5.
+        ("token_mean", False, [1 / 10, 1 / 10, 1 / 10]),
+        ("token_mean", True, [2 / 15, 2 / 15, 1 / 15]),
+        ("sequence_mean", False, [1 / 8, 1 / 12, 1 / 10]),
+        ("sequence_mean", True, [1 / 6, 1 / 9, 1 / 15]),  # full micro-batches or not: the mean over the step
+    ],
+)
+def test_means_of_micro_batches_by_hand(aggregation: Aggregation, by_rows: bool, expected: list[float]):
+    mean = Mean(aggregation, rows=2, by_rows=by_rows)
+    assert aggregation_weights([2, 3, 5], mean) == pytest.approx(expected, rel=1e-15)
 
 
 # --- token losses ---------------------------------------------------------------------------------------------------
@@ -290,6 +318,9 @@ def make_log_probs(samples: list[TrainingSample]) -> list[Tensor]:
     ]
 
 
+MEAN_OF = {"dapo": Mean(), "grpo": Mean("sequence_mean"), "dr_grpo": Mean("fixed_length", 16)}
+
+
 def naive_objective(
     samples, log_probs, *, mu, use_phi, beta, loss_type, epsilon=EPSILON, epsilon_high=EPSILON_HIGH
 ) -> tuple[Tensor, Tensor]:
@@ -372,7 +403,7 @@ def test_chord_loss_equals_the_definition(mu, use_phi, off_policy, beta, loss_ty
     rollout, expert = naive_objective(samples, rows, mu=mu, use_phi=use_phi, beta=beta, loss_type=loss_type)
     expected = (1 - mu) * rollout + mu * expert
 
-    batch = one_rank(samples, BatchLayout(pad_to_multiple=8), loss_type=loss_type, max_completion_length=16)
+    batch = one_rank(samples, BatchLayout(pad_to_multiple=8), rollout_mean=MEAN_OF[loss_type])
     loss, sums = sum_over_batches([batch], rows, mu=mu, beta=beta, use_phi=use_phi)
 
     torch.testing.assert_close(loss, expected, **FP64_SUM)
@@ -402,12 +433,12 @@ def test_the_loss_does_not_depend_on_the_split(micro_batch_size, dp_size, shuffl
     samples = make_samples(off_policy=True, with_ref=True)
     rows = make_log_probs(samples)
     settings = {"mu": 0.3, "beta": 0.1, "use_phi": True}
-    whole, whole_sums = sum_over_batches([one_rank(samples, loss_type=loss_type)], rows, **settings)
+    whole, whole_sums = sum_over_batches([one_rank(samples, rollout_mean=MEAN_OF[loss_type])], rows, **settings)
     parts = [
         one_rank(
             samples,
             BatchLayout(dp_rank=rank, dp_size=dp_size, pad_to_multiple=4, micro_batch_multiple=2),
-            loss_type=loss_type,
+            rollout_mean=MEAN_OF[loss_type],
             micro_batch_size=micro_batch_size,
             shuffle_seed=shuffle_seed,
         )
@@ -426,7 +457,7 @@ def test_an_arbitrary_step_within_the_rounding_of_its_float32_weights():
     samples = [*make_samples(off_policy=True, with_ref=False)[1:4], *make_samples(off_policy=True, with_ref=False)]
     rows = make_log_probs(samples)
     rollout, expert = naive_objective(samples, rows, mu=0.3, use_phi=False, beta=0.0, loss_type="grpo")
-    batch = one_rank(samples, loss_type="grpo", micro_batch_size=2)
+    batch = one_rank(samples, rollout_mean=MEAN_OF["grpo"], micro_batch_size=2)
     loss, _ = sum_over_batches([batch], rows, mu=0.3, beta=0.0, use_phi=False)
     # |l_t| <= 1.5 * e^2.5 for the ratios drawn, and both streams' weights sum to 1.
     assert abs(loss.item() - (0.7 * rollout + 0.3 * expert).item()) <= 2**-24 * 1.5 * math.exp(2.5)

@@ -26,7 +26,7 @@ from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.schedule import mu_at
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.yaml_text import write_yaml
-from chord_megatron.training.objective import build_objective
+from chord_megatron.training.objective import build_objective, rollout_mean
 from chord_megatron.types import TrainingSample
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -190,8 +190,7 @@ def check_it_computes(config: Config) -> None:
         [sample],
         BatchLayout(),
         micro_batch_size=1,
-        loss_type=config.grpo.loss_type,
-        max_completion_length=rollout.max_completion_length,
+        rollout_mean=rollout_mean(config),
     )
     log_probs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     objective = build_objective(config.grpo, config.chord)

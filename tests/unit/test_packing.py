@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from chord_megatron.algorithm.aggregation import Aggregation, Mean
 from chord_megatron.batching.packing import BatchLayout, build_global_batch, pack, unpack
 from chord_megatron.types import GlobalBatch, TrainingSample
 
@@ -152,10 +153,10 @@ def test_a_loss_mask_on_the_first_token_is_never_counted():
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "first", "second"),
-    [("dapo", 1 / 8, 1 / 8), ("grpo", 1 / 4, 1 / 12), ("dr_grpo", 1 / 32, 1 / 32)],
+    ("aggregation", "first", "second"),
+    [("token_mean", 1 / 8, 1 / 8), ("sequence_mean", 1 / 4, 1 / 12), ("fixed_length", 1 / 32, 1 / 32)],
 )
-def test_the_rollout_mean_does_not_touch_the_expert_mean(loss_type: str, first: float, second: float):
+def test_the_rollout_mean_does_not_touch_the_expert_mean(aggregation: Aggregation, first: float, second: float):
     samples = [
         sample([0] * 3, [0, 1, 1]),
         sample([0] * 5, [0, 1, 1, 1, 1], is_expert=True),
@@ -163,7 +164,7 @@ def test_the_rollout_mean_does_not_touch_the_expert_mean(loss_type: str, first: 
         sample([0] * 4, [0, 0, 0, 0]),  # filtered: no token, no sequence
     ]
     (batch,) = build_global_batch(
-        samples, BatchLayout(), micro_batch_size=4, loss_type=loss_type, max_completion_length=16
+        samples, BatchLayout(), micro_batch_size=4, rollout_mean=Mean(aggregation, 16)
     ).micro_batches
     weights = unpack(batch, batch.rollout_weights)
     as_float32 = torch.tensor([first, second])
@@ -210,11 +211,11 @@ def test_counts_are_global_and_equal_on_every_rank(dp_size: int):
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_each_stream_sums_to_a_mean(dp_size: int, loss_type: str):
+@pytest.mark.parametrize("mean", [Mean("token_mean"), Mean("sequence_mean"), Mean(rows=2), Mean(rows=3, by_rows=True)])
+def test_each_stream_sums_to_a_mean(dp_size: int, mean: Mean):
     """The weights of all ranks and micro-batches sum to 1, within one part in 2^24: the rounding of a float32."""
     ranks = all_ranks(
-        step(), BatchLayout(dp_size=dp_size, micro_batch_multiple=2), micro_batch_size=2, loss_type=loss_type
+        step(), BatchLayout(dp_size=dp_size, micro_batch_multiple=2), micro_batch_size=2, rollout_mean=mean
     )
     for name in ("rollout_weights", "expert_weights"):
         total = sum(getattr(b, name).double().sum().item() for rank in ranks for b in rank.micro_batches)
