@@ -84,7 +84,9 @@ class _Process:
         _stay_on_this_machine(config)
         with ExitStack() as opened:
             if self._rank == 0:
-                opened.enter_context(held(Path(config.train.output_dir)))
+                run_dir = RunDir(Path(config.train.output_dir))
+                run_dir.refuse_unusable()
+                opened.enter_context(held(run_dir.path))
             if self._world_size > 1:
                 opened.enter_context(self._heartbeat())
             Run(config, self.signals, self.where).train()

@@ -81,7 +81,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def train_here(config: Path, *overrides: str) -> Outcome:
     """`chord-megatron train` on one process, in this one: imports take longer than such a run."""
-    result = CliRunner().invoke(app, ["train", str(config), *overrides])
+    return run_here("train", config, *overrides)
+
+
+def run_here(command: str, config: Path, *overrides: str) -> Outcome:
+    """Another command so."""
+    result = CliRunner().invoke(app, [command, str(config), *overrides])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)

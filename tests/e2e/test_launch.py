@@ -141,6 +141,7 @@ def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(
     keeper, member = start(0, HOLD_AT_CALL="6"), start(1, HOLD_AT_CALL="4")
     wait_until(lambda: logged_steps(run) == [0, 1, 2], keeper)
     assert latest(run) == "step_2"
+    assert where_it_listens(keeper, port) == {"127.0.0.1"}, "RDZV_ENDPOINT, and nowhere else"
     assert kill(member) == [], "the workers outlived their agent"
     finish(member)
     member = start(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing.process
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -25,6 +26,17 @@ def test_a_save_starts_no_process(config: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail(f"started {self}"))
     succeeded(train_here(config, "train.train_iters=2"))
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "__0_0_0.distcp").is_file()
+
+
+def test_a_link_that_is_not_copied_is_said_once(config: Path, assets: Path, tmp_path: Path):
+    """Not by each save, of which the export and the checkpoint copy the model's files."""
+    model = shutil.copytree(assets / "model", tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("of somebody else")
+    (model / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    outcome = succeeded(train_here(config, f"model.path={model}", "train.train_iters=2", "train.save_steps=1"))
+    sentence = f"{model}/notes.txt is a link to {tmp_path}/notes.txt, outside of the model's folder: not copied\n"
+    assert outcome.stdout.count("not copied") == outcome.stdout.count(sentence) == 1
+    assert not list((tmp_path / "run").rglob("notes.txt"))
 
 
 # What is killed: the launcher, or a rank. Always amid a save.

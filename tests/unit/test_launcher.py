@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -50,3 +53,34 @@ def test_where_the_processes_of_a_machine_meet_is_the_user_s_alone_and_goes():
         folder = os.path.dirname(meeting["CHORD_STORE_FILE"])
         assert os.stat(folder).st_mode & 0o777 == 0o700
     assert not os.path.exists(folder)
+
+
+LAUNCHER = """
+import time
+from chord_megatron.system.launcher import Launch
+with Launch(2).meeting() as meeting:
+    store = meeting["CHORD_STORE_FILE"]
+    open(store, "w").close()
+    print(store, flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_what_a_killed_launcher_left_goes_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And what one that lives has, stays."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command, environment = [sys.executable, "-c", LAUNCHER], {**os.environ, "TMPDIR": str(tmp_path)}
+    launchers = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        killed, alive = (Path(launcher.stdout.readline().strip()) for launcher in launchers)
+        launchers[0].kill()
+        launchers[0].wait()
+        assert killed.is_file()
+        with TWO.meeting():
+            assert not killed.parent.exists()
+            assert alive.is_file()
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+            launcher.wait()
+    assert [*tmp_path.iterdir()] == [alive.parent]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -63,6 +64,26 @@ def test_pruning_leaves_what_it_does_not_know(tmp_path: Path):
     run_dir.checkpoint(4).mkdir()
     run_dir.publish(4, keep=1)
     assert names(tmp_path / "checkpoints") == {"step_4", "latest", *others}
+
+
+def test_what_cannot_be_removed_is_said_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = saved(tmp_path, 1, 2)
+    run_dir.hf(1).joinpath("weights").unlink()
+    remove = os.rmdir
+
+    def refuse(path: str, **options: int) -> None:
+        if "step_1" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    complete(run_dir.checkpoint(3))
+    assert run_dir.publish(3, keep=1) == [
+        f"{folder} cannot be removed (Permission denied) and stays; remove it yourself"
+        for folder in (run_dir.checkpoint(1), run_dir.hf(1))
+    ]
+    assert names(tmp_path / "checkpoints") == {"step_1", "step_3", "latest"}
+    assert run_dir.resume_step() == 3
 
 
 def test_a_failed_write_leaves_the_old_pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
