@@ -139,6 +139,41 @@ def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return alive
 
 
+def command(process: psutil.Process) -> str:
+    """What it was started as; nothing of one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def family(folder: Path) -> list[psutil.Process]:
+    """All that were started with this folder for temporary files, by whomever, and in whatever session they are.
+
+    Every process that a run starts inherits it, also the rewards', whose environment is cleaned.
+    """
+    return [each for each in psutil.process_iter() if _temporary_folder(each) == str(folder)]
+
+
+def _temporary_folder(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("TMPDIR")
+    except psutil.Error:  # somebody else's, or it has ended
+        return None
+
+
+def alive_after(seconds: float, folder: Path) -> list[str]:
+    """Of a family those that do not end within that time, described and then killed."""
+    deadline = time.monotonic() + seconds
+    while (alive := family(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    described = [f"{each.pid}: {command(each)}" for each in alive]
+    for each in alive:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    return described
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
