@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch.distributed import FileStore
 
 from chord_megatron.system.launcher import Launch, run_processes
 
@@ -47,6 +51,21 @@ def test_places_are_torchrun_s():
 
 def test_where_the_processes_of_a_machine_meet_is_the_user_s_alone_and_goes():
     with TWO.meeting() as meeting:
-        folder = os.path.dirname(meeting["CHORD_STORE_FILE"])
-        assert os.stat(folder).st_mode & 0o777 == 0o700
-    assert not os.path.exists(folder)
+        place = meeting["CHORD_STORE_FILE"]
+        assert os.stat(os.path.dirname(place)).st_mode & 0o077 == 0
+        store, other = (FileStore(place, 2) for _ in range(2))
+        store.set("key", "value")
+        assert other.get("key") == b"value"
+    assert not os.path.exists(place)
+
+
+def test_a_launcher_that_is_killed_leaves_nothing_of_it(tmp_path: Path):
+    program = """
+from chord_megatron.system.launcher import Launch
+import os, signal
+with Launch(nproc_per_node=2).meeting():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert killed.returncode == -signal.SIGKILL
+    assert [*tmp_path.iterdir()] == []
