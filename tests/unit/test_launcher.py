@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from torch.distributed import FileStore
 
@@ -69,3 +71,31 @@ with Launch(nproc_per_node=2).meeting():
     killed = subprocess.run([sys.executable, "-c", program], env={**os.environ, "TMPDIR": str(tmp_path)})
     assert killed.returncode == -signal.SIGKILL
     assert [*tmp_path.iterdir()] == []
+
+
+def test_nobody_outlives_a_launcher_that_is_killed_while_they_import(tmp_path: Path):
+    """Importing torch takes long on a busy machine; here for ever."""
+    started = tmp_path / "imports"
+    (tmp_path / "torch.py").write_text(f"""
+import os, time
+open({str(started)!r} + os.environ["RANK"], "w").write(str(os.getpid()))
+time.sleep(3600)
+""")
+    program = """
+import sys
+from chord_megatron.system.launcher import Launch, run_processes
+run_processes(Launch(nproc_per_node=2), [sys.executable, "-m", "chord_megatron.train"], finishes_its_step=False)
+"""
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    launcher = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path})
+    files = [Path(f"{started}{rank}") for rank in (0, 1)]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    ranks = [psutil.Process(int(file.read_text())) for file in files]
+    launcher.kill()
+    launcher.wait()
+    alive = psutil.wait_procs(ranks, timeout=20)[1]
+    for rank in alive:
+        rank.kill()
+    assert alive == []
