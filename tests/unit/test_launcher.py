@@ -73,29 +73,32 @@ with Launch(nproc_per_node=2).meeting():
     assert [*tmp_path.iterdir()] == []
 
 
-def test_nobody_outlives_a_launcher_that_is_killed_while_they_import(tmp_path: Path):
-    """Importing torch takes long on a busy machine; here for ever."""
-    started = tmp_path / "imports"
-    (tmp_path / "torch.py").write_text(f"""
-import os, time
-open({str(started)!r} + os.environ["RANK"], "w").write(str(os.getpid()))
-time.sleep(3600)
-""")
-    program = """
-import sys
+TRAIN = """
 from chord_megatron.system.launcher import Launch, run_processes
+os.environ["PYTHONPATH"] = sys.argv[1]
 run_processes(Launch(nproc_per_node=2), [sys.executable, "-m", "chord_megatron.train"], finishes_its_step=False)
 """
+SERVE = """
+from chord_megatron.rollout.serving.serve import _supervise
+command = [sys.executable, "-m", "chord_megatron.rollout.serving.vllm_server"]
+_supervise(command, {**os.environ, "PYTHONPATH": sys.argv[1]})
+"""
+
+
+@pytest.mark.parametrize(("program", "processes"), [(TRAIN, 2), (SERVE, 1)], ids=["train", "serve"])
+def test_nobody_outlives_a_launcher_that_is_killed_while_they_import(program: str, processes: int, tmp_path: Path):
+    """Importing torch takes long on a busy machine; here for ever."""
+    source = f"import os, time; os.mkdir({str(tmp_path)!r} + f'/imports-{{os.getpid()}}'); time.sleep(3600)"
+    (tmp_path / "torch.py").write_text(source)
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    launcher = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": path})
-    files = [Path(f"{started}{rank}") for rank in (0, 1)]
-    while not all(file.exists() and file.read_text() for file in files):
+    launcher = subprocess.Popen([sys.executable, "-c", f"import os, sys{program}", path])
+    while len(started := [*tmp_path.glob("imports-*")]) < processes:
         assert launcher.poll() is None
         time.sleep(0.01)
-    ranks = [psutil.Process(int(file.read_text())) for file in files]
+    children = [psutil.Process(int(folder.name.removeprefix("imports-"))) for folder in started]
     launcher.kill()
     launcher.wait()
-    alive = psutil.wait_procs(ranks, timeout=20)[1]
-    for rank in alive:
-        rank.kill()
+    alive = psutil.wait_procs(children, timeout=20)[1]
+    for child in alive:
+        child.kill()
     assert alive == []
