@@ -8,14 +8,15 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-from chord_megatron.rollout.vllm_adapter import import_vllm
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.processes import end_with_parent
+from chord_megatron.system.processes import end_with_launcher
 
 
 def main() -> int:
     """Serve until ended; returns the exit code, 2 for what the user can mend."""
-    end_with_parent()
+    end_with_launcher()  # before what takes long to import
+    from chord_megatron.rollout.vllm_adapter import import_vllm
+
     try:
         import_vllm()
         from chord_megatron.rollout.serving.connections import bound_connections  # uvicorn comes with vLLM
