@@ -38,7 +38,7 @@ def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterato
 
 
 def end_with_launcher() -> None:
-    """End with the launcher or torchrun's agent: orphans would train on, into a resumed run's files; serve, on a port."""
+    """End with the launcher or torchrun's agent: orphans would write on into a resumed run's files, or keep a port."""
     launcher = os.environ.get(LAUNCHER)
     if launcher or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
