@@ -15,6 +15,7 @@ from torch.distributed import FileStore
 
 from chord_megatron.system.launcher import Launch, run_processes
 
+pytestmark = pytest.mark.attack
 TWO = Launch(nproc_per_node=2)
 
 
@@ -101,4 +102,27 @@ def test_nobody_outlives_a_launcher_that_is_killed_while_they_import(program: st
     alive = psutil.wait_procs(children, timeout=20)[1]
     for child in alive:
         child.kill()
+    assert alive == []
+
+
+def test_nothing_that_a_server_has_started_outlives_its_launcher(tmp_path: Path):
+    """As vLLM's engine, which holds the memory of the GPUs and does not ask for its parent's end."""
+    child = tmp_path / "child"
+    (tmp_path / "torch.py").write_text(f"""
+import os, subprocess, time
+open({str(child)!r} + ".new", "w").write(str(subprocess.Popen(["sleep", "3600"]).pid))
+os.rename({str(child)!r} + ".new", {str(child)!r})
+time.sleep(3600)
+""")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    launcher = subprocess.Popen([sys.executable, "-c", f"import os, sys{SERVE}", path])
+    while not child.exists():
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    engine = psutil.Process(int(child.read_text()))
+    launcher.kill()
+    launcher.wait()
+    alive = psutil.wait_procs([engine], timeout=20)[1]
+    for process in alive:
+        process.kill()
     assert alive == []
