@@ -110,14 +110,14 @@ def train_on_forks(config: Path, *overrides: str) -> Outcome:
     return forked.run("chord_megatron.train", config, *overrides, processes=2, timeout_seconds=TIMEOUT_SECONDS)
 
 
-def finish(process: subprocess.Popen[str]) -> Outcome:
+def finish(process: subprocess.Popen[str], seconds: float = TIMEOUT_SECONDS) -> Outcome:
     """Wait for a command; one that hangs is killed and fails the test."""
     try:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+        stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill(process)
-        pytest.fail(f"no end after {TIMEOUT_SECONDS} s: {process.communicate()[1][-2000:]}")
-    return Outcome(process.returncode, stdout, stderr)
+        pytest.fail(f"no end after {seconds} s: {(process.communicate()[1] or '')[-2000:]}")
+    return Outcome(process.returncode, stdout or "", stderr or "")
 
 
 def succeeded(outcome: Outcome) -> Outcome:
@@ -181,14 +181,14 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = TIMEOUT_SECONDS) -> None:
     """Wait for a condition while a command runs; a command that ends first fails the test."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             if process.poll() is None:
                 kill(process)
-            pytest.fail(f"ended or hung before its time: {process.communicate()[1][-2000:]}")
+            pytest.fail(f"ended or hung before its time: {(process.communicate()[1] or '')[-2000:]}")
         time.sleep(0.01)
 
 

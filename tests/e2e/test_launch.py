@@ -125,6 +125,7 @@ def test_two_static_agents_train(undisturbed: Path):
     assert latest(undisturbed) == "step_8"
 
 
+@pytest.mark.attack
 @pytest.mark.slow
 def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(
     undisturbed: Path, overrides: tuple[str, ...], tmp_path: Path

@@ -24,7 +24,7 @@ from harness import (
     write_rows,
 )
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.attack, pytest.mark.e2e]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness import alive_after, command, family, read_metrics, start, succeeded, train_here, train_on_forks, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 
 _SECONDS_TO_END = 10
 
@@ -40,7 +40,7 @@ LAYOUTS = {"one process": (), "two ranks": ("--nproc-per-node", "2", "parallel.t
     ],
 )
 def test_nothing_outlives_a_run_that_is_killed_while_it_saves(
-    layout: str, kills: int, config: Path, tmp_path: Path, measure: Callable[[str, str], None]
+    layout: str, kills: int, config: Path, tmp_path: Path, measure: Callable[[str, int], None]
 ):
     """At random moments of random saves; at the end the run is the undisturbed one."""
     chance = random.Random(f"{layout} {kills}")
@@ -54,9 +54,11 @@ def test_nothing_outlives_a_run_that_is_killed_while_it_saves(
         time.sleep(chance.uniform(0, 0.1))
         victims = [each for each in family(tmp_path) if "-m chord_megatron" in command(each)]  # not the rewards'
         chance.choice(victims).send_signal(signal.SIGKILL)
-        assert alive_after(_SECONDS_TO_END, tmp_path) == []
         process.wait()
-    measure("kills amid a save, none survived by a process", f"{layout}: {kills}")
+        survivors = alive_after(_SECONDS_TO_END, tmp_path)
+        measure("kills survived", 1)
+        measure("survivors found", len(survivors))
+        assert survivors == []
     run = train_here if layout == "one process" else train_on_forks
     options = [option for option in LAYOUTS[layout] if "=" in option]
     succeeded(run(config, *overrides, *options))
