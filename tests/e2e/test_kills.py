@@ -84,7 +84,8 @@ def moment(run: Path) -> Moment:
 def load(request: pytest.FixtureRequest) -> Iterator[None]:
     """Beside a slow test, a busy process for each core."""
     count = os.cpu_count() or 1 if request.node.get_closest_marker("slow") else 0
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    program = "from chord_megatron.system.processes import end_with_parent as end; end()\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(count)]
     yield
     for process in busy:
         process.kill()
