@@ -40,7 +40,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm"),
 ]
 
-ROUNDS = 5  # of a kill of a server's process and one of the run's
+ROUNDS = 4  # of a kill of a server's process and one of the run's
 _SECONDS_TO_END = 10  # after a command itself
 _PHASES = ("weight update", "evaluation", "rollout", "training", "save")
 _ENVIRONMENT = {"CHORD_SERVER_TOKEN": TOKEN}
@@ -115,7 +115,7 @@ def test_a_run_on_servers_that_are_killed_as_it_is_loses_nothing(
     measure: Measure,
 ):
     chance = random.Random(0)
-    steps, recorded = 6 * ROUNDS, tmp_path / "rollouts.jsonl"
+    steps, recorded = 25 * ROUNDS, tmp_path / "rollouts.jsonl"
     overrides = (
         *eventful,
         "rollout.engine=vllm",
