@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -168,3 +170,40 @@ def test_without_a_token_the_connection_ends(
         request = b"POST /inference/v1/generate HTTP/1.1\r\nHost: x\r\n" + authorization + body
         assert answer(port, request).startswith(b"HTTP/1.1 401")
         measure("requests without a token, all refused", 1)
+
+
+DYING = """
+import asyncio, socket
+import uvicorn
+from chord_megatron.rollout.serving import connections
+
+connections.SECONDS_FOR_ANSWERS = 0.5
+
+async def engine(scope, receive, send):
+    if scope["type"] == "http":
+        server.should_exit = True
+        await asyncio.Event().wait()
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+
+connections.bound_connections()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+server = uvicorn.Server(uvicorn.Config(engine, log_level="error"))
+asyncio.run(server.serve(sockets=[listener]))
+"""
+
+
+def test_a_server_ends_though_its_engine_never_answers() -> None:
+    """As vLLM's where its engine has died: a request is under way, and nobody would start another server."""
+    server = subprocess.Popen([sys.executable, "-c", DYING], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        with socket.create_connection(("127.0.0.1", int(server.stdout.readline())), timeout=60) as connection:
+            connection.sendall(GOOD)
+            assert server.wait(timeout=60) == 1
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
