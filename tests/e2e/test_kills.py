@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 from harness import (
     TIMEOUT_SECONDS,
     Outcome,
     alive_after,
+    command,
     family,
     files_below,
     read_metrics,
@@ -117,7 +119,7 @@ class Attacks:
             wait_until(lambda: _written(run) != before and moment(run).place >= aim.place, process)
             time.sleep(self._chance.uniform(0, 0.04))
         victim = self._chance.choice(family(self._temporary))
-        kind = _kind(victim.cmdline())
+        kind = kind_of(victim)
         victim.send_signal(signal.SIGKILL)
         since = time.monotonic()
         self.hits[moment(run).phase if _written(run) != before else "start"] += 1
@@ -147,9 +149,10 @@ def _written(run: Path) -> int | None:
     return log.stat().st_mtime_ns if log.exists() else None
 
 
-def _kind(command: list[str]) -> str:
-    names = {"chord_megatron.cli": "command", "chord_megatron.train": "rank"}
-    return next((kind for name, kind in names.items() if name in command), "rewards")
+def kind_of(process: psutil.Process) -> str:
+    """Which process of a run it is, while it lives."""
+    names = {"-m chord_megatron.cli": "command", "-m chord_megatron.train": "rank"}
+    return next((kind for name, kind in names.items() if name in command(process)), "rewards")
 
 
 def _listed(counts: Counter[str]) -> str:
@@ -176,8 +179,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_undisturbed_one(
     steps = 2 * kills + 4
     how = LAYOUTS[layout]
     overrides = (*eventful, *how.overrides, f"train.train_iters={steps}")
-    command = ("chord_megatron.cli", "train", config, *overrides, *how.options)
-    attacks = Attacks(command, tmp_path, f"{layout} {kills}", measure)
+    arguments = ("chord_megatron.cli", "train", config, *overrides, *how.options)
+    attacks = Attacks(arguments, tmp_path, f"{layout} {kills}", measure)
     attacks.kill(kills)
     succeeded(how.finish(config, *overrides))
     undisturbed = tmp_path / "undisturbed"

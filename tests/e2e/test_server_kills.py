@@ -7,6 +7,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from harness import (
     weight_bytes,
     write_config,
 )
-from test_kills import Measure, moment
+from test_kills import Measure, kind_of, moment
 from test_vllm_servers import READY_SECONDS, TOKEN
 
 pytestmark = [
@@ -43,7 +44,7 @@ pytestmark = [
 ROUNDS = 4  # of a kill of a server's process and one of the run's
 _SECONDS_TO_END = 10  # after a command itself
 _PHASES = ("weight update", "evaluation", "rollout", "training", "save")
-_ENVIRONMENT = {"CHORD_SERVER_TOKEN": TOKEN}
+_MOST_STEPS = 4  # in which a phase is waited for: some are short
 
 
 class Served:
@@ -70,7 +71,7 @@ class Served:
         """
         supervisor = psutil.Process(self._process.pid)
         others = supervisor.children(recursive=True)
-        victim = chance.choice([supervisor, *others])
+        victim = chance.choice([supervisor, *(each for each in others if "resource_tracker" not in command(each))])
         kind = "serve" if victim == supervisor else "API server" if "vllm_server" in command(victim) else "engine"
         victim.send_signal(signal.SIGKILL)
         survivors = [command(each) for each in psutil.wait_procs(others, timeout=TIMEOUT_SECONDS)[1]]
@@ -106,6 +107,12 @@ def phase(run: Path, weights: Path) -> str:
     return "weight update" if is_sending else moment(run).phase
 
 
+def is_at(run: Path, weights: Path, steps: int, aim: str) -> bool:
+    """Whether a run has come to a phase of any step from that number on; or has missed it in several."""
+    reached = moment(run).steps
+    return reached >= steps and (phase(run, weights) == aim or reached >= steps + _MOST_STEPS)
+
+
 def test_a_run_on_servers_that_are_killed_as_it_is_loses_nothing(
     vllm_assets: Path,
     servers: list[Served],
@@ -115,7 +122,7 @@ def test_a_run_on_servers_that_are_killed_as_it_is_loses_nothing(
     measure: Measure,
 ):
     chance = random.Random(0)
-    steps, recorded = 25 * ROUNDS, tmp_path / "rollouts.jsonl"
+    steps, recorded = 10 * ROUNDS, tmp_path / "rollouts.jsonl"
     overrides = (
         *eventful,
         "rollout.engine=vllm",
@@ -146,14 +153,14 @@ def test_a_run_on_servers_that_are_killed_as_it_is_loses_nothing(
         process, before = begin(record), moment(run).steps
         for victims, aim in zip((servers[number % 2], None), (phases.pop(), phases.pop())):
             reached = before + (1 if victims else 3)  # the survivor alone takes it there
-            wait_until(lambda: moment(run).steps >= reached and phase(run, weights) == aim, process, READY_SECONDS)  # noqa: B023
+            wait_until(partial(is_at, run, weights, reached, aim), process, READY_SECONDS)
             when = phase(run, weights)
             if victims is not None:
                 kind, survivors = victims.kill_any(chance)
                 count(kind, when, survivors)
                 continue
             victim = chance.choice(family(temporary))
-            kind = "launcher" if victim.pid == process.pid else "rank" if "chord" in command(victim) else "rewards"
+            kind = kind_of(victim)
             victim.send_signal(signal.SIGKILL)
             assert process.wait(READY_SECONDS) != 0
             count(kind, when, alive_after(_SECONDS_TO_END, temporary))
