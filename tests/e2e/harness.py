@@ -36,7 +36,7 @@ def write_config(assets: Path, directory: Path) -> Path:
     config = {
         "model": {"path": str(assets / "model"), "dtype": "float32"},
         "data": {"dataset": str(assets / "prompts.jsonl"), "max_prompt_length": 48},
-        "rewards": {"reward_funcs": [f"{assets / 'rewards.py'}:letters"]},
+        "rewards": {"reward_funcs": [f"{assets / 'rewards.py'}:letters"], "environment": ["HOLD_AT_CALL"]},
         "rollout": {"num_generations": 4, "max_completion_length": 8},
         "chord": {
             "chord_sft_dataset": str(assets / "experts.jsonl"),
