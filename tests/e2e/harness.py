@@ -36,7 +36,11 @@ def write_config(assets: Path, directory: Path) -> Path:
     config = {
         "model": {"path": str(assets / "model"), "dtype": "float32"},
         "data": {"dataset": str(assets / "prompts.jsonl"), "max_prompt_length": 48},
-        "rewards": {"reward_funcs": [f"{assets / 'rewards.py'}:letters"], "environment": ["HOLD_AT_CALL"]},
+        "rewards": {
+            "reward_funcs": [f"{assets / 'rewards.py'}:letters"],
+            "environment": ["HOLD_AT_CALL"],
+            "timeout_seconds": 3600,  # of a function that waits for a test
+        },
         "rollout": {"num_generations": 4, "max_completion_length": 8},
         "chord": {
             "chord_sft_dataset": str(assets / "experts.jsonl"),
