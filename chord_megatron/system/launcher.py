@@ -9,18 +9,14 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
-from chord_megatron.system.held_folders import held_folder, remove_abandoned
 from chord_megatron.system.processes import LAUNCHER, SECONDS_TO_ASK_AGAIN, STORE_FILE, signal_name, stop_signals_to
 
-_MEETING = "chord-meeting"
 _SECONDS_BETWEEN_LOOKS = 0.1
 _SECONDS_TO_STOP = 30  # after a signal: then they are killed, as torchrun does
 
@@ -60,10 +56,11 @@ class Launch:
         if self.nnodes > 1:
             yield {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
             return
-        parent = Path(tempfile.gettempdir())
-        remove_abandoned(parent, _MEETING, files="store")
-        with held_folder(parent, _MEETING, mode=0o700) as folder:  # the user's alone
-            yield {"MASTER_ADDR": "127.0.0.1", STORE_FILE: str(folder / "store")}
+        store = os.memfd_create("chord-store")  # in no folder: it goes with its processes, however they end
+        try:  # /proc/PID/fd is the user's alone
+            yield {"MASTER_ADDR": "127.0.0.1", STORE_FILE: f"/proc/{os.getpid()}/fd/{store}"}
+        finally:
+            os.close(store)
 
 
 def run_processes(launch: Launch, command: Sequence[str], *, finishes_its_step: bool) -> int:

@@ -67,6 +67,10 @@ class RunDir:
         """Whether something names the latest checkpoint."""
         return self._latest.exists()
 
+    def lacks_export(self, step: int) -> bool:
+        """Whether a save of `step` was killed after its checkpoint, before its export and the first pointer."""
+        return not self.has_pointer and not self.hf(step).exists()
+
     @property
     def has_begun(self) -> bool:
         """Whether there is anything of a step."""
@@ -131,7 +135,8 @@ class RunDir:
         atomic_write(self._latest, [f"step_{step}\n".encode()])
         saved = [other for other in self.saved_steps() if other <= step]
         stale = saved[:-keep] if keep else []
-        return [said for old in stale for folder in (self.checkpoint(old), self.hf(old)) for said in _remove(folder)]
+        # The checkpoint last: it is what a pruning that is killed is taken up again by.
+        return [said for old in stale for folder in (self.hf(old), self.checkpoint(old)) for said in _remove(folder)]
 
     def saved_steps(self) -> list[int]:
         """The steps whose checkpoints are there, in order."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -58,6 +58,7 @@ class Run:
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
         beginning = find_beginning(self.run_dir, config, plan)
         self._resume_step = beginning.step
+        self._lacks_export = beginning.step is not None and self.run_dir.lacks_export(beginning.step)
         self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
@@ -111,6 +112,8 @@ class Run:
         """Evaluate, step, log and save until train_iters."""
         self.signals.is_noted_only = self.config.train.save_on_signal
         with self._opened, self.where.within("log"):
+            if self._lacks_export:
+                self._finish_save()
             while self.next_step < self.config.train.train_iters:
                 self.where.step = self.next_step
                 self._evaluate()
@@ -194,8 +197,19 @@ class Run:
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
         }
-        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
+        with self._exported(step):
             self.engine.save(self.run_dir.checkpoint(step), state)
+
+    def _finish_save(self) -> None:
+        """What the run that was killed in its first save had still to do."""
+        with self.where.within("save"), self._exported(self.next_step):
+            pass
+
+    @contextmanager
+    def _exported(self, step: int) -> Iterator[None]:
+        """Within, the checkpoint is saved, if it is not there."""
+        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
+            yield
         if self.outputs:
             for note in self.run_dir.publish(step, self.config.train.save_total_limit):
                 self.outputs.log.message(note)

@@ -28,7 +28,7 @@ from harness import (
 
 from chord_megatron.tracking.run_lock import held
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.attack, pytest.mark.e2e]
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,21 @@ def test_a_lost_pointer_loses_nothing(run: Path, config: Path):
     assert f"resuming {run} at step 4; since then train.train_iters 4 -> 6\n" in outcome.stdout
     assert [line["step"] for line in read_metrics(run)] == [0, 1, 2, 3, 4, 5]
     assert {name: files_below(run)[name] for name in before} == before
+
+
+def test_a_first_save_that_was_killed_before_its_export_is_made_up_for(run: Path, config: Path):
+    """The checkpoint is complete; neither the export nor the pointer is there."""
+    weights = weight_bytes(run, 4)
+    shutil.rmtree(run / "hf")
+    shutil.rmtree(run / "checkpoints" / "step_2")
+    for name in ("latest", "finished"):
+        (run / "checkpoints" / name).unlink()
+
+    outcome = succeeded(train_here(config, "train.train_iters=4", "train.save_steps=4"))
+
+    assert f"model: {run / 'hf' / 'step_4'}\n" in outcome.stdout
+    assert weight_bytes(run, 4) == weights
+    assert (run / "checkpoints" / "latest").read_text() == "step_4\n"
 
 
 def test_a_run_that_is_taken_back_keeps_what_was_newer(run: Path, config: Path):

@@ -27,6 +27,8 @@ from chord_megatron.checkpoints.conversion import hf_to_megatron
 from tests.tiny_families import YARN_ROPE, write_model
 from tests.tiny_tokenizer import write_tokenizer
 
+pytestmark = pytest.mark.attack
+
 WORKER = Path(__file__).with_name("bounded_worker.py")
 SECONDS = 300  # each takes one; what is not refused takes years
 
@@ -108,7 +110,10 @@ METADATA: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("attack", METADATA)
-def test_metadata_take_time_and_memory_by_their_length(models: Path, tmp_path: Path, attack: str) -> None:
+def test_metadata_take_time_and_memory_by_their_length(
+    models: Path, tmp_path: Path, attack: str, measure: Callable[[str, int], None]
+) -> None:
+    measure("hostile files, all refused within bounds", 1)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / ".metadata").write_bytes(METADATA[attack]())
@@ -186,7 +191,10 @@ COMMON: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("attack", COMMON)
-def test_a_common_state_takes_time_and_memory_by_its_length(models: Path, tmp_path: Path, attack: str) -> None:
+def test_a_common_state_takes_time_and_memory_by_its_length(
+    models: Path, tmp_path: Path, attack: str, measure: Callable[[str, int], None]
+) -> None:
+    measure("hostile files, all refused within bounds", 1)
     folder = tmp_path / "checkpoint"
     shutil.copytree(models / "megatron", folder)
     COMMON[attack](folder / "common.pt")
@@ -198,9 +206,10 @@ def test_a_common_state_takes_time_and_memory_by_its_length(models: Path, tmp_pa
 
 @pytest.mark.parametrize("attack", ["compressed", "a key of nested tuples", "an array of 8 GB"])
 def test_a_tensor_of_a_checkpoint_takes_time_and_memory_by_its_length(
-    models: Path, tmp_path: Path, attack: str
+    models: Path, tmp_path: Path, attack: str, measure: Callable[[str, int], None]
 ) -> None:
     """Each is a file of torch.save within a larger one."""
+    measure("hostile files, all refused within bounds", 1)
     folder, file = tmp_path / "checkpoint", tmp_path / "file"
     shutil.copytree(models / "megatron", folder)
     if attack == "compressed":
@@ -237,8 +246,11 @@ OF_THE_DOCTOR = ("layers", "the most layers", "layers of experts", "width")  # w
 
 
 @pytest.mark.parametrize("attack", CONFIGS)
-def test_a_config_takes_time_and_memory_by_its_length(tmp_path: Path, attack: str) -> None:
+def test_a_config_takes_time_and_memory_by_its_length(
+    tmp_path: Path, attack: str, measure: Callable[[str, int], None]
+) -> None:
     """In each command: the tables of names grow with layers and experts, the model with all its sizes."""
+    measure("hostile files, all refused within bounds", 1)
     family, keys = CONFIGS[attack]
     model = tmp_path / "model"
     write_model(model, family, num_hidden_layers=2, hidden_size=16)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -234,3 +236,21 @@ def test_what_is_newer_than_the_step_resumed_from_is_set_aside(tmp_path: Path) -
     assert names(tmp_path / "hf" / "step_22.set-aside") == {"first"}
     assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl.set-aside").read_text() == "lines"
     assert run.set_aside(10) == []
+
+
+def test_pruning_that_is_killed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After any of its removals: no export outlives its checkpoint, by which the next pruning finds both."""
+    removals = shutil.rmtree
+
+    def kill(path: Path, **options: Any) -> None:
+        removals(path, **options)
+        raise KeyboardInterrupt
+
+    run_dir = saved(tmp_path, 1, 2)
+    monkeypatch.setattr(shutil, "rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_dir.publish(2, keep=1)
+    monkeypatch.undo()
+    saved(tmp_path, 3, keep=1)
+    assert names(tmp_path / "checkpoints") == {"step_3", "latest"}
+    assert names(tmp_path / "hf") == {"step_3"}
