@@ -17,12 +17,12 @@ from uuid import uuid4
 
 
 @contextmanager
-def held_folder(parent: Path, kind: str, *, mode: int = 0o777) -> Iterator[Path]:
+def held_folder(parent: Path, kind: str) -> Iterator[Path]:
     """A new folder `kind`-NUMBER in `parent`, which is made if need be. Raises OSError where there can be none."""
     folder = parent / f"{kind}-{uuid4().hex}"
     unlocked = folder.with_name(f".{folder.name}")  # a name that nobody takes for an abandoned one
     parent.mkdir(parents=True, exist_ok=True)
-    unlocked.mkdir(mode)
+    unlocked.mkdir()
     lock = os.open(unlocked, os.O_RDONLY)
     with suppress(OSError):  # a disk without locks, where nobody gets one either
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
