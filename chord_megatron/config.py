@@ -186,7 +186,9 @@ class GRPOConfig(_Group):
     advantage_estimator: AdvantageEstimator = "grpo"
     # What advantages are divided by; None = what is usual with the estimator.
     scale_rewards: Scale | None = None
-    overlong_filter: bool = False  # drop completions without an end token from the loss
+    overlong_filter: bool = False  # completions without an end token have no loss
+    # Whether those still count in the denominators; None = as chord.semantics.
+    filtered_count: Literal["drop", "keep"] | None = None
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs

@@ -127,7 +127,7 @@ class TrainingSample:
     rollout_log_probs: Tensor | None = None  # [length] float32
     old_log_probs: Tensor | None = None  # [length] float32, None when on-policy
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
-    token_weights: float | Tensor = 1.0  # or [length], of expert tokens; they do not enter the denominator
+    token_weights: float | Tensor = 1.0  # or [length]; they do not enter the denominator
     row: int | None = None  # number in its data set, of an expert's
 
     @property

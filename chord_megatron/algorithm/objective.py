@@ -32,6 +32,8 @@ from chord_megatron.algorithm.policy_losses import (
 from chord_megatron.algorithm.sequences import Sequences
 from chord_megatron.types import LossResult, MicroBatch
 
+KLPenalty = Callable[[Tensor, Tensor], Tensor]  # (log_probs, ref_log_probs) -> [tokens]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -41,10 +43,12 @@ class Objective:
     ratio_level: RatioLevel = token_log_ratios
     expert_weight: ExpertWeight = uniform
     beta: float = 0.0  # coefficient of the KL penalty against the reference
-    kl_estimator: Callable[[Tensor, Tensor], Tensor] = KL_ESTIMATORS["k3"]
+    kl_estimator: KLPenalty = KL_ESTIMATORS["k3"]
     kl_in_reward: bool = False  # the penalty is in the advantages, and here only measured
     entropy_coef: float = 0.0  # of the mean entropy, which is taken from the loss
     importance: ImportanceCorrection | None = None  # against the sampler's log-probs
+    log_ratio_bound: float | None = None  # log(pi / pi_old) is kept within +-this
+    weighs_kl: bool = False  # by the importance weights
     off_policy_delta: float | None = None  # of `off_policy_sequences`, which lose their policy loss
 
 
@@ -83,6 +87,8 @@ def _policy_losses(
     # Outside its mask a stream sees its own log-probs, so that exp() never overflows into 0 * inf.
     old_log_probs = detached if batch.old_log_probs is None else torch.where(mask, batch.old_log_probs, detached)
     log_ratios = objective.ratio_level(log_probs, old_log_probs, mask, sequences)
+    if objective.log_ratio_bound is not None:
+        log_ratios = log_ratios.clamp(-objective.log_ratio_bound, objective.log_ratio_bound)
     loss, *is_clipped = objective.policy_loss(PolicyTokens(log_probs, log_ratios, batch.advantages, mask, sequences))
 
     is_off = torch.zeros_like(mask)
@@ -90,13 +96,15 @@ def _policy_losses(
         log_drift = log_importance_ratios(log_probs, batch.rollout_log_probs, mask)
         is_off = off_policy_sequences(log_drift, batch.advantages, mask, sequences, objective.off_policy_delta)
         loss = torch.where(is_off, 0.0, loss)
-    log_weights = log_importance_ratios(old_log_probs, batch.rollout_log_probs, mask)
-    loss, is_weight_clipped = _weighted(loss, log_weights, mask, sequences, objective.importance)
-
     kl = torch.zeros_like(detached)
     if batch.ref_log_probs is not None:
         kl = objective.kl_estimator(log_probs, torch.where(mask, batch.ref_log_probs, detached))
-        loss = loss if objective.kl_in_reward else loss + objective.beta * kl
+    penalty = torch.zeros_like(kl) if objective.kl_in_reward else objective.beta * kl
+    log_weights = log_importance_ratios(old_log_probs, batch.rollout_log_probs, mask)
+    # A masked token must still be held near the reference, as in TRL; ms-swift weights the penalty, too.
+    weighted, unweighted = (loss + penalty, 0.0) if objective.weighs_kl else (loss, penalty)
+    loss, is_weight_clipped = _weighted(weighted, log_weights, mask, sequences, objective.importance)
+    loss = loss + unweighted
 
     low, high = (torch.zeros_like(mask) if held is None else held for held in is_clipped)
     of_sampler, maxima = _against_sampler(detached, log_weights, batch)
@@ -129,10 +137,7 @@ def _against_sampler(
 def _weighted(
     loss: Tensor, log_ratios: Tensor, mask: Tensor, sequences: Sequences, correction: ImportanceCorrection | None
 ) -> tuple[Tensor, Tensor]:
-    """The policy loss times its importance weights, and where the threshold changed one.
-
-    Not for the KL penalty: a masked token must still be held near the reference (as in TRL; ms-swift weights it, too).
-    """
+    """The loss times its importance weights, and where the threshold changed one."""
     if correction is None:
         return loss, torch.zeros_like(mask)
     weights, is_clipped = importance_weights(log_ratios, mask, sequences, correction)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from chord_megatron.algorithm.advantages import EPS
+from chord_megatron.algorithm.importance import SequenceRatio
 
 Preset = Literal["paper", "ms-swift", "trinity"]
 
@@ -32,6 +33,12 @@ class Semantics:
     draws_experts_at_0: bool = False  # at mu = 0 rows are drawn, the cursor moves, and they weigh nothing
     draws_rollouts_at_1: bool = False
     advantage_eps: float = EPS  # beside the std of rewards
+    delta: float | None = None  # of the clipped loss, where grpo.delta is null
+    log_ratio_bound: float | None = None  # log(pi / pi_old) is kept within +-this
+    kl_bound: float | None = None  # the KL penalty of a token is kept within +-this, and has no gradient beyond
+    weighs_kl: bool = False  # by the importance weights, like the policy loss
+    sequence_ratio: SequenceRatio = "mean"  # of importance weights
+    counts_filtered: bool = False  # filtered completions count in the denominators, where grpo.filtered_count is null
 
 
 SEMANTICS: dict[Preset, Semantics] = {
@@ -41,6 +48,9 @@ SEMANTICS: dict[Preset, Semantics] = {
         divided_by_accumulation=frozenset({"dapo", "cispo"}),
         draws_rollouts_at_1=True,
         advantage_eps=1e-4,
+        kl_bound=10.0,
+        weighs_kl=True,
+        counts_filtered=True,
     ),
     "trinity": Semantics(
         first_step=1,
@@ -48,5 +58,8 @@ SEMANTICS: dict[Preset, Semantics] = {
         experts_at_rollout_temperature=True,
         draws_experts_at_0=True,
         draws_rollouts_at_1=True,
+        delta=3.0,
+        log_ratio_bound=20.0,
+        sequence_ratio="product",
     ),
 }

@@ -89,6 +89,10 @@ def pack(
     def packed(dtype: torch.dtype, rows: list[Tensor]) -> Tensor:
         return torch.cat([*[row.to(dtype) for row in rows], torch.zeros(padding, dtype=dtype)])
 
+    def weighted(masks: list[Tensor]) -> Tensor:
+        rows = [m * weight * _per_token(s.token_weights) for m, weight, s in zip(masks, weights, chosen)]
+        return packed(torch.float32, rows)
+
     def optional(rows: list[Tensor | None]) -> Tensor | None:
         of_rollouts = {row is None for row, sample in zip(rows, chosen) if not sample.is_expert}
         assert len(of_rollouts) < 2, "some rollouts have these log-probs and some do not"
@@ -110,11 +114,8 @@ def pack(
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).cumsum(0, dtype=torch.int32),
         rollout_mask=packed(torch.bool, rollout_masks),
         expert_mask=packed(torch.bool, expert_masks),
-        rollout_weights=packed(torch.float32, [mask * weight for mask, weight in zip(rollout_masks, weights)]),
-        expert_weights=packed(
-            torch.float32,
-            [m * weight * _per_token(s.token_weights) for m, weight, s in zip(expert_masks, weights, chosen)],
-        ),
+        rollout_weights=weighted(rollout_masks),
+        expert_weights=weighted(expert_masks),
         advantages=packed(torch.float32, [m * _per_token(s.advantage) for m, s in zip(rollout_masks, chosen)]),
         # Padding divides by 1, not by 0.
         temperatures=torch.cat([*temperatures, torch.ones(padding)]),

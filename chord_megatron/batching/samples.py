@@ -18,23 +18,27 @@ def rollout_training_samples(
     *,
     temperature: float,
     overlong_filter: bool,
+    keeps_filtered: bool = False,
     rewards: Sequence[float] | None = None,
 ) -> list[TrainingSample]:
     """advantages: [rollouts]. A completion whose reward is NaN is no part of the loss.
 
-    `overlong_filter` takes completions without an end token out of it, too.
+    `overlong_filter` takes completions without an end token out of it, too; with `keeps_filtered` these count in the
+    denominators, and weigh nothing.
     """
     is_scored = [True] * len(rollouts) if rewards is None else [not math.isnan(reward) for reward in rewards]
+    is_kept = [not overlong_filter or rollout.finish_reason == "stop" for rollout in rollouts]
     return [
         TrainingSample(
             tokens=rollout.tokens,
-            loss_mask=rollout.response_mask & (not overlong_filter or rollout.finish_reason == "stop") & is_known,
+            loss_mask=rollout.response_mask & (is_known and (stays or keeps_filtered)),
             is_expert=False,
             temperature=temperature,
             advantage=advantage,
             rollout_log_probs=rollout.rollout_log_probs,
+            token_weights=float(stays),
         )
-        for rollout, advantage, is_known in zip(rollouts, advantages.tolist(), is_scored, strict=True)
+        for rollout, advantage, is_known, stays in zip(rollouts, advantages.tolist(), is_scored, is_kept, strict=True)
     ]
 
 

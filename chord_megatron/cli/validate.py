@@ -17,14 +17,25 @@ if TYPE_CHECKING:
 def validate(
     config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
 ) -> int:
-    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer."""
+    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer.
+
+    Of train.output_dir it says what would keep the run from beginning there, and writes nothing.
+    """
     from rich.console import Console
 
     from chord_megatron.data.tokenizer import load_tokenizer
     from chord_megatron.data.vocabulary import check_vocabulary
+    from chord_megatron.tracking.run_dir import RunDir
+    from chord_megatron.tracking.run_lock import refuse_used
+    from chord_megatron.training.beginning import find_beginning
     from chord_megatron.weights.hf_config import read_architecture
 
     resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
+    run_dir = RunDir(Path(resolved.train.output_dir))
+    run_dir.refuse_unusable()
+    if nnodes == 1:  # a node that comes back to a run of several finds it in use, by that run
+        refuse_used(run_dir.path)
+    find_beginning(run_dir, resolved, plan)
     model_dir = Path(resolved.model.path)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
     check_vocabulary(resolved, tokenizer, read_architecture(model_dir).vocab_size)

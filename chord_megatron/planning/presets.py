@@ -25,6 +25,14 @@ def check_preset(config: Config, expert_rows_per_step: int) -> None:
         )
 
 
+def keeps_filtered(config: Config) -> bool:
+    """Whether completions that are filtered out count in the denominators. ms-swift's `bnpo` drops them as well."""
+    grpo = config.grpo
+    if grpo.filtered_count is not None:
+        return grpo.filtered_count == "keep"
+    return SEMANTICS[config.chord.semantics].counts_filtered and grpo.loss_type != "bnpo"
+
+
 def cost_of_preset(config: Config) -> str:
     """What a preset gives up, in words; "" of `paper`, which gives up nothing."""
     semantics, size = SEMANTICS[config.chord.semantics], config.train.micro_batch_size

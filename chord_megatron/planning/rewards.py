@@ -18,6 +18,11 @@ def check_rewards(config: Config) -> None:
             f"grpo.scale_rewards={grpo.scale_rewards} makes no sense with grpo.advantage_estimator="
             f"{grpo.advantage_estimator}; set it to {' or '.join(scales)}"
         )
+    if grpo.kl_in_reward and reward_scale(grpo) == "gdpo":
+        raise UserError(
+            "grpo.scale_rewards=gdpo normalises each function's rewards, and grpo.kl_in_reward=true takes the penalty "
+            "from their sum; set one of them otherwise"
+        )
     if "soft_overlong" not in rewards.reward_funcs:
         return
     if rewards.soft_cache_length is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from chord_megatron.system.atomic import failed_writes_named
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
 from chord_megatron.system.sentences import shown
@@ -16,7 +15,7 @@ from chord_megatron.tracking.progress import Metrics, ProgressLine
 from chord_megatron.tracking.step_metrics import ExpertRow
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from chord_megatron.tracking.curves import Curves
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -50,8 +49,7 @@ class RunLog:
         self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
         self._first_log_probs = _first_log_probs(run_dir / EXPERTS_FILE)
         self._experts = JsonLines(run_dir / EXPERTS_FILE)
-        self._tensorboard_dir = run_dir / "tensorboard"
-        self._tensorboard = _open_tensorboard(self._tensorboard_dir, report_to, resume_step)
+        self._curves = _open_curves(run_dir / "tensorboard", report_to, resume_step)
         self._progress = ProgressLine(train_iters, stream)
         if last_eval is not None and last_eval["step"] == resume_step:
             self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
@@ -96,9 +94,8 @@ class RunLog:
         self._metrics.close()
         self._completions.close()
         self._experts.close()
-        if self._tensorboard is not None:
-            with failed_writes_named(self._tensorboard_dir):
-                self._tensorboard.close()
+        if self._curves is not None:
+            self._curves.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -109,12 +106,15 @@ class RunLog:
         self.close()
 
     def _write_scalars(self, record: Metrics) -> None:
-        if self._tensorboard is None:
-            return
-        with failed_writes_named(self._tensorboard_dir):
-            for key, value in record.items():
-                if key != "step" and finite(value) is not None:
-                    self._tensorboard.add_scalar(tensorboard_tag(key), value, record["step"])
+        if self._curves is not None:
+            scalars = {
+                tensorboard_tag(key): value
+                for key, value in record.items()
+                if key != "step" and value is not None and math.isfinite(value)
+            }
+            step = record["step"]
+            assert step is not None
+            self._curves.write(int(step), scalars)
 
 
 def tensorboard_tag(key: str) -> str:
@@ -167,10 +167,10 @@ def _first_log_probs(path: Path) -> dict[int, float]:
     return first
 
 
-def _open_tensorboard(directory: Path, report_to: Sequence[str], resume_step: int | None) -> SummaryWriter | None:
+def _open_curves(directory: Path, report_to: Sequence[str], resume_step: int | None) -> Curves | None:
     assert set(report_to) <= {"tensorboard"}, report_to
     if "tensorboard" not in report_to:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import
+    from chord_megatron.tracking.curves import Curves  # a second to import
 
-    return SummaryWriter(str(directory), purge_step=resume_step, flush_secs=10)
+    return Curves(directory, resume_step)

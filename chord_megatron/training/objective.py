@@ -9,7 +9,7 @@ from typing import Any
 from chord_megatron.algorithm.aggregation import Mean
 from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS, ExpertWeight, checked
 from chord_megatron.algorithm.importance import ImportanceCorrection
-from chord_megatron.algorithm.objective import Objective
+from chord_megatron.algorithm.objective import KLPenalty, Objective
 from chord_megatron.algorithm.policy_losses import (
     KL_ESTIMATORS,
     LOSS_TYPES,
@@ -17,7 +17,7 @@ from chord_megatron.algorithm.policy_losses import (
     PolicyLoss,
     parameters_of,
 )
-from chord_megatron.algorithm.presets import SEMANTICS
+from chord_megatron.algorithm.presets import SEMANTICS, Semantics
 from chord_megatron.config import ChordConfig, Config, GRPOConfig
 from chord_megatron.planning.experts import expert_weight_name
 from chord_megatron.planning.plan import Plan
@@ -30,16 +30,18 @@ def build_objective(grpo: GRPOConfig, chord: ChordConfig) -> Objective:
 
     Raises UserError where a policy loss of the user's cannot be used.
     """
-    mode = grpo.rollout_importance_sampling_mode
+    semantics = SEMANTICS[chord.semantics]
     return Objective(
-        policy_loss=_policy_loss(grpo),
+        policy_loss=_policy_loss(grpo, semantics),
         ratio_level=RATIO_LEVELS[grpo.importance_sampling_level],
         expert_weight=_expert_weight(chord),
         beta=grpo.beta,
-        kl_estimator=KL_ESTIMATORS[grpo.kl_estimator],
+        kl_estimator=_kl_estimator(grpo, semantics),
         kl_in_reward=grpo.kl_in_reward,
         entropy_coef=grpo.entropy_coef,
-        importance=None if mode is None else ImportanceCorrection(mode, grpo.rollout_importance_sampling_threshold),
+        importance=_importance(grpo, semantics),
+        log_ratio_bound=semantics.log_ratio_bound,
+        weighs_kl=semantics.weighs_kl,
         off_policy_delta=grpo.off_policy_sequence_mask_delta,
     )
 
@@ -70,11 +72,25 @@ def _expert_weight(chord: ChordConfig) -> ExpertWeight:
     return partial(EXPERT_WEIGHTS[name], **bound.get(name, {}))
 
 
-def _policy_loss(grpo: GRPOConfig) -> PolicyLoss:
+def _kl_estimator(grpo: GRPOConfig, semantics: Semantics) -> KLPenalty:
+    estimator, bound = KL_ESTIMATORS[grpo.kl_estimator], semantics.kl_bound
+    if bound is None:
+        return estimator
+    return lambda log_probs, ref_log_probs: estimator(log_probs, ref_log_probs).clamp(-bound, bound)
+
+
+def _importance(grpo: GRPOConfig, semantics: Semantics) -> ImportanceCorrection | None:
+    mode, threshold = grpo.rollout_importance_sampling_mode, grpo.rollout_importance_sampling_threshold
+    return None if mode is None else ImportanceCorrection(mode, threshold, semantics.sequence_ratio)
+
+
+def _policy_loss(grpo: GRPOConfig, semantics: Semantics) -> PolicyLoss:
     if grpo.policy_loss is not None:
         return load_policy_loss(grpo.policy_loss)
     surrogate = LOSS_TYPES[grpo.loss_type].surrogate
     values = {key: getattr(grpo, key) for key in parameters_of(surrogate)}
     if "epsilon_high" in values and grpo.epsilon_high is None:
         values["epsilon_high"] = grpo.epsilon
+    if "delta" in values and grpo.delta is None:
+        values["delta"] = semantics.delta
     return partial(surrogate, **values)

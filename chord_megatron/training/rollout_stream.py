@@ -15,6 +15,7 @@ from chord_megatron.batching.samples import most_uncertain, rollout_training_sam
 from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.planning.plan import Plan
+from chord_megatron.planning.presets import keeps_filtered
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.training.advantages import advantages_of
 from chord_megatron.training.sampler import Drawing, Sampler
@@ -137,6 +138,7 @@ class RolloutStream:
             advantages_of(scored, config),
             temperature=config.rollout.temperature,
             overlong_filter=grpo.overlong_filter,
+            keeps_filtered=keeps_filtered(config),
             rewards=scored.rewards,
         )
         if old is not None and self._plan.steps_per_rollout > 1:

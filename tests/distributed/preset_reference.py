@@ -6,6 +6,7 @@ its gradient added before the next one begins, as they do.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ def train(config: Config) -> list[Step]:
     """The steps of a run that replays recorded rollouts, on one rank."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
     model.get_input_embeddings().padding_idx = None
+    initial_model = copy.deepcopy(model)
     optimizer, experts = make_optimizer(model, config), read_experts(config)
     order = ShuffledCursor(len(experts), 2 * config.train.seed + 1)
     micro_batch_losses = {"ms-swift": ms_swift, "trinity": trinity}[config.chord.semantics]
@@ -41,7 +43,7 @@ def train(config: Config) -> list[Step]:
     for step in range(config.train.train_iters):
         optimizer.zero_grad()
         total = 0.0
-        for loss in micro_batch_losses(model, config, step, experts, order):
+        for loss in micro_batch_losses(model, config, step, experts, order, initial_model):
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
@@ -51,7 +53,12 @@ def train(config: Config) -> list[Step]:
 
 
 def ms_swift(
-    model: PreTrainedModel, config: Config, step: int, experts: list[Sequence], order: ShuffledCursor
+    model: PreTrainedModel,
+    config: Config,
+    step: int,
+    experts: list[Sequence],
+    order: ShuffledCursor,
+    initial_model: PreTrainedModel,
 ) -> Iterator[Tensor]:
     """Each micro-batch mixes a mean of completions and a mean of fresh expert rows; the trainer averages over them."""
     mu = mu_at(config, step)
@@ -61,6 +68,9 @@ def ms_swift(
     accumulation_steps = len(rollouts) // size
     for micro_batch in cut(rollouts, size):
         losses = policy_losses(model, micro_batch, config)
+        losses = [
+            with_penalty(model, initial_model, rollout, loss, config) for rollout, loss in zip(micro_batch, losses)
+        ]
         if config.grpo.loss_type == "grpo":
             grpo = torch.stack([loss.mean() for loss in losses]).mean()
         elif config.grpo.loss_type == "bnpo":
@@ -76,7 +86,12 @@ def ms_swift(
 
 
 def trinity(
-    model: PreTrainedModel, config: Config, step: int, experts: list[Sequence], order: ShuffledCursor
+    model: PreTrainedModel,
+    config: Config,
+    step: int,
+    experts: list[Sequence],
+    order: ShuffledCursor,
+    initial_model: PreTrainedModel,
 ) -> Iterator[Tensor]:
     """Completions, then expert rows, are cut into micro-batches; each stream's token mean counts by its rows."""
     mu = mu_at(config, step + 1)
@@ -129,6 +144,23 @@ def policy_losses(model: PreTrainedModel, rollouts: list[Sequence], config: Conf
         clipped = torch.clip(ratio, 1 - config.grpo.epsilon, 1 + config.grpo.epsilon)
         losses.append(-torch.minimum(ratio * rollout.advantages, clipped * rollout.advantages))
     return losses
+
+
+def with_penalty(
+    model: PreTrainedModel, initial_model: PreTrainedModel, rollout: Sequence, loss: Tensor, config: Config
+) -> Tensor:
+    """The KL penalty is added, both are weighted, and a completion without an end token weighs nothing."""
+    grpo, temperature = config.grpo, config.rollout.temperature
+    log_probs = target_log_probs(model, rollout, temperature)
+    if grpo.beta:
+        (reference,) = detached_log_probs(initial_model, [rollout], temperature)
+        difference = torch.clamp(reference - log_probs, -20, 20)
+        loss = loss + grpo.beta * torch.clamp(torch.exp(difference) - difference - 1, -10, 10)
+    if grpo.rollout_importance_sampling_mode is not None:
+        assert grpo.rollout_importance_sampling_mode == "token_truncate" and rollout.sampler_log_probs is not None
+        ratio = torch.exp(torch.clamp(log_probs.detach() - rollout.sampler_log_probs, -20, 20))
+        loss = loss * torch.clamp(ratio, max=grpo.rollout_importance_sampling_threshold)
+    return loss * (rollout.rewards.is_finished or not grpo.overlong_filter)
 
 
 def expert_losses(model: PreTrainedModel, rows: list[Sequence], config: Config, temperature: float) -> list[Tensor]:

@@ -32,6 +32,7 @@ class Rewards:
     total: float | None
     by_function: list[float | None]
     length: int  # in tokens
+    is_finished: bool  # by an end token
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def read_rollouts(config: Config, step: int) -> list[Sequence]:
         is_target = torch.tensor(record["response_mask"]) & (reward is not None)
         sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
         length = sum(record["response_mask"])
-        rewards = Rewards(reward, of_functions, length)
+        rewards = Rewards(reward, of_functions, length, record["finish_reason"] == "stop")
         sequences.append(
             Sequence(torch.tensor(record["tokens"]), is_target, rewards, sampler_log_probs=sampler_log_probs)
         )

@@ -25,7 +25,7 @@ from harness import (
     write_config,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 
 Measure = Callable[[str, float], None]
 TWO = ("--nproc-per-node", "2")

@@ -31,7 +31,7 @@ from tiny_model import write_tiny_model
 
 from chord_megatron.checkpoints import conversion
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 
 TENSOR_PARALLEL = ("parallel.tensor_model_parallel_size=2", "grpo.beta=0.05", "train.save_total_limit=2")
 Overrides = tuple[str, ...]

@@ -506,3 +506,13 @@ def test_metrics_of_an_empty_stream_are_null():
     metrics = loss_metrics(totals, batch, make_objective(**weighted("token_mask")), mu=1.0)
     names = ("importance_weight_mean", "effective_sample_size", "importance_clipped_fraction")
     assert [metrics[name] for name in names] == [None, None, None]
+
+
+def test_the_ratio_of_a_sequence_may_be_the_product():
+    """Of two sequences: e^(0.5 + 0.25) and e^-1, against a bound of 2."""
+    log_ratios = torch.tensor([0.5, 0.25, -1.0], dtype=torch.float64)
+    mask, sequences = torch.tensor([True, True, True]), Sequences(torch.tensor([0, 2, 3]))
+    correction = ImportanceCorrection("sequence_truncate", 2.0, "product")
+    weights, is_clipped = importance_weights(log_ratios, mask, sequences, correction)
+    assert weights.tolist() == pytest.approx([2.0, 2.0, math.exp(-1)])
+    assert is_clipped.tolist() == [True, True, False]

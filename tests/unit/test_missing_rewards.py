@@ -242,7 +242,7 @@ def test_experts_train_where_rollouts_teach_nothing(case: str, estimator: str):
     # Two tokens of log-prob -1/2: a mean of 1/2, and a gradient of -mu / 2 on each.
     assert result.loss.item() == pytest.approx(0.25 * 0.5)
     assert log_probs.grad.tolist() == pytest.approx((-0.125 * micro_batch.expert_mask).tolist())
-    totals = LossTotals({name: value.item() for name, value in result.sums.items()}, {"log_prob_diff": 0.0})
+    totals = LossTotals({name: value.item() for name, value in result.sums.items()}, {"log_prob_diff": 0.0}, {})
     found = loss_metrics(totals, step, objective, 0.25)
     assert all(value is None or math.isfinite(value) for value in found.values())
 

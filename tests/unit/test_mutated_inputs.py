@@ -22,6 +22,8 @@ from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
 from chord_megatron.types import Prompt, RolloutRequest, SamplingParams
 
+pytestmark = pytest.mark.attack
+
 CONFIG = b"""# a comment
 model: {path: some/model, dtype: float32}
 data:
@@ -160,7 +162,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path):
+def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path, measure: Callable[[str, int], None]):
     file, valid, load, examples, is_refused = INPUTS[name]
     path = run_dir / file
     path.write_bytes(valid)
@@ -178,5 +180,5 @@ def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path):
             refused += 1
             assert len(str(error)) < 2000 and "\n" not in str(error)
 
-    check_damaged(valid, examples, check)
+    measure("inputs mutated", check_damaged(valid, examples, check))
     assert refused > examples // 20 or not is_refused  # the damage reaches what is checked

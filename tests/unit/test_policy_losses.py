@@ -548,7 +548,7 @@ def test_nothing_to_learn_from_is_zero_and_attached(loss_type: str, level: str):
     ):
         log_probs = torch.linspace(-3, -0.1, len(batch.input_ids), requires_grad=True)
         entropy = torch.ones_like(log_probs)
-        loss, sums, _ = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.0)
+        loss, sums, *_ = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.0)
         (gradient,) = torch.autograd.grad(loss, log_probs)
         assert loss.item() == 0.0 and torch.equal(gradient, torch.zeros_like(gradient))
         assert sums["clipped_low"] == sums["clipped_high"] == 0

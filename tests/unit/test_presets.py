@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 
 from chord_megatron.algorithm.aggregation import Mean
+from chord_megatron.algorithm.policy_losses import PolicyTokens
 from chord_megatron.algorithm.presets import Preset
+from chord_megatron.algorithm.sequences import Sequences
 from chord_megatron.config import Config
 from chord_megatron.planning.plan import Plan
-from chord_megatron.planning.presets import check_preset, cost_of_preset
+from chord_megatron.planning.presets import check_preset, cost_of_preset, keeps_filtered
 from chord_megatron.planning.schedule import mu_at, mu_range, needs_rollouts
 from chord_megatron.system.errors import UserError
 from chord_megatron.training.expert_stream import ExpertStream
-from chord_megatron.training.objective import build_means
+from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.types import ExpertSample
 
 EXPERTS = [ExpertSample(i, (1, 2, 3 + i), 1) for i in range(4)]
@@ -92,3 +96,34 @@ def test_what_a_preset_costs():
     assert "change with train.micro_batch_size" in cost_of_preset(config_of("trinity"))
     assert "expert rows are read at mu = 0" in cost_of_preset(config_of("trinity"))
     assert "divided by the accumulation steps" in cost_of_preset(config_of("ms-swift", loss_type="dapo"))
+
+
+@pytest.mark.parametrize(
+    ("semantics", "grpo", "kept"),
+    [
+        ("paper", {}, False),
+        ("ms-swift", {"loss_type": "grpo"}, True),
+        ("ms-swift", {"loss_type": "bnpo"}, False),
+        ("ms-swift", {"loss_type": "grpo", "filtered_count": "drop"}, False),
+        ("trinity", {"filtered_count": "keep"}, True),
+    ],
+)
+def test_whether_filtered_completions_count(semantics: Preset, grpo: dict[str, Any], kept: bool):
+    assert keeps_filtered(config_of(semantics, **grpo)) == kept
+
+
+def test_bounds_of_the_presets():
+    """A token of advantage -1 whose ratio is e^1.5, held at 3 by the dual clip; a KL penalty of e^5 - 6, held at 10."""
+    log_probs, advantages = torch.tensor([0.0]), torch.tensor([-1.0])
+    mask, sequences = torch.tensor([True]), Sequences(torch.tensor([0, 1]))
+    losses = {}
+    for semantics in ("paper", "trinity"):
+        config = config_of(semantics)
+        objective = build_objective(config.grpo, config.chord)
+        log_ratios = torch.tensor([1.5])
+        tokens = PolicyTokens(log_probs, log_ratios, advantages, mask, sequences)
+        losses[semantics] = objective.policy_loss(tokens).loss.item()
+    assert losses == pytest.approx({"paper": math.exp(1.5), "trinity": 3.0})
+    config = config_of("ms-swift", beta=0.1)
+    penalty = build_objective(config.grpo, config.chord).kl_estimator(torch.tensor([-5.0]), torch.tensor([0.0]))
+    assert penalty.item() == 10.0

@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import platform
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +216,30 @@ def test_tensorboard_values_and_purge(tmp_path: Path) -> None:
         "time/step": [(0, 2.0)],
         "train/loss": [(0, 1.0), (1, 8.0)],
     }
+
+
+def test_curves_are_written_by_no_thread(tmp_path: Path) -> None:
+    """One that fails prints a traceback of its own, and says so to nobody until something else is written."""
+    before = threading.active_count()
+    with open_log(tmp_path, report_to=("tensorboard",)) as log:
+        log.log_step({"step": 0, "loss": 1.0})
+        assert threading.active_count() == before
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        size = file.stat().st_size
+        log.log_step({"step": 1, "loss": 1.0})
+        assert file.stat().st_size > size  # at once
+
+
+def test_curves_that_cannot_grow_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    file = tmp_path / "tensorboard" / f"events.out.tfevents.1.000000.{platform.node()}.{os.getpid()}"
+    file.parent.mkdir()
+    file.symlink_to("/dev/full")
+    with pytest.raises(UserError) as error:
+        open_log(tmp_path, report_to=("tensorboard",))
+    assert str(error.value) == (
+        f"{file} cannot be written (No space left on device); make room, and start the same command again"
+    )
 
 
 def test_step_line() -> None:

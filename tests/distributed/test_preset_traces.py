@@ -36,6 +36,14 @@ CASES: dict[str, dict[str, Any]] = {
     "ms-swift": MS_SWIFT,
     "ms-swift, phi": {**MS_SWIFT, "chord.chord_enable_phi_function": True},
     "ms-swift, dapo": {**MS_SWIFT, "grpo.loss_type": "dapo"},
+    # Completions without an end token are filtered, and count; the penalty has importance weights, too.
+    "ms-swift, filter, weighted KL": {
+        **MS_SWIFT,
+        "grpo.overlong_filter": True,
+        "grpo.beta": 0.04,
+        "grpo.rollout_importance_sampling_mode": "token_truncate",
+        "grpo.rollout_importance_sampling_threshold": 1.01,
+    },
     "trinity": {"chord.semantics": "trinity"},
     "trinity, phi": {"chord.semantics": "trinity", "chord.chord_enable_phi_function": True},
 }
