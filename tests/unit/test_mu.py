@@ -214,6 +214,19 @@ def test_reward_may_leave_the_experts_out():
             "chord.mu_start is read by chord.mu_schedule=reward and gradient_ratio, not by linear; set it to null, or "
             "choose one of these",
         ),
+        ({"mu_smoothing": 0.5}, "chord.mu_smoothing=0.5 is not read by chord.mu_schedule=cosine; remove it"),
+        (
+            {**REWARD, "mu_update_steps": 5},
+            "chord.mu_update_steps=5 is not read by chord.mu_schedule=reward; remove it",
+        ),
+        (
+            {"mu_schedule": "constant", "chord_mu_decay_steps": 60},
+            "chord.chord_mu_decay_steps=60 is not read by chord.mu_schedule=constant; remove it",
+        ),
+        (
+            {"mu_schedule": "constant", "chord_mu_valley": 0.1},
+            "chord.chord_mu_valley=0.1 is not read by chord.mu_schedule=constant; remove it",
+        ),
         ({**REWARD, "mu_target": None}, "chord.mu_schedule=reward needs chord.mu_target, a reward"),
         (
             {**RATIO, "mu_target": None},
