@@ -6,6 +6,7 @@ import difflib
 
 from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS
 from chord_megatron.config import ChordConfig
+from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.user_functions import is_user_function, user_file
@@ -33,7 +34,6 @@ def check_expert_weight(chord: ChordConfig) -> None:
             f"chord.chord_enable_phi_function=true asks for chord.expert_weight=phi, which is {shown(name)}; "
             "remove one of them"
         )
-    if chord.expert_weight_cutoff is not None and name != "phi":
-        raise UserError(f"chord.expert_weight_cutoff is for chord.expert_weight=phi, which is {shown(name)}; remove it")
-    if chord.luffy_gamma != ChordConfig().luffy_gamma and name != "luffy":
-        raise UserError(f"chord.luffy_gamma is for chord.expert_weight=luffy, which is {shown(name)}; remove it")
+    readers = {"expert_weight_cutoff": "phi", "luffy_gamma": "luffy"}
+    unread = (key for key, reader in readers.items() if reader != name)
+    refuse_unread("chord", chord, unread, f"chord.expert_weight={name}")

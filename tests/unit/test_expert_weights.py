@@ -201,11 +201,11 @@ def test_names(chord: dict[str, Any], name: str):
         ),
         (
             {"expert_weight_cutoff": 0.5},
-            "chord.expert_weight_cutoff is for chord.expert_weight=phi, which is 'uniform'; remove it",
+            "chord.expert_weight_cutoff=0.5 is not read by chord.expert_weight=uniform; remove it",
         ),
         (
             {"luffy_gamma": 0.2, "expert_weight": "phi"},
-            "chord.luffy_gamma is for chord.expert_weight=luffy, which is 'phi'; remove it",
+            "chord.luffy_gamma=0.2 is not read by chord.expert_weight=phi; remove it",
         ),
     ],
 )
