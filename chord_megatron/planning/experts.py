@@ -9,7 +9,7 @@ from chord_megatron.config import ChordConfig
 from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
-from chord_megatron.system.user_functions import is_user_function, user_file
+from chord_megatron.system.user_functions import is_user_function
 
 
 def expert_weight_name(chord: ChordConfig) -> str:
@@ -27,8 +27,6 @@ def check_expert_weight(chord: ChordConfig) -> None:
             f"chord.expert_weight={shown(name)} is unknown; use {', '.join(EXPERT_WEIGHTS)} or path.py:function"
             + nearest
         )
-    if is_user_function(name):
-        user_file("chord.expert_weight", name)
     if chord.chord_enable_phi_function and name != "phi":
         raise UserError(
             f"chord.chord_enable_phi_function=true asks for chord.expert_weight=phi, which is {shown(name)}; "
