@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-
 from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS
 from chord_megatron.config import ChordConfig
 from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import shown
+from chord_megatron.system.sentences import did_you_mean, shown
 from chord_megatron.system.user_functions import is_user_function
 
 
@@ -21,11 +19,9 @@ def check_expert_weight(chord: ChordConfig) -> None:
     """That there is such a weight, and its keys are for it. Raises UserError."""
     name = expert_weight_name(chord)
     if name not in EXPERT_WEIGHTS and not is_user_function(name):
-        match = difflib.get_close_matches(name, EXPERT_WEIGHTS, n=1)
-        nearest = f"; did you mean {match[0]!r}?" if match else ""
         raise UserError(
             f"chord.expert_weight={shown(name)} is unknown; use {', '.join(EXPERT_WEIGHTS)} or path.py:function"
-            + nearest
+            + did_you_mean(name, [*EXPERT_WEIGHTS])
         )
     if chord.chord_enable_phi_function and name != "phi":
         raise UserError(

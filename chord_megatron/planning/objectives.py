@@ -28,6 +28,11 @@ def _check_what_is_read(grpo: GRPOConfig) -> None:
         read, reader = parameters_of(LOSS_TYPES[grpo.loss_type].surrogate), f"grpo.loss_type={grpo.loss_type}"
     parameters = dict.fromkeys(key for row in LOSS_TYPES.values() for key in parameters_of(row.surrogate))
     refuse_unread("grpo", grpo, (key for key in parameters if key not in read), reader)
+    if not grpo.overlong_filter:
+        refuse_unread("grpo", grpo, ["filtered_count"], "grpo.overlong_filter=false")
+    if grpo.rollout_importance_sampling_mode is None:
+        key = "rollout_importance_sampling_threshold"
+        refuse_unread("grpo", grpo, [key], "grpo.rollout_importance_sampling_mode=null")
 
 
 def _check_level(grpo: GRPOConfig) -> None:
