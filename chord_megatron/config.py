@@ -6,7 +6,6 @@ error that names the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEstimator, LossType
 from chord_megatron.algorithm.presets import Preset
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import one_line, shown
+from chord_megatron.system.sentences import did_you_mean, one_line, shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_value, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
@@ -353,10 +352,9 @@ def _explain(error: Any) -> str:
 
 def _nearest(location: list[str]) -> str:
     known = known_keys()
-    match = [key for key in known if key.split(".")[-1] == location[-1]]  # right leaf in the wrong group
-    if not match:
-        match = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else f"; known groups are {', '.join(Config.model_fields)}"
+    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group
+    wanted = same_leaf[0] if same_leaf else ".".join(location)
+    return did_you_mean(wanted, known) or f"; known groups are {', '.join(Config.model_fields)}"
 
 
 def known_keys() -> list[str]:

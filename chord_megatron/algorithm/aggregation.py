@@ -24,7 +24,6 @@ class Mean:
 
     aggregation: Aggregation = "token_mean"
     max_completion_length: int = 0
-    counts_filtered: bool = False  # sequences that are filtered out count among the sequences
     rows: int | None = None
     by_rows: bool = False
     scale: float = 1.0
@@ -42,7 +41,7 @@ def aggregation_weights(lengths: Sequence[int], mean: Mean) -> list[float]:
 
 
 def _weights_within(lengths: Sequence[int], mean: Mean, share: float) -> list[float]:
-    num_sequences = len(lengths) if mean.counts_filtered else sum(length > 0 for length in lengths)
+    num_sequences = sum(length > 0 for length in lengths)
     if not sum(lengths):
         return [0.0] * len(lengths)
     match mean.aggregation:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from chord_megatron.system.errors import UserError
-
 ExpertWeight = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -55,19 +53,3 @@ EXPERT_WEIGHTS: Mapping[str, Callable[..., Tensor]] = {
     "luffy": luffy,
     "entropy": entropy_aware,
 }
-
-
-def checked(name: str, weight: ExpertWeight) -> ExpertWeight:
-    """A function of the user's own: its result must be a weight for each token. Raises UserError when called."""
-
-    def weigh(log_probs: Tensor, entropy: Tensor) -> Tensor:
-        weights = weight(log_probs, entropy)
-        if not isinstance(weights, Tensor) or weights.shape != log_probs.shape:
-            found = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-            raise UserError(
-                f"chord.expert_weight={name} must return a tensor of the shape of its arguments, "
-                f"{list(log_probs.shape)}, not {found}"
-            )
-        return weights.detach().to(log_probs.dtype)
-
-    return weigh

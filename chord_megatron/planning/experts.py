@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-
 from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS
 from chord_megatron.config import ChordConfig
+from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import shown
-from chord_megatron.system.user_functions import is_user_function, user_file
+from chord_megatron.system.sentences import did_you_mean, shown
+from chord_megatron.system.user_functions import is_user_function
 
 
 def expert_weight_name(chord: ChordConfig) -> str:
@@ -20,20 +19,15 @@ def check_expert_weight(chord: ChordConfig) -> None:
     """That there is such a weight, and its keys are for it. Raises UserError."""
     name = expert_weight_name(chord)
     if name not in EXPERT_WEIGHTS and not is_user_function(name):
-        match = difflib.get_close_matches(name, EXPERT_WEIGHTS, n=1)
-        nearest = f"; did you mean {match[0]!r}?" if match else ""
         raise UserError(
             f"chord.expert_weight={shown(name)} is unknown; use {', '.join(EXPERT_WEIGHTS)} or path.py:function"
-            + nearest
+            + did_you_mean(name, [*EXPERT_WEIGHTS])
         )
-    if is_user_function(name):
-        user_file("chord.expert_weight", name)
     if chord.chord_enable_phi_function and name != "phi":
         raise UserError(
             f"chord.chord_enable_phi_function=true asks for chord.expert_weight=phi, which is {shown(name)}; "
             "remove one of them"
         )
-    if chord.expert_weight_cutoff is not None and name != "phi":
-        raise UserError(f"chord.expert_weight_cutoff is for chord.expert_weight=phi, which is {shown(name)}; remove it")
-    if chord.luffy_gamma != ChordConfig().luffy_gamma and name != "luffy":
-        raise UserError(f"chord.luffy_gamma is for chord.expert_weight=luffy, which is {shown(name)}; remove it")
+    readers = {"expert_weight_cutoff": "phi", "luffy_gamma": "luffy"}
+    unread = (key for key, reader in readers.items() if reader != name)
+    refuse_unread("chord", chord, unread, f"chord.expert_weight={name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from chord_megatron.algorithm.policy_losses import LOSS_TYPES, parameters_of
 from chord_megatron.config import GRPOConfig
+from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.user_functions import is_user_function
@@ -21,15 +22,17 @@ def check_objective(grpo: GRPOConfig) -> None:
 
 
 def _check_what_is_read(grpo: GRPOConfig) -> None:
-    """The parameters of other losses have their defaults."""
     read: tuple[str, ...] = ()
     reader = f"grpo.policy_loss={grpo.policy_loss}"
     if grpo.policy_loss is None:
         read, reader = parameters_of(LOSS_TYPES[grpo.loss_type].surrogate), f"grpo.loss_type={grpo.loss_type}"
-    for key in dict.fromkeys(key for row in LOSS_TYPES.values() for key in parameters_of(row.surrogate)):
-        value = getattr(grpo, key)
-        if key not in read and value != GRPOConfig.model_fields[key].default:
-            raise UserError(f"grpo.{key}={value} is not read by {reader}; remove it")
+    parameters = dict.fromkeys(key for row in LOSS_TYPES.values() for key in parameters_of(row.surrogate))
+    refuse_unread("grpo", grpo, (key for key in parameters if key not in read), reader)
+    if not grpo.overlong_filter:
+        refuse_unread("grpo", grpo, ["filtered_count"], "grpo.overlong_filter=false")
+    if grpo.rollout_importance_sampling_mode is None:
+        key = "rollout_importance_sampling_threshold"
+        refuse_unread("grpo", grpo, [key], "grpo.rollout_importance_sampling_mode=null")
 
 
 def _check_level(grpo: GRPOConfig) -> None:

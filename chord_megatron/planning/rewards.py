@@ -6,6 +6,7 @@ from typing import Any
 
 from chord_megatron.algorithm.advantages import ESTIMATORS, Scale
 from chord_megatron.config import Config, GRPOConfig
+from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
 
 
@@ -24,6 +25,8 @@ def check_rewards(config: Config) -> None:
             "from their sum; set one of them otherwise"
         )
     if "soft_overlong" not in rewards.reward_funcs:
+        keys = ("soft_cache_length", "soft_max_length")
+        refuse_unread("rewards", rewards, keys, "rewards.reward_funcs without soft_overlong")
         return
     if rewards.soft_cache_length is None:
         raise UserError(

@@ -15,11 +15,22 @@ from chord_megatron.algorithm.mu import (
 )
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import ChordConfig, Config
+from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
 
 CLOSED_LOOPS = {"reward": mu_of_reward, "gradient_ratio": mu_of_gradient_ratio}
 _LOWEST_SHARE = 0.001  # of the gradient, that a loop holds; and 1 minus this
 _NOTHING_YET = StepHistory()
+
+_STEPS, _LOOP = ("chord_mu_warmup_steps", "chord_mu_decay_steps"), ("mu_target", "mu_start", "mu_smoothing")
+# The keys of mu that a schedule does not read.
+_UNREAD = {
+    "cosine": (*_LOOP, "mu_update_steps"),
+    "linear": (*_LOOP, "mu_update_steps"),
+    "constant": (*_LOOP, "mu_update_steps", "chord_mu_decay_steps", "chord_mu_valley"),
+    "reward": (*_STEPS, "mu_update_steps"),
+    "gradient_ratio": _STEPS,
+}
 
 
 def build_mu_schedule(chord: ChordConfig) -> MuSchedule:
@@ -73,15 +84,9 @@ def mu_range(config: Config, start: int = 0, stop: int | None = None) -> tuple[f
 def check_mu_schedule(config: Config) -> None:
     """That the keys of mu belong to its schedule, and that a closed loop can measure what it follows."""
     chord = config.chord
+    refuse_unread("chord", chord, _UNREAD[chord.mu_schedule], f"chord.mu_schedule={chord.mu_schedule}")
     if chord.mu_schedule in CLOSED_LOOPS:
         _check_closed_loop(chord)
-        return
-    for key in ("mu_target", "mu_start"):
-        if getattr(chord, key) is not None:
-            raise UserError(
-                f"chord.{key} is read by chord.mu_schedule=reward and gradient_ratio, not by {chord.mu_schedule}; "
-                "set it to null, or choose one of these"
-            )
 
 
 def _check_closed_loop(chord: ChordConfig) -> None:
@@ -94,19 +99,16 @@ def _check_closed_loop(chord: ChordConfig) -> None:
             f"chord.mu_target={target:g} is the expert stream's share of the gradient under {name}; set it between "
             f"{_LOWEST_SHARE} and {1 - _LOWEST_SHARE}"
         )
-    if chord.chord_mu_warmup_steps or chord.chord_mu_decay_steps:
-        raise UserError(
-            f"{name} has neither warm-up nor decay; set chord.chord_mu_warmup_steps=0 and chord.chord_mu_decay_steps=0"
-        )
     if not valley <= mu_start(chord) <= peak:
         raise UserError(
             f"{name} keeps mu between chord.chord_mu_valley={valley:g} and chord.chord_mu_peak={peak:g}; set the "
             "valley to at most the peak, and chord.mu_start between them or to null"
         )
     if peak == 1 or (follows_ratio and valley == 0):
+        what, and_valley = "rollouts", ""
+        if follows_ratio:
+            what, and_valley = "both streams", " and chord.chord_mu_valley above 0"
         raise UserError(
-            f"{name} measures {'both streams' if follows_ratio else 'rollouts'}, and at mu = 1 there are no rollouts, "
-            "at mu = 0 no experts; set chord.chord_mu_peak below 1"
-            + " and chord.chord_mu_valley above 0"
-            * follows_ratio
+            f"{name} measures {what}, and at mu = 1 there are no rollouts, at mu = 0 no experts; set "
+            f"chord.chord_mu_peak below 1{and_valley}"
         )

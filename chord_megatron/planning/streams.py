@@ -20,6 +20,11 @@ def check_streams(config: Config) -> None:
             "for GRPO alone set chord.chord_mu_peak=0 and chord.chord_mu_valley=0"
         )
     if needs_rollouts(config) and config.data.dataset is None:
+        if smallest_mu == 1:
+            raise UserError(
+                f"data.dataset is required under chord.semantics={chord.semantics}, which draws rollouts at mu = 1, "
+                "too; set it, or chord.semantics=paper"
+            )
         raise UserError(
             "data.dataset is required while mu < 1; for supervised training alone set chord.chord_mu_peak=1 and "
             "chord.chord_mu_valley=1"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from chord_megatron.rewards.arguments import Offer
 from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
 from chord_megatron.rewards.plugin import Limits, PluginReward, is_plugin
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import shown
+from chord_megatron.system.sentences import did_you_mean, shown
 from chord_megatron.types import Prompt
 
 OnError = Literal["stop", "leave_out"]
@@ -89,11 +88,9 @@ def check_reward_functions(reward_funcs: list[str], reward_weights: list[float] 
         if reward_funcs.count(name) > 1:
             raise UserError(f"rewards.reward_funcs names {name} twice; name it once, with the weight of both")
         if name not in BUILTIN_REWARDS and not is_plugin(name):
-            match = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1)
-            nearest = f"; did you mean {match[0]!r}?" if match else ""
             raise UserError(
                 f"rewards.reward_funcs: unknown reward function {name!r}; use {', '.join(BUILTIN_REWARDS)} or "
-                f"path.py:function{nearest}"
+                f"path.py:function{did_you_mean(name, [*BUILTIN_REWARDS])}"
             )
 
 

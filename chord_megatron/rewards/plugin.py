@@ -18,6 +18,7 @@ from typing import Any
 
 from chord_megatron.rewards.arguments import FIXED, Offer, Parameters
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.user_functions import is_user_function
 
 _WORKER = Path(__file__).with_name("worker.py")
 _LONGEST_ANSWER_MB = 64
@@ -43,11 +44,11 @@ class Limits:
 
 def is_plugin(name: str) -> bool:
     """Whether it is `path.py:function`. Raises UserError where the file is not there."""
-    path, _, function_name = name.rpartition(":")
-    if not path.endswith(".py") or not function_name.isidentifier():
+    if not is_user_function(name):
         return False
-    if not Path(path).expanduser().is_file():
-        raise UserError(f"reward function {name}: {Path(path).absolute()} does not exist; mend rewards.reward_funcs")
+    path = Path(name.rpartition(":")[0])
+    if not path.expanduser().is_file():
+        raise UserError(f"reward function {name}: {path.absolute()} does not exist; mend rewards.reward_funcs")
     return True
 
 

@@ -22,20 +22,15 @@ def is_user_function(name: str) -> bool:
     return path.endswith(".py") and function.isidentifier()
 
 
-def user_file(key: str, name: str) -> Path:
-    """The file of the function that the configuration's `key` names. Raises UserError where there is none."""
-    file = Path(name.rpartition(":")[0]).expanduser()
-    if not file.is_file():
-        raise UserError(f"{key}={name}: {file.absolute()} does not exist; mend {key}")
-    return file
-
-
 def load_user_function(key: str, name: str, *, arguments: int) -> Callable[..., Any]:
     """The function that the configuration's `key` names, which takes that many arguments by place.
 
     The file is run, as `python FILE` would. Raises UserError where it is missing, fails, or has no such function.
     """
-    file, function_name = user_file(key, name), name.rpartition(":")[2]
+    path, _, function_name = name.rpartition(":")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"{key}={name}: {file.absolute()} does not exist; mend {key}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from chord_megatron.algorithm.aggregation import Mean
-from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS, ExpertWeight, checked
+from chord_megatron.algorithm.expert_weights import EXPERT_WEIGHTS, ExpertWeight
 from chord_megatron.algorithm.importance import ImportanceCorrection
 from chord_megatron.algorithm.objective import KLPenalty, Objective
 from chord_megatron.algorithm.policy_losses import (
@@ -21,14 +21,14 @@ from chord_megatron.algorithm.presets import SEMANTICS, Semantics
 from chord_megatron.config import ChordConfig, Config, GRPOConfig
 from chord_megatron.planning.experts import expert_weight_name
 from chord_megatron.planning.plan import Plan
-from chord_megatron.system.user_functions import is_user_function, load_user_function
-from chord_megatron.training.user_policy_loss import load_policy_loss
+from chord_megatron.system.user_functions import is_user_function
+from chord_megatron.training.user_losses import load_expert_weight, load_policy_loss
 
 
 def build_objective(grpo: GRPOConfig, chord: ChordConfig) -> Objective:
     """Everything but mu and the mean of the rollout stream, which the batch's weights hold.
 
-    Raises UserError where a policy loss of the user's cannot be used.
+    Raises UserError where a function of the user's cannot be used.
     """
     semantics = SEMANTICS[chord.semantics]
     return Objective(
@@ -64,7 +64,7 @@ def build_means(config: Config, plan: Plan) -> tuple[Mean, Mean]:
 def _expert_weight(chord: ChordConfig) -> ExpertWeight:
     name = expert_weight_name(chord)
     if is_user_function(name):
-        return checked(name, load_user_function("chord.expert_weight", name, arguments=2))
+        return load_expert_weight(name)
     bound: dict[str, dict[str, Any]] = {
         "phi": {"cutoff": chord.expert_weight_cutoff},
         "luffy": {"gamma": chord.luffy_gamma},

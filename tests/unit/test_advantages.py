@@ -339,6 +339,14 @@ def test_what_is_usual_with_an_estimator():
             "batch",
         ),
         (
+            {"rewards": {"soft_cache_length": 9}},
+            "rewards.soft_cache_length=9 is not read by rewards.reward_funcs without soft_overlong; remove it",
+        ),
+        (
+            {"rewards": {"reward_funcs": ["format"], "soft_max_length": 99}},
+            "rewards.soft_max_length=99 is not read by rewards.reward_funcs without soft_overlong; remove it",
+        ),
+        (
             {"rewards": {"reward_funcs": ["soft_overlong"]}},
             "rewards.reward_funcs names soft_overlong, which needs rewards.soft_cache_length, the tokens over which it "
             "grows; set it",

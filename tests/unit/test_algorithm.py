@@ -161,21 +161,18 @@ def test_aggregation_weights_by_hand(aggregation: Aggregation, expected: list[fl
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "dropped", "kept"),
+    ("aggregation", "per_token"),
     [
-        ("token_mean", [1 / 6, 1 / 6], [1 / 6, 1 / 6]),
-        ("sequence_mean", [1 / 4, 1 / 8], [1 / 8, 1 / 16]),
-        ("sequence_sum", [1 / 2, 1 / 2], [1 / 4, 1 / 4]),
-        ("fixed_length", [1 / 16, 1 / 16], [1 / 32, 1 / 32]),
+        ("token_mean", [1 / 6, 1 / 6]),
+        ("sequence_mean", [1 / 4, 1 / 8]),
+        ("sequence_sum", [1 / 2, 1 / 2]),
+        ("fixed_length", [1 / 16, 1 / 16]),
     ],
 )
-def test_filtered_sequences_count_only_where_that_is_asked_for(
-    aggregation: Aggregation, dropped: list[float], kept: list[float]
-):
-    for counts_filtered, per_token in ((False, dropped), (True, kept)):
-        weights = aggregation_weights([0, 2, 0, 4], Mean(aggregation, 8, counts_filtered))
-        assert [weights[1], weights[3]] == pytest.approx(per_token, rel=1e-15)
-        assert all(math.isfinite(weight) for weight in weights)
+def test_sequences_without_loss_tokens_do_not_count(aggregation: Aggregation, per_token: list[float]):
+    weights = aggregation_weights([0, 2, 0, 4], Mean(aggregation, 8))
+    assert [weights[1], weights[3]] == pytest.approx(per_token, rel=1e-15)
+    assert all(math.isfinite(weight) for weight in weights)
 
 
 def test_a_sequence_of_one_token_is_a_sequence():

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from chord_megatron.algorithm.expert_weights import (
     EXPERT_WEIGHTS,
-    checked,
     entropy_aware,
     luffy,
     phi,
@@ -156,19 +155,35 @@ def test_a_function_of_the_users_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("result", "found"),
-    [("log_probs.sum()", r"\[\]"), ("entropy[1:]", r"\[4\]"), ("1.0", "float"), ("None", "NoneType")],
+    ("result", "sentence"),
+    [
+        ("log_probs.sum()", r"must return a weight of each token, torch.float32 \[5\], not torch.float32 \[\]"),
+        ("entropy[1:]", r"must return a weight of each token, torch.float32 \[5\], not torch.float32 \[4\]"),
+        ("1.0", r"must return a weight of each token, torch.float32 \[5\], not float"),
+        ("None", r"must return a weight of each token, torch.float32 \[5\], not NoneType"),
+        ("1 / entropy", r"returns a NaN or infinite weight for one of a few tokens, of which one is certain \(p = 1\)"),
+        ("log_probs.log()", r"returns a NaN or infinite weight for one of a few tokens, .*"),
+        ("entropy.nothing", r"fails on a few tokens: AttributeError: 'Tensor' object has no attribute 'nothing'"),
+    ],
 )
-def test_a_function_must_weigh_each_token(result: str, found: str, tmp_path: Path):
-    namespace: dict[str, Any] = {}
-    exec(f"def weigh(log_probs, entropy): return {result}", namespace)
-    with pytest.raises(UserError, match=rf"^chord.expert_weight=a.py:f must return a tensor .*, \[5\], not {found}$"):
-        checked("a.py:f", namespace["weigh"])(LOG_PROBS, ENTROPY)
+def test_a_function_is_tried_before_anything_starts(result: str, sentence: str, tmp_path: Path):
+    (tmp_path / "a.py").write_text(f"def f(log_probs, entropy): return {result}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"^chord.expert_weight={tmp_path}/a.py:f {sentence}$"):
+        build_objective(GRPOConfig(), ChordConfig(expert_weight=f"{tmp_path}/a.py:f"))
 
 
-def test_a_function_with_parameters_of_its_own_gets_no_gradient_into_the_loss():
-    parameter = torch.ones(5, requires_grad=True)
-    weigh = checked("a.py:f", lambda log_probs, entropy: parameter * log_probs)
+def test_a_function_is_held_to_its_shape_in_every_step(tmp_path: Path):
+    """It was right on the few tokens at the start."""
+    (tmp_path / "a.py").write_text("def f(log_probs, entropy): return entropy[:5]\n", encoding="utf-8")
+    weigh = build_objective(GRPOConfig(), ChordConfig(expert_weight=f"{tmp_path}/a.py:f")).expert_weight
+    with pytest.raises(UserError, match=r"a weight of each token, torch.float64 \[6\], not torch.float64 \[5\]$"):
+        weigh(torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
+
+
+def test_a_function_with_parameters_of_its_own_gets_no_gradient_into_the_loss(tmp_path: Path):
+    source = "import torch\ndef f(log_probs, entropy): return torch.ones(5, requires_grad=True) * log_probs\n"
+    (tmp_path / "a.py").write_text(source, encoding="utf-8")
+    weigh = build_objective(GRPOConfig(), ChordConfig(expert_weight=f"{tmp_path}/a.py:f")).expert_weight
     assert not weigh(LOG_PROBS, ENTROPY).requires_grad
 
 
@@ -201,11 +216,11 @@ def test_names(chord: dict[str, Any], name: str):
         ),
         (
             {"expert_weight_cutoff": 0.5},
-            "chord.expert_weight_cutoff is for chord.expert_weight=phi, which is 'uniform'; remove it",
+            "chord.expert_weight_cutoff=0.5 is not read by chord.expert_weight=uniform; remove it",
         ),
         (
             {"luffy_gamma": 0.2, "expert_weight": "phi"},
-            "chord.luffy_gamma is for chord.expert_weight=luffy, which is 'phi'; remove it",
+            "chord.luffy_gamma=0.2 is not read by chord.expert_weight=phi; remove it",
         ),
     ],
 )
@@ -217,4 +232,4 @@ def test_what_makes_no_sense_is_refused(chord: dict[str, Any], sentence: str):
 
 def test_a_file_that_is_not_there_is_refused_before_anything_starts():
     with pytest.raises(UserError, match=r"chord.expert_weight=absent.py:f: .*absent.py does not exist; mend"):
-        check_expert_weight(ChordConfig(expert_weight="absent.py:f"))
+        build_objective(GRPOConfig(), ChordConfig(expert_weight="absent.py:f"))

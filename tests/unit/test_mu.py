@@ -206,13 +206,24 @@ def test_reward_may_leave_the_experts_out():
     [
         (
             {"mu_target": 0.5},
-            "chord.mu_target is read by chord.mu_schedule=reward and gradient_ratio, not by cosine; set it to null, or "
-            "choose one of these",
+            "chord.mu_target=0.5 is not read by chord.mu_schedule=cosine; remove it",
         ),
         (
             {"mu_schedule": "linear", "mu_start": 0.5},
-            "chord.mu_start is read by chord.mu_schedule=reward and gradient_ratio, not by linear; set it to null, or "
-            "choose one of these",
+            "chord.mu_start=0.5 is not read by chord.mu_schedule=linear; remove it",
+        ),
+        ({"mu_smoothing": 0.5}, "chord.mu_smoothing=0.5 is not read by chord.mu_schedule=cosine; remove it"),
+        (
+            {**REWARD, "mu_update_steps": 5},
+            "chord.mu_update_steps=5 is not read by chord.mu_schedule=reward; remove it",
+        ),
+        (
+            {"mu_schedule": "constant", "chord_mu_decay_steps": 60},
+            "chord.chord_mu_decay_steps=60 is not read by chord.mu_schedule=constant; remove it",
+        ),
+        (
+            {"mu_schedule": "constant", "chord_mu_valley": 0.1},
+            "chord.chord_mu_valley=0.1 is not read by chord.mu_schedule=constant; remove it",
         ),
         ({**REWARD, "mu_target": None}, "chord.mu_schedule=reward needs chord.mu_target, a reward"),
         (
@@ -226,8 +237,7 @@ def test_reward_may_leave_the_experts_out():
         ),
         (
             {**REWARD, "chord_mu_decay_steps": 5},
-            "chord.mu_schedule=reward has neither warm-up nor decay; set chord.chord_mu_warmup_steps=0 and "
-            "chord.chord_mu_decay_steps=0",
+            "chord.chord_mu_decay_steps=5 is not read by chord.mu_schedule=reward; remove it",
         ),
         (
             {**REWARD, "mu_start": 0.95},

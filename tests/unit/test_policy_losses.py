@@ -801,6 +801,15 @@ def test_a_loss_of_ones_own_is_held_to_its_shapes_in_every_step(tmp_path: Path):
             "sequence_token",
         ),
         (
+            {"filtered_count": "keep"},
+            "grpo.filtered_count=keep is not read by grpo.overlong_filter=false; remove it",
+        ),
+        (
+            {"rollout_importance_sampling_threshold": 3.0},
+            "grpo.rollout_importance_sampling_threshold=3.0 is not read by grpo.rollout_importance_sampling_mode=null; "
+            "remove it",
+        ),
+        (
             {"kl_in_reward": True},
             "grpo.kl_in_reward=true needs grpo.beta above 0; set it, or remove grpo.kl_in_reward",
         ),

@@ -16,6 +16,7 @@ from chord_megatron.config import Config
 from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.presets import check_preset, cost_of_preset, keeps_filtered
 from chord_megatron.planning.schedule import mu_at, mu_range, needs_rollouts
+from chord_megatron.planning.streams import check_streams
 from chord_megatron.system.errors import UserError
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.objective import build_means, build_objective
@@ -80,6 +81,14 @@ def test_the_temperature_of_experts(semantics: Preset, temperature: float):
 @pytest.mark.parametrize(("semantics", "needed"), [("paper", False), ("ms-swift", True), ("trinity", True)])
 def test_whether_rollouts_are_drawn_at_mu_1(semantics: Preset, needed: bool):
     assert needs_rollouts(config_of(semantics, {"chord_mu_peak": 1.0, "chord_mu_valley": 1.0})) == needed
+
+
+def test_prompts_are_asked_for_where_a_preset_draws_rollouts_at_mu_1():
+    experts = {"chord_sft_dataset": "experts.jsonl", "chord_sft_global_batch_size": 8}
+    supervised = {**experts, "chord_mu_peak": 1.0, "chord_mu_valley": 1.0}
+    check_streams(config_of("paper", supervised))
+    with pytest.raises(UserError, match=r"^data.dataset is required under chord.semantics=trinity, which draws rollou"):
+        check_streams(config_of("trinity", supervised))
 
 
 def test_what_a_preset_needs():
