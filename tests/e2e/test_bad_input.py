@@ -153,7 +153,7 @@ BEFORE_THE_FIRST_STEP = {
         ("rewards.reward_funcs=[{assets}/rewards.py:graded]",),
         (
             "reward function {assets}/rewards.py:graded needs 'difficulty', which is not offered; "
-            "offered are prompts, completions, references, the columns answer, and the reference as ground_truth, ",
+            "offered are prompts, completions, references, completion_ids, the columns answer, and the reference as ",
         ),
     ),
     "a key that the loss does not read": (

@@ -82,7 +82,7 @@ def test_what_cannot_be_removed_is_said_and_the_run_goes_on(tmp_path: Path, monk
     complete(run_dir.checkpoint(3))
     assert run_dir.publish(3, keep=1) == [
         f"{folder} cannot be removed (Permission denied) and stays; remove it yourself"
-        for folder in (run_dir.checkpoint(1), run_dir.hf(1))
+        for folder in (run_dir.hf(1), run_dir.checkpoint(1))
     ]
     assert names(tmp_path / "checkpoints") == {"step_1", "step_3", "latest"}
     assert run_dir.resume_step() == 3
