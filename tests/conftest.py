@@ -52,7 +52,10 @@ def tiny_models(make_once: MakeOnce) -> Callable[..., Path]:
 
 @pytest.fixture
 def measure(record_property: Callable[[str, object], None]) -> Measure:
-    """Tells a number, of which the largest of all tests is printed after them; or a text, which is printed."""
+    """Tells a number: of fractional ones the largest of all tests is printed after them, of counts the sum.
+
+    Or a text, which is printed.
+    """
     return lambda title, value: record_property("measured", (title, value))
 
 
@@ -64,8 +67,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             for title, value in (value for name, value in report.user_properties if name == "measured"):
                 measured.setdefault(title, []).append(value)
     if measured:
-        terminalreporter.section("measured, the largest of each")
+        terminalreporter.section("measured: the largest of each, the sum of counts")
     for title, values in measured.items():
-        numbers = [value for value in values if not isinstance(value, str)]
-        texts = sorted({value for value in values if isinstance(value, str)})
-        terminalreporter.write_line(f"{title}: {', '.join([f'{max(numbers):.2g}'] if numbers else texts)}")
+        terminalreporter.write_line(f"{title}: {_shown(values)}")
+
+
+def _shown(values: list[float | str]) -> str:
+    counts = [value for value in values if isinstance(value, int)]
+    numbers = [value for value in values if isinstance(value, float)]
+    if counts:
+        return f"{sum(counts):,}"
+    return f"{max(numbers):.2g}" if numbers else ", ".join(sorted({str(value) for value in values}))

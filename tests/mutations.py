@@ -25,15 +25,22 @@ _VALUES: tuple[Any, ...] = (
 )
 
 
-def check_damaged(content: bytes, examples: int, check: Callable[[bytes], None]) -> None:
-    """Call `check` with damaged copies of `content`; of one that fails hypothesis shows the least damage that does."""
+def check_damaged(content: bytes, examples: int, check: Callable[[bytes], None]) -> int:
+    """Call `check` with damaged copies of `content`; of one that fails hypothesis shows the least damage that does.
+
+    Returns how many there were.
+    """
+    tried = 0
 
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=HealthCheck)
     @given(_damaged(content))
     def check_each(damaged: bytes) -> None:
+        nonlocal tried
+        tried += 1
         check(damaged)
 
     check_each()
+    return tried
 
 
 @st.composite

@@ -18,14 +18,15 @@ class Mean:
     fixed_length: 1/(sequences * max_completion_length) (Dr. GRPO, arXiv 2503.20783).
 
     rows: None takes the mean over the step; a number, over each so many rows, as trainers do whose loss is that of a
-    micro-batch, and then the mean of these: every one alike, or `by_rows` each by how many rows it has.
+    micro-batch, and then the mean of these: every one alike, or `by_rows` each by how many rows it has. scale
+    multiplies the weights.
     """
 
     aggregation: Aggregation = "token_mean"
     max_completion_length: int = 0
-    counts_filtered: bool = False  # sequences that are filtered out count among the sequences
     rows: int | None = None
     by_rows: bool = False
+    scale: float = 1.0
 
 
 def aggregation_weights(lengths: Sequence[int], mean: Mean) -> list[float]:
@@ -35,12 +36,12 @@ def aggregation_weights(lengths: Sequence[int], mean: Mean) -> list[float]:
     """
     rows = mean.rows or max(1, len(lengths))
     parts = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
-    shares = [len(part) / len(lengths) if mean.by_rows else 1 / len(parts) for part in parts]
+    shares = [mean.scale * (len(part) / len(lengths) if mean.by_rows else 1 / len(parts)) for part in parts]
     return [*chain(*(_weights_within(part, mean, share) for part, share in zip(parts, shares)))]
 
 
 def _weights_within(lengths: Sequence[int], mean: Mean, share: float) -> list[float]:
-    num_sequences = len(lengths) if mean.counts_filtered else sum(length > 0 for length in lengths)
+    num_sequences = sum(length > 0 for length in lengths)
     if not sum(lengths):
         return [0.0] * len(lengths)
     match mean.aggregation:

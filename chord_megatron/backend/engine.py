@@ -31,7 +31,7 @@ from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.types import GlobalBatch, LossResult, LossTotals, MicroBatch, SamplingParams
+from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
 
@@ -104,27 +104,39 @@ class MegatronEngine:
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
         )
 
-    @torch.no_grad()
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
         reference: of the frozen initial model instead of the current one.
         """
         self._assert_here("model")
-
-        def collect(log_probs: Tensor, entropy: None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
-            return log_probs.sum(), 0, unpack(micro_batch, log_probs.float())
-
         if reference:
             self._swap_reference()
-        outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=False)
+        (log_probs,) = self._of_each_token(batch, compute_entropy=False)
         if reference:
             self._swap_reference()
-        log_probs = torch.zeros(sum(batch.lengths), device=self.groups.device)
-        rows = log_probs.split(batch.lengths)
-        for index, row in (item for output in outputs for item in output.items()):
-            rows[index].copy_(row)
-        return list(self._gather(log_probs).cpu().split(batch.lengths))
+        return log_probs
+
+    def compute_log_probs_and_entropies(self, batch: GlobalBatch) -> tuple[list[Tensor], list[Tensor]]:
+        """`compute_log_probs` of the current model, and the entropy at each of those tokens, in one pass."""
+        self._assert_here("model")
+        log_probs, entropies = self._of_each_token(batch, compute_entropy=True)
+        return log_probs, entropies
+
+    @torch.no_grad()
+    def _of_each_token(self, batch: GlobalBatch, *, compute_entropy: bool) -> list[list[Tensor]]:
+        """Log-probs, and entropies where asked for, of each sample's tokens."""
+
+        def collect(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
+            kinds = [log_probs] if entropy is None else [log_probs, entropy]
+            return log_probs.sum(), 0, dict(enumerate(unpack(micro_batch, values.float()) for values in kinds))
+
+        outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
+        kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
+        for kind, rows in enumerate(values.split(batch.lengths) for values in kinds):
+            for index, row in (item for output in outputs for item in output[kind].items()):
+                rows[index].copy_(row)
+        return [list(values.split(batch.lengths)) for values in self._gather(kinds).cpu()]
 
     def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
         """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""
@@ -136,15 +148,40 @@ class MegatronEngine:
         def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, LossResult]:
             result = loss_fn(log_probs, entropy, micro_batch)
             non_finite = (~torch.isfinite(result.loss.detach())).double()
-            described = LossResult(result.loss.detach(), {**result.sums, _NON_FINITE: non_finite}, result.maxima)
+            described = result._replace(loss=result.loss.detach(), sums={**result.sums, _NON_FINITE: non_finite})
             # Megatron divides the summed gradient by the summed counts, which is batch.num_tokens again.
             return batch.num_tokens * result.loss, micro_batch.num_tokens, described
 
         outputs = self._run_schedule(batch, scaled, forward_only=False, compute_entropy=True)
-        totals = self._reduce(outputs)
+        totals = self._reduce(batch, outputs)
         self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
         return totals
+
+    def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
+        """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.
+
+        The cosine is (|u + v|^2 - |u - v|^2) / 4 of the two unit vectors, so that Megatron-Core's norm, which knows
+        what is sharded, replicated and shared, does all the counting. Keeps a second copy of the gradients meanwhile.
+        """
+        buffers = (buffer for chunk in self._chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers)
+        gradients = [buffer.grad_data for buffer in buffers]
+        self.forward_backward(batch, loss_a)
+        norm_a, kept = self._gradient_norm(), [gradient.clone() for gradient in gradients]
+        self.forward_backward(batch, loss_b)
+        norm_b = self._gradient_norm()
+        scale_a, scale_b = (1 / norm if 0 < norm < math.inf else 0.0 for norm in (norm_a, norm_b))
+        norms = []
+        for scale_of_b, step_along_a in ((scale_b, scale_a), (1.0, -2 * scale_a)):
+            for gradient, other in zip(gradients, kept):
+                gradient.mul_(scale_of_b).add_(other, alpha=step_along_a)
+            norms.append(self._gradient_norm())
+        self._has_gradients = False
+        cosine = (norms[0] ** 2 - norms[1] ** 2) / 4 if scale_a and scale_b else math.nan
+        # What steers a run must not differ by a bit between ranks that computed it each by itself.
+        found = torch.tensor([norm_a, norm_b, cosine], dtype=torch.float64, device=self.groups.device)
+        dist.broadcast(found, src=0)
+        return GradientComparison(*found.tolist())
 
     def optimizer_step(self) -> OptimizerStep:
         """Clip, step, advance the learning rate; on a non-finite loss or norm on any rank, all skip together."""
@@ -259,17 +296,31 @@ class MegatronEngine:
             dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
         return values
 
-    def _reduce(self, outputs: Sequence[LossResult]) -> LossTotals:
-        """Add sums and compare maxima of the last stages over micro-batches and ranks, then tell every stage."""
-        totals = [LossTotals({}, {})]
+    def _gradient_norm(self) -> float:
+        """Of what is in the gradient buffers."""
+        self._optimizer.prepare_grads()
+        return float(self._optimizer.get_grad_norm())
+
+    def _reduce(self, batch: GlobalBatch, outputs: Sequence[LossResult]) -> LossTotals:
+        """Add sums, compare maxima and collect rows of the last stages over micro-batches and ranks; tell every stage.
+
+        outputs: of this rank's micro-batches, in their order.
+        """
+        totals = [LossTotals({}, {}, {})]
         if self.groups.is_last_stage:
             group = self.groups.dp_cp_group
             sums = torch.stack([torch.stack([*output.sums.values()]) for output in outputs]).sum(0)
             maxima = torch.stack([torch.stack([*output.maxima.values()]) for output in outputs]).amax(0)
+            rows = sums.new_zeros(len(outputs[0].rows), len(batch.lengths))  # of each sample, 0 where others have it
+            for micro_batch, output in zip(batch.micro_batches, outputs):
+                indices = torch.tensor(micro_batch.sample_indices, dtype=torch.int64, device=rows.device)
+                for row, values in zip(rows, output.rows.values()):
+                    row[indices] = values[: len(indices)]
             dist.all_reduce(sums, group=group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            names = outputs[0]
-            totals = [LossTotals(dict(zip(names.sums, sums.tolist())), dict(zip(names.maxima, maxima.tolist())))]
+            dist.all_reduce(rows, group=self.groups.dp_group)
+            named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
+            totals = [LossTotals(*map(dict, named))]
         if self.groups.pp_size > 1:
             dist.broadcast_object_list(totals, self.groups.last_stage_rank, group=self.groups.pp_group)
         return totals[0]

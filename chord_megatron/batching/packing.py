@@ -50,7 +50,7 @@ def build_global_batch(
     num_tokens = {}
     for is_expert, mean in ((False, rollout_mean), (True, expert_mean)):
         rows = [i for i, sample in enumerate(samples) if sample.is_expert == is_expert]
-        lengths = [_num_loss_tokens(samples[i]) for i in rows]
+        lengths = [samples[i].num_loss_tokens for i in rows]
         num_tokens[is_expert] = sum(lengths)
         for i, weight in zip(rows, aggregation_weights(lengths, mean)):
             weights[i] = weight
@@ -89,6 +89,10 @@ def pack(
     def packed(dtype: torch.dtype, rows: list[Tensor]) -> Tensor:
         return torch.cat([*[row.to(dtype) for row in rows], torch.zeros(padding, dtype=dtype)])
 
+    def weighted(masks: list[Tensor]) -> Tensor:
+        rows = [m * weight * _per_token(s.token_weights) for m, weight, s in zip(masks, weights, chosen)]
+        return packed(torch.float32, rows)
+
     def optional(rows: list[Tensor | None]) -> Tensor | None:
         of_rollouts = {row is None for row, sample in zip(rows, chosen) if not sample.is_expert}
         assert len(of_rollouts) < 2, "some rollouts have these log-probs and some do not"
@@ -110,9 +114,9 @@ def pack(
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).cumsum(0, dtype=torch.int32),
         rollout_mask=packed(torch.bool, rollout_masks),
         expert_mask=packed(torch.bool, expert_masks),
-        rollout_weights=packed(torch.float32, [mask * weight for mask, weight in zip(rollout_masks, weights)]),
-        expert_weights=packed(torch.float32, [mask * weight for mask, weight in zip(expert_masks, weights)]),
-        advantages=packed(torch.float32, [m * s.advantage for m, s in zip(rollout_masks, chosen)]),
+        rollout_weights=weighted(rollout_masks),
+        expert_weights=weighted(expert_masks),
+        advantages=packed(torch.float32, [m * _per_token(s.advantage) for m, s in zip(rollout_masks, chosen)]),
         # Padding divides by 1, not by 0.
         temperatures=torch.cat([*temperatures, torch.ones(padding)]),
         rollout_log_probs=torch.zeros(num_tokens + padding) if rollout_log_probs is None else rollout_log_probs,
@@ -134,14 +138,14 @@ def unpack(batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
     return rows
 
 
+def _per_token(value: float | Tensor) -> float | Tensor:
+    """The number of a whole sample, or those of its tokens where they are predicted."""
+    return _shift(value) if isinstance(value, Tensor) else value
+
+
 def _shift(values: Tensor) -> Tensor:
     """Move what concerns token t + 1 to position t; nothing follows the last token."""
     return torch.cat([values[1:], values.new_zeros(1)])
-
-
-def _num_loss_tokens(sample: TrainingSample) -> int:
-    # The first token has no prediction.
-    return int(sample.loss_mask[1:].sum())
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -132,29 +132,20 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def _megatron_specs(
     reader: SafetensorsReader, arch: ModelArchitecture, dtype: torch.dtype | None
 ) -> Mapping[str, TensorSpec]:
-    """What each full Megatron parameter will be; wrong shapes and mixed dtypes in one UserError."""
+    """What each full Megatron parameter will be. Raises UserError where its parts have different dtypes."""
     specs: dict[str, TensorSpec] = {}
-    wrong: list[str] = []
     for name in parameter_names(arch):
         parameter = find_mapping(name, arch)
         shapes = hf_shapes(parameter, arch)
-        parts = {hf_name: reader.spec(hf_name) for hf_name in shapes}
-        wrong += [
-            f"{hf_name} {list(parts[hf_name].shape)} instead of {list(shape)}"
-            for hf_name, shape in shapes.items()
-            if parts[hf_name].shape != shape
-        ]
-        dtypes = {_target_dtype(name, part.dtype, arch, dtype) for part in parts.values()}
+        dtypes = {_target_dtype(name, reader.spec(hf_name).dtype, arch, dtype) for hf_name in shapes}
         if len(dtypes) > 1:
             raise UserError(
-                f"{list_names(parts)} have different dtypes, and are one tensor in Megatron; choose one with --dtype"
+                f"{list_names(shapes)} have different dtypes, and are one tensor in Megatron; choose one with --dtype"
             )
         rows, *rest = (sum(shape[0] for shape in shapes.values()), *next(iter(shapes.values()))[1:])
         if parameter.mapping.layout is TensorLayout.VOCAB:
             rows = padded_vocab_size(rows, tp_size=1)  # other layouts cut or pad it on loading
         specs[name] = TensorSpec(dtypes.pop(), (rows, *rest))
-    if wrong:
-        raise UserError(f"wrong shapes: {', '.join(wrong)}; use the config.json that belongs to these weights")
     return specs
 
 

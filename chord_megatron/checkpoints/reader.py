@@ -164,12 +164,14 @@ class MegatronReader:
         return tensor.detach()
 
     def _check_files(self) -> None:
-        """Every chunk lies within a file of this folder, and the chunks of each tensor fill it."""
+        """Every chunk has a part of a file of this folder to itself, as long as it, and a tensor's chunks fill it."""
         ends: dict[str, int] = defaultdict(int)
+        sums: dict[str, int] = defaultdict(int)
         for key, entry in self._tensors.items():
             for chunk in entry.chunks:
                 info = self._storage.get(MetadataIndex(key, chunk.offsets))
-                if info is None or Path(info.relative_path).name != info.relative_path:
+                nbytes = chunk.sizes.numel() * entry.properties.dtype.itemsize
+                if info is None or Path(info.relative_path).name != info.relative_path or info.length < nbytes:
                     raise UserError(f"the .metadata file of {self.directory} is damaged; copy the checkpoint again")
                 if info.transform_descriptors:
                     raise UserError(
@@ -177,6 +179,7 @@ class MegatronReader:
                         "which is not supported; save it without extensions"
                     )
                 ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+                sums[info.relative_path] += info.length
             if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
                 raise UserError(f"{self.directory} holds only parts of {key}; copy the checkpoint again")
         for file, end in ends.items():
@@ -185,6 +188,8 @@ class MegatronReader:
                 raise UserError(f"{self.directory} lacks {file}; copy the checkpoint again")
             if (size := path.stat().st_size) < end:
                 raise UserError(f"{path} is truncated ({size} of {end} bytes); copy the checkpoint again")
+            if sums[file] > size:  # one place for many tensors, which would become larger than their files
+                raise UserError(f"the .metadata file of {self.directory} is damaged; copy the checkpoint again")
 
 
 def check_weights(model_dir: Path, arch: ModelArchitecture) -> None:

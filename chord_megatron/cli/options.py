@@ -24,8 +24,11 @@ def validated(config: Path, overrides: list[str] | None, world_size: int) -> tup
     from chord_megatron.config import load_config
     from chord_megatron.planning.plan import make_plan
     from chord_megatron.rewards import check_reward_functions
+    from chord_megatron.training.objective import build_objective
     from chord_megatron.weights.hf_config import read_architecture
 
     resolved = load_config(config, overrides)
     check_reward_functions(resolved.rewards.reward_funcs, resolved.rewards.reward_weights)
-    return resolved, make_plan(resolved, read_architecture(Path(resolved.model.path)), world_size)
+    plan = make_plan(resolved, read_architecture(Path(resolved.model.path)), world_size)
+    build_objective(resolved.grpo, resolved.chord)  # functions of the user's are loaded and tried
+    return resolved, plan

@@ -17,14 +17,25 @@ if TYPE_CHECKING:
 def validate(
     config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
 ) -> int:
-    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer."""
+    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer.
+
+    Of train.output_dir it says what would keep the run from beginning there, and writes nothing.
+    """
     from rich.console import Console
 
     from chord_megatron.data.tokenizer import load_tokenizer
     from chord_megatron.data.vocabulary import check_vocabulary
+    from chord_megatron.tracking.run_dir import RunDir
+    from chord_megatron.tracking.run_lock import refuse_used
+    from chord_megatron.training.beginning import find_beginning
     from chord_megatron.weights.hf_config import read_architecture
 
     resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
+    run_dir = RunDir(Path(resolved.train.output_dir))
+    run_dir.refuse_unusable()
+    if nnodes == 1:  # a node that comes back to a run of several finds it in use, by that run
+        refuse_used(run_dir.path)
+    find_beginning(run_dir, resolved, plan)
     model_dir = Path(resolved.model.path)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
     check_vocabulary(resolved, tokenizer, read_architecture(model_dir).vocab_size)
@@ -35,10 +46,9 @@ def validate(
 def _plan_table(config: Config, plan: Plan) -> Table:
     from rich.table import Table
 
-    from chord_megatron.planning.schedule import mu_at
+    from chord_megatron.planning.presets import cost_of_preset
 
     parallel, train = config.parallel, config.train
-    last = train.train_iters - 1
     table = Table(show_header=False, title="What one optimizer step does", title_justify="left")
     for name, value in (
         ("prompts", f"{plan.prompts_per_step}"),
@@ -63,8 +73,20 @@ def _plan_table(config: Config, plan: Plan) -> Table:
             + ", sequence parallel" * parallel.sequence_parallel
             + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
         ),
-        ("mu", f"{mu_at(config, 0):.3g} at step 0, {mu_at(config, last):.3g} at step {last}"),
+        ("mu", _mu(config)),
+        ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
         ("steps", f"{train.train_iters}, into {train.output_dir}"),
     ):
         table.add_row(name, value)
     return table
+
+
+def _mu(config: Config) -> str:
+    from chord_megatron.planning.schedule import CLOSED_LOOPS, mu_at, mu_range
+
+    chord, last = config.chord, config.train.train_iters - 1
+    start = f"{mu_at(config, 0):.3g} at step 0"
+    if chord.mu_schedule not in CLOSED_LOOPS:
+        return f"{start}, {mu_at(config, last):.3g} at step {last}"
+    lowest, highest = mu_range(config)
+    return f"{start}, then within {lowest:.3g} and {highest:.3g}, by {chord.mu_schedule} towards {chord.mu_target:g}"

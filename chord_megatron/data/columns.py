@@ -10,6 +10,8 @@ from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.sources import Row
 from chord_megatron.system.sentences import shown
 
+_LARGEST_WEIGHT = 1e30  # as of the numbers of a configuration
+
 
 def read_text(row: Row, column: str) -> str:
     """A column, or a dotted path into its objects, as text. Raises BadRow."""
@@ -52,3 +54,11 @@ def as_text(value: Any, column: str) -> str:
         raise BadRow(f"column {column!r} holds an object", f", not text or a number; name {keys} instead")
     kind = "a list" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
     raise BadRow(f"column {column!r} holds {kind}", f", not text or a number: {shown(value)}")
+
+
+def read_weight(value: Any, what: str) -> float:
+    """A finite number that is not negative. Raises BadRow."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= _LARGEST_WEIGHT:
+        raise BadRow(f"{what} is not a number from 0 to {_LARGEST_WEIGHT:g}", f": {shown(value)}")
+    return float(value)

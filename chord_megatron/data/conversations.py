@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from chord_megatron.data.bad_rows import BadRow
-from chord_megatron.data.columns import read_column
+from chord_megatron.data.columns import read_column, read_weight
 from chord_megatron.data.sources import Row
 from chord_megatron.system.sentences import shown
 
@@ -30,6 +30,7 @@ class Conversation:
     kind: str  # how the column was read
     question: str | list[Message]  # not empty; text is one message of the user's
     answer: Message | None = None  # the final assistant message of the column `messages`
+    answer_weight: float = 1.0  # its `loss_scale`
     system: str | None = None
     tools: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the chat template, of this row
@@ -53,18 +54,19 @@ def read_conversation(row: Row, prompt_column: str) -> Conversation:
     _refuse_columns(row, prompt_column)
     column = prompt_column if prompt_column in row or MESSAGES_COLUMN not in row else MESSAGES_COLUMN
     question = read_column(row, column)
-    kind = "text"
-    if isinstance(question, str) and (parsed := _messages_in_text(question)):
-        question, kind = _read_messages(parsed, column), "chat messages in JSON text"
+    kind, messages = "text", question
+    if isinstance(question, str) and (messages := _messages_in_text(question)):
+        question, kind = _read_messages(messages, column), "chat messages in JSON text"
     elif isinstance(question, str) and _LOOKS_LIKE_MESSAGES.match(question):
         raise BadRow(f"column {column!r} holds chat messages as text that is not JSON", f": {shown(question)}")
     elif isinstance(question, list):
         question, kind = _read_messages(question, column), "chat messages"
     elif not isinstance(question, str) or not question.strip():
         raise BadRow(f"column {column!r} must hold text or chat messages", f", not {shown(question)}")
-    answer = None
+    answer, answer_weight = None, 1.0
     if column == MESSAGES_COLUMN and isinstance(question, list) and question[-1]["role"] == "assistant":
         *question, answer = question
+        answer_weight = _answer_weight(messages[-1], column)
         if not question:
             raise BadRow(f"column {column!r} has nothing before the assistant message")
     return Conversation(
@@ -72,6 +74,7 @@ def read_conversation(row: Row, prompt_column: str) -> Conversation:
         kind=kind,
         question=question,
         answer=answer,
+        answer_weight=answer_weight,
         system=_read_system(row, question),
         tools=_read_tools(row.get("tools")),
         template_kwargs=_read_template_kwargs(row.get("chat_template_kwargs")),
@@ -130,6 +133,11 @@ def _flag(message: Message, trains: bool) -> str | None:
     """The flag by which an assistant's message is trained, or is not."""
     flags = _LOSS_FLAGS if message["role"] == "assistant" else ()
     return next((flag for flag in flags if flag in message and bool(message[flag]) is trains), None)
+
+
+def _answer_weight(message: Message, column: str) -> float:
+    scale = message.get("loss_scale")
+    return 1.0 if scale is None else read_weight(scale, f"column {column!r}: the 'loss_scale' of its final answer")
 
 
 def _read_message(message: Any, place: str, column: str) -> Message:

@@ -14,6 +14,7 @@ from chord_megatron.data.bad_rows import BadRows
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
 from chord_megatron.data.prompts import make_prompt, reference_finder
+from chord_megatron.data.segments import TokenWeights
 from chord_megatron.data.sources import Row, load_rows
 from chord_megatron.data.tokenizer import generation_end_tokens
 from chord_megatron.data.turns import Turn, Turns, build_turns
@@ -28,7 +29,7 @@ MakeSample = Callable[[int, Row, Conversation, Turn], Sample]
 class RunData:
     """Everything a run reads, and what was made of it."""
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Prompt]  # empty without data.dataset
     eval_prompts: Sequence[Prompt]  # empty without data.eval_dataset
     experts: Sequence[ExpertSample]  # empty without chord.chord_sft_dataset
     end_token_ids: frozenset[int]  # what ends the model's turns
@@ -61,7 +62,12 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, exper
         experts = reader.read(
             chord.chord_sft_dataset,
             chord.chord_sft_dataset_split,
-            partial(make_expert, answer_column=chord.chord_sft_answer_column, turns=turns),
+            partial(
+                make_expert,
+                answer_column=chord.chord_sft_answer_column,
+                turns=turns,
+                token_weights=TokenWeights(tokenizer),
+            ),
             prompt_column=chord.chord_sft_prompt_column,
             limit=("chord.chord_sft_max_length", expert_max_length),
             other=f"answer: column {chord.chord_sft_answer_column!r}",
@@ -73,7 +79,7 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, exper
         limit=("data.max_prompt_length", data.max_prompt_length),
         other=f"reference: column {data.reference_column!r}",
     )
-    prompts = read_prompts(data.dataset, data.dataset_split)
+    prompts = read_prompts(data.dataset, data.dataset_split) if data.dataset else []
     eval_prompts = (
         read_prompts(data.eval_dataset, data.eval_dataset_split, first=data.num_eval_prompts)
         if data.eval_dataset

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from chord_megatron.config import PromptFormat
 from chord_megatron.data.bad_rows import BadRow
@@ -42,6 +42,14 @@ class Turn:
     end_token_id: int
 
 
+class Answer(NamedTuple):
+    """An answer behind a turn."""
+
+    tokens: tuple[int, ...]  # with the one that ends it
+    text: str  # that they were made of; the last one may be beyond it
+    content: str  # of the answer alone, without end tokens behind it
+
+
 class Turns(Protocol):
     """How conversations become tokens."""
 
@@ -52,8 +60,8 @@ class Turns(Protocol):
         """
         ...
 
-    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
-        """The tokens of an answer behind `turn`, with the one that ends it. Raises BadRow."""
+    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> Answer:
+        """An answer behind `turn`. Raises BadRow."""
         ...
 
 
@@ -87,12 +95,12 @@ class TextTurns:
         tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
         return Turn(text, tokens, "", "", int(self._tokenizer.eos_token_id))
 
-    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
+    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> Answer:
         content = _without_ends(answer.get("content") or "", {self._tokenizer.eos_token})
         tokens = _behind_prompt(turn, content, self._encode)
         if tokens is None:
             tokens = tuple(self._tokenizer.encode(content, add_special_tokens=False))
-        return (*tokens, turn.end_token_id)
+        return Answer((*tokens, turn.end_token_id), content, content)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Without what a tokenizer puts behind a text, which ends it: the model goes on there."""
@@ -134,7 +142,7 @@ class ChatTurns:
         tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
         return Turn(text, tokens, begun or prefill, ending, end)
 
-    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> tuple[int, ...]:
+    def answer(self, conversation: Conversation, turn: Turn, answer: Message) -> Answer:
         ends = {str(self._tokenizer.convert_ids_to_tokens(turn.end_token_id)), self._tokenizer.eos_token}
         content = _without_ends(answer.get("content") or "", ends)
         text = None
@@ -148,8 +156,9 @@ class ChatTurns:
             text = _behind(turn.prefill, content) + turn.ending
         tokens = self._encode_behind(turn, text)
         if turn.end_token_id in tokens:
-            return tokens[: tokens.index(turn.end_token_id) + 1]
-        return (*self._encode_behind(turn, text.removesuffix(turn.ending)), turn.end_token_id)
+            return Answer(tokens[: tokens.index(turn.end_token_id) + 1], text, content)
+        text = text.removesuffix(turn.ending)
+        return Answer((*self._encode_behind(turn, text), turn.end_token_id), text, content)
 
     def _messages(self, conversation: Conversation) -> list[Message]:
         """The messages before the model's turn."""

@@ -31,7 +31,7 @@ def check_python() -> Check:
 def check_package() -> Check:
     """Whether everything that training imports can be imported, together."""
     name = "chord_megatron"
-    error = import_error("chord_megatron.train")
+    error = import_error("chord_megatron.training.main")
     if error is not None:
         return Check(
             name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from chord_megatron.config import Config
+from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -30,6 +31,13 @@ def check_batches(config: Config, data_parallel_size: int) -> None:
 def check_lengths(config: Config, arch: ModelArchitecture) -> None:
     """That the model reads as many tokens as prompts, completions and experts have."""
     limit = arch.max_position_embeddings
+    if config.chord.chord_sft_dataset is not None and expert_max_length(config, arch) > limit:
+        raise UserError(
+            f"chord.chord_sft_max_length={config.chord.chord_sft_max_length}, but the model reads {limit} tokens; "
+            "lower it, or set it to null"
+        )
+    if not needs_rollouts(config) and config.data.eval_dataset is None:
+        return  # nothing is completed
     prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
     if completion >= limit:
         raise UserError(
@@ -40,11 +48,6 @@ def check_lengths(config: Config, arch: ModelArchitecture) -> None:
         raise UserError(
             f"data.max_prompt_length + rollout.max_completion_length = {prompt} + {completion} = {prompt + completion} "
             f"tokens, but the model reads {limit}; set data.max_prompt_length to at most {limit - completion}"
-        )
-    if config.chord.chord_sft_dataset is not None and expert_max_length(config, arch) > limit:
-        raise UserError(
-            f"chord.chord_sft_max_length={config.chord.chord_sft_max_length}, but the model reads {limit} tokens; "
-            "lower it, or set it to null"
         )
 
 

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 
 from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
+from chord_megatron.planning.experts import check_expert_weight
 from chord_megatron.planning.layout import check_layout
+from chord_megatron.planning.objectives import check_objective
+from chord_megatron.planning.presets import check_preset
+from chord_megatron.planning.rewards import check_rewards
 from chord_megatron.planning.rollouts import check_rollouts
+from chord_megatron.planning.schedule import check_mu_schedule
 from chord_megatron.planning.streams import check_streams
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -33,13 +38,18 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     """Check the configuration against the model and the number of processes. Raises UserError."""
     data_parallel_size = check_layout(config, arch, world_size)
     check_batches(config, data_parallel_size)
+    check_mu_schedule(config)
     check_streams(config)
+    check_rewards(config)
+    check_expert_weight(config.chord)
+    check_objective(config.grpo)
     check_rollouts(config, arch, world_size)
     check_lengths(config, arch)
     steps_per_rollout = config.grpo.steps_per_generation * config.grpo.num_iterations
     check_steps(config, steps_per_rollout)
     train, num_generations = config.train, config.rollout.num_generations
     expert_rows = _expert_rows(config, data_parallel_size)
+    check_preset(config, expert_rows)
     rows_per_rank = -(-(train.global_batch_size + expert_rows) // data_parallel_size)
     # The interleaved schedule runs micro-batches in groups of the pipeline size.
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None

@@ -30,20 +30,24 @@ MAY_CHANGE = _keys(
     parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
     data="eval_dataset eval_dataset_split num_eval_prompts on_bad_row",
-    rewards="reward_funcs reward_weights timeout_seconds memory_limit_gb environment",
+    rewards="reward_funcs reward_weights timeout_seconds memory_limit_gb environment soft_max_length soft_cache_length "
+    "on_error",
     rollout="engine num_generations temperature top_p top_k max_completion_length stop_token_ids max_batch_size "
     "record_to replay_from vllm_mode vllm_tensor_parallel_size vllm_gpu_memory_utilization vllm_enforce_eager "
     "sleep_level offload_optimizer offload_model vllm_servers vllm_server_timeout weight_transfer weight_transfer_dir "
     "weight_transfer_address max_staleness consistency_threshold consistency_action",
-    grpo="epsilon epsilon_high beta loss_type overlong_filter steps_per_generation num_iterations "
-    "rollout_importance_sampling_mode rollout_importance_sampling_threshold",
+    grpo="loss_type policy_loss importance_sampling_level epsilon epsilon_high delta tau_pos tau_neg vespo_k_pos "
+    "vespo_lambda_pos vespo_k_neg vespo_lambda_neg off_policy_sequence_mask_delta entropy_coef top_entropy_quantile "
+    "beta kl_estimator kl_in_reward advantage_estimator scale_rewards overlong_filter filtered_count "
+    "steps_per_generation num_iterations rollout_importance_sampling_mode rollout_importance_sampling_threshold",
     chord="chord_sft_global_batch_size chord_sft_per_device_train_batch_size chord_mu_peak chord_mu_valley "
-    "chord_mu_warmup_steps chord_mu_decay_steps chord_enable_phi_function",
+    "chord_mu_warmup_steps chord_mu_decay_steps mu_schedule mu_target mu_start mu_smoothing mu_update_steps "
+    "chord_enable_phi_function expert_weight expert_weight_cutoff luffy_gamma",
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
     train="output_dir micro_batch_size global_batch_size packing_order train_iters eval_steps eval_temperature "
     "save_steps save_total_limit save_on_signal max_skipped_steps",
-    tracking="report_to log_completions",
+    tracking="report_to log_completions diagnose_steps",
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from chord_megatron.config import Config
-from chord_megatron.planning.schedule import mu_range
+from chord_megatron.planning.schedule import mu_range, needs_rollouts
 from chord_megatron.system.errors import UserError
 
 
@@ -18,6 +18,16 @@ def check_streams(config: Config) -> None:
         raise UserError(
             "chord.chord_sft_dataset is required while mu > 0; "
             "for GRPO alone set chord.chord_mu_peak=0 and chord.chord_mu_valley=0"
+        )
+    if needs_rollouts(config) and config.data.dataset is None:
+        if smallest_mu == 1:
+            raise UserError(
+                f"data.dataset is required under chord.semantics={chord.semantics}, which draws rollouts at mu = 1, "
+                "too; set it, or chord.semantics=paper"
+            )
+        raise UserError(
+            "data.dataset is required while mu < 1; for supervised training alone set chord.chord_mu_peak=1 and "
+            "chord.chord_mu_valley=1"
         )
     if smallest_mu < 1 and rollout.num_generations == 1:
         raise UserError(

@@ -9,6 +9,8 @@ from typing import Any
 FIXED = ("prompts", "completions", "references")
 # What the reference is called in functions for TRL and ms-swift, whatever the data call it.
 _REFERENCE_NAMES = {"answer", "ground_truth", "solution"}
+# The tokens of each completion with the one that ends it: TRL's name and ms-swift's. Only for those who name them.
+TOKEN_NAMES = ("completion_ids", "response_token_ids")
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,25 @@ class Offer:
         if self.columns is None:
             return None
         columns = list(self.columns)
-        missing = [name for name in parameters.required if name not in {*FIXED, *columns, *self.reference_names}]
+        known = {*FIXED, *TOKEN_NAMES, *columns, *self.reference_names}
+        missing = [name for name in parameters.required if name not in known]
         if not missing:
             return None
-        offered = [", ".join(FIXED), *(["the columns " + ", ".join(columns)] if columns else [])]
+        offered = [", ".join((*FIXED, TOKEN_NAMES[0])), *(["the columns " + ", ".join(columns)] if columns else [])]
         return (
             f"needs {', '.join(map(repr, missing))}, which {'is' if len(missing) == 1 else 'are'} not offered; "
             f"offered are {', '.join(offered)}, and the reference as {', '.join(self.reference_names)}; "
             "rename the parameter, or give it a default"
         )
 
-    def choose(self, parameters: Parameters, fixed: Mapping[str, Any], columns: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments of a call, from the values of FIXED and of the columns."""
+    def choose(
+        self, parameters: Parameters, fixed: Mapping[str, Any], tokens: Any, columns: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The arguments of a call, from the values of FIXED, the tokens of completions, and the columns."""
         named = {*parameters.required, *parameters.optional}
         offered = {**columns, **fixed}  # a column named "prompts" cannot be had
-        further = {name: fixed["references"] for name in self.reference_names if name not in offered}
+        further = {**dict.fromkeys(self.reference_names, fixed["references"]), **dict.fromkeys(TOKEN_NAMES, tokens)}
         return {
             **{name: value for name, value in offered.items() if parameters.takes_all or name in named},
-            **{name: value for name, value in further.items() if name in named},
+            **{name: value for name, value in further.items() if name in named and name not in offered},
         }

@@ -1,4 +1,4 @@
-"""The reward functions that have a name: `accuracy` and `format`.
+"""The reward functions that have a name: `accuracy`, `format` and `soft_overlong`.
 
 The final answer is what the last mark holds (answers.py), of a completion and of its reference alike; in a completion
 without one, math-verify looks for it among the last 2000 characters (formulas.py).
@@ -7,7 +7,7 @@ without one, math-verify looks for it among the last 2000 characters (formulas.p
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from chord_megatron.rewards.answers import final_answer, without_thoughts
@@ -21,17 +21,53 @@ class FailedReward(float):
     """The 0 of a completion on which a built-in reward failed: no completion may end a run."""
 
 
-def accuracy(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
+def accuracy(
+    prompts: list[str],
+    completions: list[str],
+    references: list[str],
+    completion_ids: Sequence[Sequence[int]] = (),
+    /,
+    **columns: Any,
+) -> list[float]:
     """1.0 where the final answer equals the reference's (as number, as formula, or literally for words), else 0.0."""
     return _of_each("accuracy", _is_correct, zip(completions, references, strict=True))
 
 
-def format_reward(prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> list[float]:
+def format_reward(
+    prompts: list[str],
+    completions: list[str],
+    references: list[str],
+    completion_ids: Sequence[Sequence[int]] = (),
+    /,
+    **columns: Any,
+) -> list[float]:
     """1.0 where a completion is `<think>...</think><answer>...</answer>` and nothing else, else 0.0."""
     return _of_each("format", _is_think_then_answer, ((completion,) for completion in completions))
 
 
-BUILTIN_REWARDS: dict[str, RewardFunction] = {"accuracy": accuracy, "format": format_reward}
+def soft_overlong(
+    max_length: int,
+    cache_length: int,
+    prompts: list[str],
+    completions: list[str],
+    references: list[str],
+    completion_ids: Sequence[Sequence[int]],
+    /,
+    **columns: Any,
+) -> list[float]:
+    """0 up to max_length - cache_length tokens, then in a line to -1 at max_length (DAPO, arXiv 2503.14476, eq. 13).
+
+    ms-swift's (swift/rewards/orm.py) goes on below -1; it differs where completions may be longer than max_length.
+    """
+    return [max(-1.0, min(0.0, (max_length - cache_length - len(ids)) / cache_length)) for ids in completion_ids]
+
+
+# `soft_overlong` is bound to its two lengths first.
+BUILTIN_REWARDS: dict[str, RewardFunction] = {
+    "accuracy": accuracy,
+    "format": format_reward,
+    "soft_overlong": soft_overlong,
+}
 
 
 def _of_each(name: str, judge: Callable[..., bool], cases: Iterable[tuple[str, ...]]) -> list[float]:

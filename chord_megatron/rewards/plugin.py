@@ -18,6 +18,7 @@ from typing import Any
 
 from chord_megatron.rewards.arguments import FIXED, Offer, Parameters
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.user_functions import is_user_function
 
 _WORKER = Path(__file__).with_name("worker.py")
 _LONGEST_ANSWER_MB = 64
@@ -43,11 +44,11 @@ class Limits:
 
 def is_plugin(name: str) -> bool:
     """Whether it is `path.py:function`. Raises UserError where the file is not there."""
-    path, _, function_name = name.rpartition(":")
-    if not path.endswith(".py") or not function_name.isidentifier():
+    if not is_user_function(name):
         return False
-    if not Path(path).expanduser().is_file():
-        raise UserError(f"reward function {name}: {Path(path).absolute()} does not exist; mend rewards.reward_funcs")
+    path = Path(name.rpartition(":")[0])
+    if not path.expanduser().is_file():
+        raise UserError(f"reward function {name}: {path.absolute()} does not exist; mend rewards.reward_funcs")
     return True
 
 
@@ -89,11 +90,19 @@ class PluginReward:
             self.close()
             raise UserError(f"reward function {self._name} {refusal}")
 
-    def __call__(self, prompts: list[str], completions: list[str], references: list[str], /, **columns: Any) -> Any:
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        references: list[str],
+        completion_ids: list[list[int]],
+        /,
+        **columns: Any,
+    ) -> Any:
         """What the function returns, unchecked. Raises UserError where it raises, hangs or exits."""
         fixed = dict(zip(FIXED, (prompts, completions, references)))
         number, deadline = next(self._numbers), self._deadline()
-        arguments = self._offer.choose(self._parameters, fixed, columns)
+        arguments = self._offer.choose(self._parameters, fixed, completion_ids, columns)
         self._send(json.dumps({"number": number, "arguments": arguments}, default=str), deadline)
         return self._receive(number, deadline)
 

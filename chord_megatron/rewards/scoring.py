@@ -25,7 +25,8 @@ def score_rollouts(
     repeated = [prompt for prompt in prompts for _ in range(num_generations)]
     mine = [i for i in range(len(rollouts)) if (i // num_generations) % world_size == rank]
     completions = [completion_text(repeated[i], rollouts[i], tokenizer) for i in mine]
-    result = _reward([repeated[i] for i in mine], completions, reward_function)
+    tokens = [rollouts[i].response_tokens for i in mine]
+    result = _reward([repeated[i] for i in mine], completions, tokens, num_generations, reward_function)
     results: list[tuple[list[int], Rewards | str]] = [(mine, result)] * world_size
     dist.all_gather_object(results, (mine, result))
     return _merge(repeated, rollouts, results)
@@ -47,7 +48,13 @@ def completion_text(prompt: Prompt, rollout: RolloutSample, tokenizer: Any) -> s
     return prompt.prefill + whole.removeprefix(str(tokenizer.decode(before, skip_special_tokens=False)))
 
 
-def _reward(prompts: list[Prompt], completions: list[str], reward_function: RewardFunctions) -> Rewards | str:
+def _reward(
+    prompts: list[Prompt],
+    completions: list[str],
+    tokens: list[list[int]],
+    num_generations: int,
+    reward_function: RewardFunctions,
+) -> Rewards | str:
     """The rewards, or what was wrong: the other ranks must hear of it."""
     if not prompts:  # more ranks than groups; a function of the user's need not expect empty lists
         return Rewards([], {})
@@ -57,6 +64,8 @@ def _reward(prompts: list[Prompt], completions: list[str], reward_function: Rewa
             completions,
             [prompt.reference for prompt in prompts],
             [prompt.columns for prompt in prompts],
+            completion_ids=tokens,
+            num_generations=num_generations,
         )
     except UserError as error:
         return str(error)

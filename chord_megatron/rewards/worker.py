@@ -21,11 +21,11 @@ import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 _LONGEST_REASON = 2000
 # By its file: the package is not on this process's path, and it need not import all of it.
-_end_with_parent = runpy.run_path(str(Path(__file__).parents[1] / "system" / "processes.py"))["end_with_parent"]
+_processes = runpy.run_path(str(Path(__file__).parents[1] / "system" / "processes.py"))
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,14 @@ def main(options: Options) -> None:
     """Run both processes."""
     worker = os.fork()
     if worker:
-        _end_with_trainer(options.trainer, worker)
-    _end_with_parent()
+        # A function may hold the interpreter's lock, and a pipe of the trainer's stays open as long as any fork of the
+        # trainer has it: the end of neither says in time that the trainer has ended.
+        _processes["guard"](worker, parent=options.trainer)
+    _processes["end_with_parent"]()
     _outlive_sigterm()
     if options.memory_limit_gb is not None:
         _limit_memory(options.memory_limit_gb)
     _serve(options)
-
-
-def _end_with_trainer(trainer: int, worker: int) -> NoReturn:
-    """Wait for the worker, and end as it did; when the trainer ends, end the whole process group.
-
-    What functions start is in that group, too. A process of its own, because a function may hold the interpreter's
-    lock, and because a pipe of the trainer's stays open as long as any fork of the trainer has it.
-    """
-
-    def end_without_trainer(*_: object) -> None:
-        if os.getppid() != trainer:  # else somebody else's signal
-            os.killpg(0, signal.SIGKILL)
-
-    signal.signal(signal.SIGTERM, end_without_trainer)
-    _end_with_parent(signal.SIGTERM)
-    end_without_trainer()  # it may have ended before
-    code = os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])
-    os._exit(code if code >= 0 else 128 - code)  # as a shell reports signals
 
 
 def _outlive_sigterm() -> None:

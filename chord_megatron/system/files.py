@@ -65,19 +65,32 @@ class FilePart(io.RawIOBase):
         return len(content)
 
 
-class JsonLines:
-    """Appends strict JSON objects to a file, one per line, each on disk before `write` returns."""
+class AppendedFile:
+    """A file that grows: what is written is with the system before `write` returns."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("ab", buffering=0)  # so that nothing of a failed write is left to be written
 
+    def write(self, content: bytes) -> None:
+        """Append all of it. Raises UserError."""
+        with failed_writes_named(self._path):
+            while content:
+                content = content[self._file.write(content) :]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonLines:
+    """Appends strict JSON objects to a file, one per line, each on disk before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = AppendedFile(path)
+
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one object. Non-finite numbers become null, because JSON has no NaN. Raises UserError."""
-        line = _encode(record)
-        with failed_writes_named(self._path):
-            while line:
-                line = line[self._file.write(line) :]
+        self._file.write(_encode(record))
 
     def close(self) -> None:
         self._file.close()

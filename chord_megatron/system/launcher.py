@@ -9,12 +9,10 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 from chord_megatron.system.processes import LAUNCHER, SECONDS_TO_ASK_AGAIN, STORE_FILE, signal_name, stop_signals_to
@@ -58,8 +56,11 @@ class Launch:
         if self.nnodes > 1:
             yield {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
             return
-        with tempfile.TemporaryDirectory(prefix="chord-") as folder:  # the user's alone
-            yield {"MASTER_ADDR": "127.0.0.1", STORE_FILE: str(Path(folder) / "store")}
+        store = os.memfd_create("chord-store")  # in no folder: it goes with its processes, however they end
+        try:  # /proc/PID/fd is the user's alone
+            yield {"MASTER_ADDR": "127.0.0.1", STORE_FILE: f"/proc/{os.getpid()}/fd/{store}"}
+        finally:
+            os.close(store)
 
 
 def run_processes(launch: Launch, command: Sequence[str], *, finishes_its_step: bool) -> int:

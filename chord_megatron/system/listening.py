@@ -43,5 +43,5 @@ def listen_at(host: str, port: int) -> socket.socket | None:
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port {port} of {host} is taken, by another run? choose another --master-port") from None
+            raise UserError(f"port {port} of {host} is taken, by another run? choose another") from None
         return None

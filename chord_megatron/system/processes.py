@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 # Environment variables that the launcher sets.
 STORE_FILE = "CHORD_STORE_FILE"  # where the processes of a run on one machine meet
@@ -38,7 +39,7 @@ def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterato
 
 
 def end_with_launcher() -> None:
-    """End with the launcher or torchrun's agent: orphans would train on, into a resumed run's files."""
+    """End with the launcher or torchrun's agent: orphans would write on into a resumed run's files, or keep a port."""
     launcher = os.environ.get(LAUNCHER)
     if launcher or "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
@@ -51,3 +52,23 @@ def end_with_parent(signal_number: int = signal.SIGKILL) -> None:
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal_number)
+
+
+def guard(child: int, parent: int, *, passes_on_sigterm: bool = False) -> NoReturn:
+    """Wait for a child, and end as it did; when the parent ends, end this process's whole group.
+
+    What the child starts is in that group, too, and need not ask for its own parent's end.
+    """
+
+    def end_without_parent(*_: object) -> None:
+        if os.getppid() != parent:  # else somebody else's signal
+            os.killpg(0, signal.SIGKILL)
+        if passes_on_sigterm:
+            os.kill(child, signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end_without_parent)
+    end_with_parent(signal.SIGTERM)
+    if os.getppid() != parent:  # it has ended before
+        os.killpg(0, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os._exit(code if code >= 0 else 128 - code)  # as a shell reports signals

@@ -1,8 +1,10 @@
-"""What others wrote, quoted in a sentence: on one line, and no longer than one reads."""
+"""What others wrote, in a sentence: on one line, and no longer than one reads."""
 
 from __future__ import annotations
 
+import difflib
 import reprlib
+from collections.abc import Sequence
 from typing import Any
 
 _LONGEST = 300  # characters of a library's message
@@ -19,3 +21,9 @@ def shown(value: Any) -> str:
 def one_line(error: object) -> str:
     """The text of an error, or of somebody's answer; the error's type where it says nothing."""
     return " ".join(str(error).split())[:_LONGEST] or type(error).__name__
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """The end of a sentence that refuses a name: the nearest of the known ones; "" where none is near."""
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

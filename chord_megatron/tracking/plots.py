@@ -6,6 +6,7 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
+from chord_megatron.tracking.findings import findings
 from chord_megatron.tracking.summary import History, eval_points
 from chord_megatron.tracking.timers import PHASES
 
@@ -40,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw_history(history: History, title: str) -> bytes:
-    """The nine panels of a run as a PNG."""
+    """The nine panels of a run as a PNG, with what they suggest below them."""
     import matplotlib as mpl  # half a second that only the report pays
     from matplotlib.figure import Figure
 
@@ -62,6 +63,8 @@ def draw_history(history: History, title: str) -> bytes:
         for axis, panel in zip(figure.subplots(3, 3).flat, panels, strict=True):
             panel(axis, history)
             _finish(axis, _step_span(history))
+        if said := findings(history.steps):
+            figure.supxlabel("\n".join(said), x=0.01, ha="left", fontsize=10, parse_math=False)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -91,7 +94,8 @@ def _mixture(axis: Axes, history: History) -> None:
 
 def _entropy(axis: Axes, history: History) -> None:
     axis.set(title="Entropy", ylabel="entropy (nats)")
-    _line(axis, history, "entropy", "entropy", BLUE)
+    _line(axis, history, "entropy", "rollouts", BLUE)
+    _line(axis, history, "expert_entropy", "experts", ORANGE)
     if history.known("kl"):
         axis.set_title("Entropy and KL")
         _line(_right_axis(axis, "KL to reference (nats)", RED), history, "kl", "KL (right)", RED)
@@ -108,7 +112,13 @@ def _lengths(axis: Axes, history: History) -> None:
 
 def _grad_norm(axis: Axes, history: History) -> None:
     axis.set(title="Gradient norm", ylabel="L2 norm before clipping")
-    _line(axis, history, "grad_norm", "gradient norm", BLUE)
+    _line(axis, history, "grad_norm", "both", INK)
+    _points(axis, history, "grad_norm_rollout", "rollout", BLUE)
+    _points(axis, history, "grad_norm_expert", "expert", ORANGE)
+    if history.known("gradient_cosine"):
+        right = _right_axis(axis, "cosine of the two", GREEN)
+        right.set_ylim(-1.02, 1.02)
+        _points(right, history, "gradient_cosine", "cosine (right)", GREEN)
 
 
 def _log_prob_difference(axis: Axes, history: History) -> None:
@@ -162,6 +172,14 @@ def _line(axis: Axes, history: History, key: str, label: str, color: str, *, smo
         axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         values = running_mean(values, reach=max(2, len(values) // 50))
     axis.plot(steps, values, color=color, linewidth=1.7, label=label)
+
+
+def _points(axis: Axes, history: History, key: str, label: str, color: str) -> None:
+    """A metric that is measured at some steps only."""
+    known = [(record["step"], value) for record, value in zip(history.steps, history.column(key))]
+    known = [(step, value) for step, value in known if not math.isnan(value)]
+    if known:
+        axis.plot(*zip(*known), "o-", color=color, markersize=3, linewidth=1.2, label=label)
 
 
 def running_mean(values: list[float], reach: int) -> list[float]:

@@ -11,10 +11,12 @@ from typing import Any
 
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.files import read_json_lines
+from chord_megatron.tracking.findings import findings
 from chord_megatron.tracking.plots import draw_history
 from chord_megatron.tracking.run_log import COMPLETIONS_FILE
-from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
+from chord_megatron.tracking.summary import load_history, summarize, summary_rows
 
+NOTHING_TO_SAY = "No rule has anything to say."
 SAMPLES_PER_STEP = 3  # completions shown of the first and of the last logged step
 
 CSS = """
@@ -47,14 +49,14 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     history = load_history(run_dir)
     name = run_dir.resolve().name
     image = draw_history(history, name)
-    page = _page(run_dir, name, image, summary_rows(summarize_history(history)))
+    page = _page(run_dir, name, image, summary_rows(summarize(history)), findings(history.steps))
     png_path, html_path = run_dir / "report.png", run_dir / "report.html"
     atomic_write(png_path, [image])
     atomic_write(html_path, [page.encode("utf-8", errors="replace")])
     return png_path, html_path
 
 
-def _page(run_dir: Path, name: str, image: bytes, rows: list[tuple[str, str]]) -> str:
+def _page(run_dir: Path, name: str, image: bytes, rows: list[tuple[str, str]], said: list[str]) -> str:
     table = "\n".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>" for label, text in rows)
     source = f"data:image/png;base64,{base64.b64encode(image).decode('ascii')}"
     return f"""<!doctype html>
@@ -70,6 +72,7 @@ def _page(run_dir: Path, name: str, image: bytes, rows: list[tuple[str, str]]) -
 <table>
 {table}
 </table>
+{_findings(said)}
 <h2>Curves</h2>
 <img src="{source}" alt="Training curves">
 {_samples(run_dir / COMPLETIONS_FILE)}
@@ -77,6 +80,11 @@ def _page(run_dir: Path, name: str, image: bytes, rows: list[tuple[str, str]]) -
 </body>
 </html>
 """
+
+
+def _findings(said: list[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
+    return f"<h2>What the curves suggest</h2>\n<ul>{items or f'<li>{NOTHING_TO_SAY}</li>'}</ul>"
 
 
 def _configuration(path: Path) -> str:

@@ -13,7 +13,7 @@ from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import read_yaml
-from chord_megatron.tracking.run_log import COMPLETIONS_FILE, METRICS_FILE
+from chord_megatron.tracking.run_log import LOG_FILES, METRICS_FILE
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
 _ALWAYS_THERE = (".metadata", "state.json")  # in a checkpoint
@@ -67,6 +67,10 @@ class RunDir:
         """Whether something names the latest checkpoint."""
         return self._latest.exists()
 
+    def lacks_export(self, step: int) -> bool:
+        """Whether a save of `step` was killed after its checkpoint, before its export and the first pointer."""
+        return not self.has_pointer and not self.hf(step).exists()
+
     @property
     def has_begun(self) -> bool:
         """Whether there is anything of a step."""
@@ -116,20 +120,23 @@ class RunDir:
         for path in (*self._steps_in(self._checkpoints), *self._steps_in(self._exports)):
             if _step_of(path) > step:
                 moved.append(str(path.rename(_free_name(path)).relative_to(self.path)))
-        logs = [self.path / name for name in (METRICS_FILE, COMPLETIONS_FILE)] if moved else []
+        logs = [self.path / name for name in LOG_FILES] if moved else []
         for log in (log for log in logs if log.exists()):
             copy = _free_name(log)
             shutil.copy2(log, copy)
             moved.append(str(copy.relative_to(self.path)))
         return moved
 
-    def publish(self, step: int, keep: int | None) -> None:
-        """Make a complete checkpoint the latest, then remove the oldest of this run beyond `keep` (None keeps all)."""
+    def publish(self, step: int, keep: int | None) -> list[str]:
+        """Make a complete checkpoint the latest, then remove the oldest of this run beyond `keep` (None keeps all).
+
+        Returns a sentence on each folder that cannot be removed: the next time it is tried again.
+        """
         atomic_write(self._latest, [f"step_{step}\n".encode()])
         saved = [other for other in self.saved_steps() if other <= step]
-        for stale in saved[:-keep] if keep else []:
-            shutil.rmtree(self.checkpoint(stale))
-            shutil.rmtree(self.hf(stale), ignore_errors=True)
+        stale = saved[:-keep] if keep else []
+        # The checkpoint last: it is what a pruning that is killed is taken up again by.
+        return [said for old in stale for folder in (self.hf(old), self.checkpoint(old)) for said in _remove(folder)]
 
     def saved_steps(self) -> list[int]:
         """The steps whose checkpoints are there, in order."""
@@ -149,6 +156,17 @@ def _free_name(path: Path) -> Path:
     numbers = ("" if number == 1 else f"-{number}" for number in itertools.count(1))
     names = (path.with_name(f"{path.name}.set-aside{number}") for number in numbers)
     return next(name for name in names if not name.exists())
+
+
+def _remove(folder: Path) -> list[str]:
+    """What is to be said of it."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"{folder} cannot be removed ({error.strerror}) and stays; remove it yourself"]
+    return []
 
 
 def _step_of(path: Path) -> int:

@@ -61,6 +61,18 @@ def held(directory: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+def refuse_used(directory: Path) -> None:
+    """Raise UserError where another run holds the directory, which stays as it is."""
+    try:
+        descriptor = os.open(directory / LOCK_FILE, os.O_RDWR)
+    except OSError:  # there is none, or whoever wants to hold it says why that is impossible
+        return
+    try:
+        _refuse_if_used(directory / LOCK_FILE, descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _make(directory: Path) -> list[Path]:
     """Make it; the directories that were not there, the innermost first."""
     missing = [place for place in (directory, *directory.absolute().parents) if not place.exists()]

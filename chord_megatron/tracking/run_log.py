@@ -1,23 +1,26 @@
-"""The log of one run: metrics.jsonl, completions.jsonl, TensorBoard and the progress line."""
+"""The log of one run: metrics.jsonl, completions.jsonl, experts.jsonl, TensorBoard and the progress line."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
 
-from chord_megatron.system.atomic import failed_writes_named
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
 from chord_megatron.system.sentences import shown
 from chord_megatron.tracking.progress import Metrics, ProgressLine
+from chord_megatron.tracking.step_metrics import ExpertRow
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from chord_megatron.tracking.curves import Curves
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
+EXPERTS_FILE = "experts.jsonl"
+LOG_FILES = (METRICS_FILE, COMPLETIONS_FILE, EXPERTS_FILE)
 _LARGEST = 1e300  # of a metric; curves are drawn of them
 
 
@@ -44,8 +47,9 @@ class RunLog:
         self.last_eval_step: int | None = None if last_eval is None else last_eval["step"]
         self._metrics = JsonLines(run_dir / METRICS_FILE)
         self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
-        self._tensorboard_dir = run_dir / "tensorboard"
-        self._tensorboard = _open_tensorboard(self._tensorboard_dir, report_to, resume_step)
+        self._first_log_probs = _first_log_probs(run_dir / EXPERTS_FILE)
+        self._experts = JsonLines(run_dir / EXPERTS_FILE)
+        self._curves = _open_curves(run_dir / "tensorboard", report_to, resume_step)
         self._progress = ProgressLine(train_iters, stream)
         if last_eval is not None and last_eval["step"] == resume_step:
             self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
@@ -72,6 +76,14 @@ class RunLog:
         for row in rows:
             self._completions.write({"step": step, **row})
 
+    def log_experts(self, step: int, rows: Sequence[ExpertRow]) -> None:
+        """Record the expert rows of a training step, one line each, with the log-prob lost since their first one."""
+        for row in rows:
+            if finite(row.log_prob) is not None:
+                self._first_log_probs.setdefault(row.id, row.log_prob)
+            shift = self._first_log_probs.get(row.id, math.nan) - row.log_prob
+            self._experts.write({"step": step, **row._asdict(), "shift": shift})
+
     def message(self, text: str) -> None:
         """Print a line to the console without breaking the progress line."""
         self._progress.message(text)
@@ -81,9 +93,9 @@ class RunLog:
         self._progress.close()
         self._metrics.close()
         self._completions.close()
-        if self._tensorboard is not None:
-            with failed_writes_named(self._tensorboard_dir):
-                self._tensorboard.close()
+        self._experts.close()
+        if self._curves is not None:
+            self._curves.close()
 
     def __enter__(self) -> RunLog:
         return self
@@ -94,12 +106,15 @@ class RunLog:
         self.close()
 
     def _write_scalars(self, record: Metrics) -> None:
-        if self._tensorboard is None:
-            return
-        with failed_writes_named(self._tensorboard_dir):
-            for key, value in record.items():
-                if key != "step" and finite(value) is not None:
-                    self._tensorboard.add_scalar(tensorboard_tag(key), value, record["step"])
+        if self._curves is not None:
+            scalars = {
+                tensorboard_tag(key): value
+                for key, value in record.items()
+                if key != "step" and value is not None and math.isfinite(value)
+            }
+            step = record["step"]
+            assert step is not None
+            self._curves.write(int(step), scalars)
 
 
 def tensorboard_tag(key: str) -> str:
@@ -136,13 +151,26 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
         completions,
         lambda row: row["step"] in evaluated if row.get("split") == "eval" else row["step"] < resume_step,
     )
+    filter_json_lines(run_dir / EXPERTS_FILE, lambda row: row["step"] < resume_step)
     return evaluations[-1] if evaluations else None
 
 
-def _open_tensorboard(directory: Path, report_to: Sequence[str], resume_step: int | None) -> SummaryWriter | None:
+def _first_log_probs(path: Path) -> dict[int, float]:
+    """Of each expert row that was trained on, by row number. Raises UserError naming the line."""
+    first: dict[int, float] = {}
+    for line, row in enumerate(read_json_lines(path), start=1):
+        number, log_prob = row.get("id"), row.get("log_prob")
+        if type(number) is not int or not (log_prob is None or (type(log_prob) is float and abs(log_prob) < _LARGEST)):
+            raise UserError(f"line {line} of {path} has no row number or no log-prob; remove that line")
+        if log_prob is not None:
+            first.setdefault(number, log_prob)
+    return first
+
+
+def _open_curves(directory: Path, report_to: Sequence[str], resume_step: int | None) -> Curves | None:
     assert set(report_to) <= {"tensorboard"}, report_to
     if "tensorboard" not in report_to:
         return None
-    from torch.utils.tensorboard import SummaryWriter  # seconds to import
+    from chord_megatron.tracking.curves import Curves  # a second to import
 
-    return SummaryWriter(str(directory), purge_step=resume_step, flush_secs=10)
+    return Curves(directory, resume_step)

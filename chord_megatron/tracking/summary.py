@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.tracking.findings import findings
 from chord_megatron.tracking.progress import format_duration
 from chord_megatron.tracking.run_log import METRICS_FILE, read_metrics
 from chord_megatron.tracking.timers import PHASES
@@ -77,12 +78,7 @@ def eval_points(history: History) -> list[EvalPoint]:
     return [EvalPoint(step, reward) for step, reward in sorted(rewards.items()) if reward is not None]
 
 
-def summarize(run_dir: Path) -> Summary:
-    """The numbers that sum up a run directory. Raises UserError when it has no metrics."""
-    return summarize_history(load_history(run_dir))
-
-
-def summarize_history(history: History) -> Summary:
+def summarize(history: History) -> Summary:
     """The numbers that sum up a history."""
     points = eval_points(history)
     rewards, losses = history.known("reward_mean"), history.known("loss")
@@ -122,11 +118,14 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def print_summary(run_dir: Path, console: Console) -> None:
-    """Print the summary of a run as a table. Raises UserError when it has no metrics."""
+    """Print the summary of a run as a table, and what its curves suggest. Raises UserError when it has no metrics."""
+    history = load_history(run_dir)
     table = Table(title=run_dir.resolve().name, show_header=False)
-    for row in summary_rows(summarize(run_dir)):
+    for row in summary_rows(summarize(history)):
         table.add_row(*row)
     console.print(table)
+    for sentence in findings(history.steps):
+        console.print(f"- {sentence}", markup=False, highlight=False)
 
 
 def _number(value: float | int | None) -> float:

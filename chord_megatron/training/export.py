@@ -42,6 +42,5 @@ def exported_hf(engine: Exporter, source_dir: Path, target_dir: Path) -> Iterato
     with failed_writes_named(target_dir), replaced_directory(target_dir) as partial:
         first = next(weights)  # the embedding, which has the dtype of the model
         write_safetensors(partial, hf_tensors(engine.arch, first[1].dtype), chain([first], weights))
-        for left_out in copy_model_files([source_dir], partial, engine.arch):
-            print(left_out, flush=True)
+        copy_model_files([source_dir], partial, engine.arch)
         yield

@@ -17,7 +17,7 @@ from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import Config, load_config
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.listening import is_loopback, listen_on_loopback
-from chord_megatron.system.processes import end_with_launcher, signal_name
+from chord_megatron.system.processes import signal_name
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held
@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> int:
     if not arguments:
         print("usage: python -m chord_megatron.train CONFIG.yaml [key=value ...]", file=sys.stderr)
         return 2
-    end_with_launcher()
     silence_cuda_advice()
     process = _Process()
     try:
@@ -84,7 +83,9 @@ class _Process:
         _stay_on_this_machine(config)
         with ExitStack() as opened:
             if self._rank == 0:
-                opened.enter_context(held(Path(config.train.output_dir)))
+                run_dir = RunDir(Path(config.train.output_dir))
+                run_dir.refuse_unusable()
+                opened.enter_context(held(run_dir.path))
             if self._world_size > 1:
                 opened.enter_context(self._heartbeat())
             Run(config, self.signals, self.where).train()

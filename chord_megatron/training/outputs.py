@@ -14,6 +14,7 @@ from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
+from chord_megatron.tracking.step_metrics import ExpertRow
 from chord_megatron.training.rollout_stream import StepRollouts
 from chord_megatron.types import Metrics, ScoredRollouts
 
@@ -49,9 +50,10 @@ class RunOutputs:
         for note in (*notes, *_how_it_begins(run_dir, next_step, changed, kept)):
             self.log.message(note)
 
-    def step(self, step: int, metrics: Metrics, rollouts: StepRollouts) -> None:
+    def step(self, step: int, metrics: Metrics, rollouts: StepRollouts, expert_rows: Sequence[ExpertRow]) -> None:
         """One training step."""
         self.log.log_step(metrics)
+        self.log.log_experts(step, expert_rows)
         if rollouts.scored is not None:
             self.log.log_completions(step, self._completion_rows(rollouts.scored))
         if self._recorder is not None and rollouts.new_generation is not None:

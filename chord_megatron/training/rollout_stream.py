@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from chord_megatron.algorithm.advantages import group_advantages
+from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.batching.packing import build_global_batch
-from chord_megatron.batching.samples import rollout_training_samples
+from chord_megatron.batching.samples import most_uncertain, rollout_training_samples
 from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
 from chord_megatron.planning.plan import Plan
-from chord_megatron.planning.schedule import mu_at
+from chord_megatron.planning.presets import keeps_filtered
+from chord_megatron.planning.schedule import needs_rollouts
+from chord_megatron.training.advantages import advantages_of
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
-from chord_megatron.types import Prompt, SamplingParams, ScoredRollouts, TrainingSample
+from chord_megatron.types import Prompt, RolloutSample, SamplingParams, ScoredRollouts, TrainingSample
 
 
 class StepRollouts(NamedTuple):
@@ -41,6 +44,14 @@ class _Ahead(NamedTuple):
     cursor: dict[str, Any]
 
 
+class _LogProbs(NamedTuple):
+    """Of each completion's tokens, [length] each; None where nothing needs them."""
+
+    old: list[Tensor] | None
+    ref: list[Tensor] | None
+    entropies: list[Tensor] | None
+
+
 class RolloutStream:
     """`next` is a collective call of all ranks."""
 
@@ -57,7 +68,8 @@ class RolloutStream:
     ) -> None:
         self._config, self._plan, self._prompts, self._params = config, plan, prompts, params
         self._sampler, self._scorer = sampler, scorer
-        self._cursor = ShuffledCursor(len(prompts), seed)
+        self._cursor = ShuffledCursor(max(1, len(prompts)), seed)
+        self._draws_at_1 = SEMANTICS[config.chord.semantics].draws_rollouts_at_1
         self._ahead: _Ahead | None = None
         self._batch: _GenerationBatch | None = None
 
@@ -69,7 +81,7 @@ class RolloutStream:
         if self._batch is None:
             return StepRollouts(None, [], None)
         generation = self._batch.scored if begins else None
-        if mu == 1.0:
+        if mu == 1.0 and not self._draws_at_1:
             return StepRollouts(None, [], generation)
         size = self._plan.completions_per_step
         start = (step % self._config.grpo.steps_per_generation) * size
@@ -92,7 +104,7 @@ class RolloutStream:
         self._cursor.load_state_dict(state)
 
     def _needs_rollouts(self, step: int) -> bool:
-        return any(mu_at(self._config, s) < 1.0 for s in range(step, step + self._plan.steps_per_rollout))
+        return needs_rollouts(self._config, step, step + self._plan.steps_per_rollout)
 
     def _generate(self, step: int) -> _GenerationBatch:
         """A generation batch of scored completions, and the next one asked for where that is due."""
@@ -114,27 +126,54 @@ class RolloutStream:
 
     def _to_samples(self, scored: ScoredRollouts) -> list[TrainingSample]:
         """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
-        rewards = torch.tensor(scored.rewards, dtype=torch.float64)
+        config, grpo = self._config, self._config.grpo
+        old, ref, entropies = self._log_probs(scored.rollouts)
+        if grpo.kl_in_reward:
+            assert old is not None and ref is not None
+            penalties = (grpo.beta * (a.double() - b.double()).sum().item() for a, b in zip(old, ref))
+            rewards = tuple(reward - penalty for reward, penalty in zip(scored.rewards, penalties))
+            scored = dataclasses.replace(scored, rewards=rewards)
         samples = rollout_training_samples(
             scored.rollouts,
-            group_advantages(rewards, self._config.rollout.num_generations),
-            temperature=self._config.rollout.temperature,
-            overlong_filter=self._config.grpo.overlong_filter,
+            advantages_of(scored, config),
+            temperature=config.rollout.temperature,
+            overlong_filter=grpo.overlong_filter,
+            keeps_filtered=keeps_filtered(config),
+            rewards=scored.rewards,
         )
-        if self._plan.steps_per_rollout > 1:
-            samples = self._with_log_probs(samples, "old_log_probs")
-        if self._config.grpo.beta > 0:
-            samples = self._with_log_probs(samples, "ref_log_probs")
+        if old is not None and self._plan.steps_per_rollout > 1:
+            samples = [dataclasses.replace(sample, old_log_probs=row) for sample, row in zip(samples, old)]
+        if ref is not None:
+            samples = [dataclasses.replace(sample, ref_log_probs=row) for sample, row in zip(samples, ref)]
+        if entropies is not None:
+            samples = self._most_uncertain(samples, entropies)
         return samples
 
-    def _with_log_probs(
-        self, samples: list[TrainingSample], field: Literal["old_log_probs", "ref_log_probs"]
-    ) -> list[TrainingSample]:
-        engine = self._sampler.engine
+    def _most_uncertain(self, samples: list[TrainingSample], entropies: list[Tensor]) -> list[TrainingSample]:
+        """With an advantage on the tokens of the highest entropy only, those of each step by themselves."""
+        size, share = self._plan.completions_per_step, self._config.grpo.top_entropy_quantile
+        steps = range(0, len(samples), size)
+        kept = (most_uncertain(samples[i : i + size], entropies[i : i + size], share) for i in steps)
+        return [sample for step in kept for sample in step]
+
+    def _log_probs(self, rollouts: Sequence[RolloutSample]) -> _LogProbs:
+        """What the objective needs of these. Filtered completions have theirs: their rewards are in the advantages."""
+        grpo, engine = self._config.grpo, self._sampler.engine
+        wants_entropies = grpo.top_entropy_quantile < 1
+        wants_old = self._plan.steps_per_rollout > 1 or grpo.kl_in_reward
+        if not (wants_entropies or wants_old or grpo.beta):
+            return _LogProbs(None, None, None)
+        samples = rollout_training_samples(
+            rollouts, torch.zeros(len(rollouts)), temperature=self._config.rollout.temperature, overlong_filter=False
+        )
         with self._sampler.timer("log_probs"):
             batch = build_global_batch(
                 samples, engine.batch_layout, micro_batch_size=self._config.train.micro_batch_size
             )
-            rows = engine.compute_log_probs(batch, reference=field == "ref_log_probs")
-        changes: list[dict[str, Any]] = [{field: row} for row in rows]
-        return [dataclasses.replace(sample, **change) for sample, change in zip(samples, changes)]
+            old, entropies = None, None
+            if wants_entropies:
+                old, entropies = engine.compute_log_probs_and_entropies(batch)
+            elif wants_old:
+                old = engine.compute_log_probs(batch)
+            ref = engine.compute_log_probs(batch, reference=True) if grpo.beta else None
+        return _LogProbs(old, ref, entropies)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from chord_megatron.algorithm.objective import Objective
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
@@ -20,7 +21,8 @@ from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
-from chord_megatron.planning.resuming import changes
+from chord_megatron.planning.rewards import reward_settings
+from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.rewards.functions import build_reward_function, columns_of
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
@@ -28,10 +30,12 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.heartbeat import Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
+from chord_megatron.training.beginning import find_beginning
 from chord_megatron.training.evaluation import Evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.export import exported_hf
-from chord_megatron.training.objective import build_objective
+from chord_megatron.training.mu_control import MuControl
+from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
@@ -40,6 +44,7 @@ from chord_megatron.training.stopping import Stopped, StopSignals
 from chord_megatron.training.trainer import ChordTrainer, StepResult
 from chord_megatron.types import Prompt, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
+from chord_megatron.weights.model_files import links_out_of
 
 _NUM_PROBES = 8
 
@@ -53,12 +58,12 @@ class Run:
         model_dir = Path(config.model.path)
         self.config = config
         self.run_dir = RunDir(Path(config.train.output_dir))
-        self.run_dir.refuse_unusable()
-        changed = changes(self.run_dir.settings(), config, self.run_dir.path) if self.run_dir.has_begun else []
-        self._resume_step = self.run_dir.resume_step()
         arch = read_architecture(model_dir)
         plan = make_plan(config, arch, int(os.environ.get("WORLD_SIZE", 1)))
-        self._refuse_inside_generation(plan)
+        objective = build_objective(config.grpo, config.chord)  # functions of the user's own are loaded now
+        beginning = find_beginning(self.run_dir, config, plan)
+        self._resume_step = beginning.step
+        self._lacks_export = beginning.step is not None and self.run_dir.lacks_export(beginning.step)
         self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
@@ -66,7 +71,7 @@ class Run:
         self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
-                **config.rewards.model_dump(),
+                **reward_settings(config),
                 columns=columns_of(data.prompts, data.eval_prompts),
                 reference_column=config.data.reference_column,
             )
@@ -80,7 +85,9 @@ class Run:
                 train_iters=config.train.train_iters,
                 keep_reference=config.grpo.beta > 0,
             )
-            rollout = build_rollout(config, self.engine, self.groups)
+            # Where nothing is drawn, evaluation alone may sample, with the training weights.
+            build = build_rollout if needs_rollouts(config) else build_embedded
+            rollout = build(config, self.engine, self.groups)
             opened.callback(rollout.close)
             timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None, where=self.where)
             scorer = Scorer(tokenizer, reward_function, timer)
@@ -88,14 +95,14 @@ class Run:
             params = _sampling_params(config, stop)
             sampler = Sampler(self.engine, rollout, config.rollout, _probes(config, rollout, data), timer)
             self.evaluator = self._build_evaluator(data, params, sampler, scorer)
-            self.trainer = _build_trainer(config, plan, data, params, sampler, scorer)
+            self.trainer = _build_trainer(config, plan, objective, data, params, sampler, scorer)
             self.skipped_steps = self.skipped_in_row = 0
             self.next_step = self._resume()
             self.outputs: RunOutputs | None = None  # rank 0 writes
             if self.groups.rank == 0:
-                notes = [self.engine.acceleration_note, *data.notes]
+                notes = [self.engine.acceleration_note, *data.notes, *links_out_of(model_dir)]
                 self.outputs = RunOutputs(
-                    config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=changed
+                    config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=beginning.changed
                 )
                 opened.callback(self.outputs.close)
             self._opened = opened.pop_all()
@@ -112,6 +119,8 @@ class Run:
         """Evaluate, step, log and save until train_iters."""
         self.signals.is_noted_only = self.config.train.save_on_signal
         with self._opened, self.where.within("log"):
+            if self._lacks_export:
+                self._finish_save()
             while self.next_step < self.config.train.train_iters:
                 self.where.step = self.next_step
                 self._evaluate()
@@ -144,14 +153,6 @@ class Run:
             ) from error
         return step
 
-    def _refuse_inside_generation(self, plan: Plan) -> None:
-        step = self._resume_step or 0
-        if step % plan.steps_per_rollout:
-            raise UserError(
-                f"the checkpoint of step {step} lies inside a generation batch of grpo.steps_per_generation x "
-                f"num_iterations = {plan.steps_per_rollout} steps, which is not kept; restore what the run had"
-            )
-
     def _evaluate(self) -> None:
         """Before the first step, every eval_steps, and at the end; not again where a resumed run has it."""
         eval_steps, step = self.config.train.eval_steps, self.next_step
@@ -179,7 +180,7 @@ class Run:
                 "skipped_steps": self.skipped_steps,
                 "peak_memory_bytes": peak,
             }
-            self.outputs.step(self.next_step, metrics, result.rollouts)
+            self.outputs.step(self.next_step, metrics, result.rollouts, result.expert_rows)
         return told
 
     def _save(self, told: int) -> None:
@@ -203,10 +204,22 @@ class Run:
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
         }
-        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
+        with self._exported(step):
             self.engine.save(self.run_dir.checkpoint(step), state)
+
+    def _finish_save(self) -> None:
+        """What the run that was killed in its first save had still to do."""
+        with self.where.within("save"), self._exported(self.next_step):
+            pass
+
+    @contextmanager
+    def _exported(self, step: int) -> Iterator[None]:
+        """Within, the checkpoint is saved, if it is not there."""
+        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
+            yield
         if self.outputs:
-            self.run_dir.publish(step, self.config.train.save_total_limit)
+            for note in self.run_dir.publish(step, self.config.train.save_total_limit):
+                self.outputs.log.message(note)
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_row >= self.config.train.max_skipped_steps:
@@ -217,16 +230,24 @@ class Run:
 
 
 def _build_trainer(
-    config: Config, plan: Plan, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer
+    config: Config,
+    plan: Plan,
+    objective: Objective,
+    data: RunData,
+    params: SamplingParams,
+    sampler: Sampler,
+    scorer: Scorer,
 ) -> ChordTrainer:
     # Two streams of numbers, so that the two data sets are not shuffled alike.
     seed = 2 * config.train.seed
     return ChordTrainer(
         config=config,
-        objective=build_objective(config.grpo, config.chord),
+        means=build_means(config, plan),
+        objective=objective,
         engine=sampler.engine,
         rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
-        expert_stream=ExpertStream(data.experts, plan.expert_rows_per_step, seed + 1),
+        expert_stream=ExpertStream(config, data.experts, plan.expert_rows_per_step, seed + 1),
+        mu=MuControl(config),
         timer=sampler.timer,
     )
 

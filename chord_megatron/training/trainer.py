@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from chord_megatron.algorithm.advantages import zero_std_fraction
+from chord_megatron.algorithm.aggregation import Mean
 from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import Config
-from chord_megatron.planning.schedule import mu_at
-from chord_megatron.tracking.step_metrics import loss_metrics, rollout_metrics
+from chord_megatron.tracking.step_metrics import (
+    ExpertRow,
+    expert_rows,
+    gradient_metrics,
+    idle_row_fraction,
+    loss_metrics,
+    rollout_metrics,
+)
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream
-from chord_megatron.training.objective import rollout_mean
+from chord_megatron.training.mu_control import MuControl
 from chord_megatron.training.rollout_stream import RolloutStream, StepRollouts
-from chord_megatron.types import GlobalBatch, Metrics, ScoredRollouts, TrainingSample
+from chord_megatron.types import (
+    GlobalBatch,
+    GradientComparison,
+    LossResult,
+    Metrics,
+    MicroBatch,
+    ScoredRollouts,
+    TrainingSample,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +46,7 @@ class StepResult:
     metrics: Metrics
     stepped: bool  # False: a non-finite loss or gradient, nothing changed
     rollouts: StepRollouts
+    expert_rows: list[ExpertRow]
 
 
 @dataclass(frozen=True)
@@ -38,30 +55,52 @@ class ChordTrainer:
 
     config: Config
     objective: Objective
+    means: tuple[Mean, Mean]  # of the rollout and of the expert stream
     engine: MegatronEngine
     rollout_stream: RolloutStream
     expert_stream: ExpertStream
+    mu: MuControl
     timer: PhaseTimer
 
     def step(self, step: int) -> StepResult:
         """Draw rollouts and experts, and take one optimizer step on (1 - mu) L_GRPO + mu L_SFT."""
         with self.timer("step"):
-            mu = mu_at(self.config, step)
+            mu = self.mu.at(step)
             rollouts = self.rollout_stream.next(step, mu)
             experts = self.expert_stream.next(mu)
             batch = self.pack([*rollouts.samples, *experts], step)
             with self.timer("train"):
-                loss = partial(chord_loss, objective=self.objective, mu=mu)
-                totals = self.engine.forward_backward(batch, loss)
+                gradients = self.compare_gradients(batch) if self.is_diagnosed(step) else None
+                totals = self.engine.forward_backward(batch, self.loss(mu))
                 update = self.engine.optimizer_step()
+        described = self.describe(rollouts.scored)
+        self.mu.observe(step, described["reward_mean"], gradients)
         metrics = {
             **loss_metrics(totals, batch, self.objective, mu),
+            "idle_row_fraction": idle_row_fraction(totals, len(rollouts.samples)),
             "grad_norm": update.grad_norm,
+            **(gradient_metrics(gradients, mu) if self.is_diagnosed(step) else {}),
             "lr": update.lr,
-            **self.describe(rollouts.scored),
+            **described,
             **self.speed(batch),
         }
-        return StepResult(metrics, update.stepped, rollouts)
+        return StepResult(metrics, update.stepped, rollouts, expert_rows(totals, experts))
+
+    def loss(self, mu: float) -> Callable[[Tensor, Tensor, MicroBatch], LossResult]:
+        """What the engine minimises; at 0 and 1 one stream alone."""
+        return partial(chord_loss, objective=self.objective, mu=mu)
+
+    def is_diagnosed(self, step: int) -> bool:
+        """Whether the gradients of the two streams are compared at this step."""
+        diagnose_steps = self.config.tracking.diagnose_steps
+        is_due = diagnose_steps is not None and step % diagnose_steps == 0
+        return is_due or self.mu.measures_gradients(step)
+
+    def compare_gradients(self, batch: GlobalBatch) -> GradientComparison | None:
+        """Of the rollout stream's loss and the expert stream's; None where one is empty."""
+        if not batch.num_rollout_tokens or not batch.num_expert_tokens:
+            return None
+        return self.engine.compare_gradients(batch, self.loss(0.0), self.loss(1.0))
 
     def pack(self, samples: Sequence[TrainingSample], step: int) -> GlobalBatch:
         """This rank's micro-batches of the step."""
@@ -71,7 +110,8 @@ class ChordTrainer:
             self.engine.batch_layout,
             micro_batch_size=train.micro_batch_size,
             shuffle_seed=train.seed + step if train.packing_order == "shuffled" else None,
-            rollout_mean=rollout_mean(self.config),
+            rollout_mean=self.means[0],
+            expert_mean=self.means[1],
         )
 
     def describe(self, scored: ScoredRollouts | None) -> Metrics:
@@ -96,6 +136,7 @@ class ChordTrainer:
         return {
             "prompt_cursor": self.rollout_stream.state_dict(),
             "expert_cursor": self.expert_stream.state_dict(),
+            "mu": self.mu.state_dict(),
             "policy_version": self.engine.policy_version,
         }
 
@@ -108,4 +149,5 @@ class ChordTrainer:
             raise TypeError("policy_version is no number")
         self.rollout_stream.load_state_dict(state["prompt_cursor"])
         self.expert_stream.load_state_dict(state["expert_cursor"])
+        self.mu.load_state_dict(state.get("mu", {}))  # checkpoints of older releases have none
         self.engine.policy_version = state["policy_version"]

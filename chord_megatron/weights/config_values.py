@@ -8,8 +8,10 @@ from typing import Any
 
 from chord_megatron.system.sentences import shown
 
-_LARGEST = 2**31 - 1
-MOST_PARTS = 10**4  # layers, experts of a layer: more than any model has; the tables of names grow with them
+LARGEST = 2**31 - 1
+# More than any model has.
+MOST_PARTS = 10**4  # layers, experts of a layer: the tables of names grow with them
+MOST_POSITIONS = 2**20  # before YaRN: Megatron-Core has a table of them, which no tensor of the model contradicts
 
 
 class RefusedError(ValueError):
@@ -20,29 +22,29 @@ def _refused(key: str, kind: str, value: Any) -> RefusedError:
     return RefusedError(f"`{key}` must be {kind}, found {shown(value)}; copy config.json from the model again")
 
 
-def positive(config: Mapping[str, Any], *names: str, inside: str = "") -> Any:
-    """The finite number above 0 under the first of these keys that is there; `inside` names the object they are in."""
+def positive(config: Mapping[str, Any], *names: str) -> Any:
+    """The finite number above 0 under the first of these keys that is there."""
     key, value = _find(config, names)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise _refused(inside + key, "a positive number", value)
+        raise _refused(key, "a positive number", value)
     return value
 
 
-def count(config: Mapping[str, Any], *names: str, parts: bool = False) -> int:
-    """The whole number above 0 under the first of these keys that is there; parts: it counts layers or experts."""
+def count(config: Mapping[str, Any], *names: str, most: int = LARGEST) -> int:
+    """The whole number from 1 to `most` under the first of these keys that is there."""
     key, value = _find(config, names)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if type(value) is not int or value < 1:
         raise _refused(key, "a positive whole number", value)
-    if value > (largest := MOST_PARTS if parts else _LARGEST):
-        raise _refused(key, f"a positive whole number of up to {largest}", value)
+    if value > most:
+        raise _refused(key, f"a positive whole number of up to {most}", value)
     return value
 
 
 def count_or_none(config: Mapping[str, Any], name: str) -> int:
     """The same of a number that may be 0, as it is where the key is absent."""
-    return count(config, name, parts=True) if config.get(name) else 0
+    return count(config, name, most=MOST_PARTS) if config.get(name) else 0
 
 
 def flag(config: Mapping[str, Any], name: str) -> bool:

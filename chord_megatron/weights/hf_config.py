@@ -23,7 +23,17 @@ from chord_megatron.weights.architecture import (
     YarnRope,
 )
 from chord_megatron.weights.config_keys import NEUTRAL, REMEDIES, is_harmless
-from chord_megatron.weights.config_values import RefusedError, count, count_or_none, flag, list_of, positive
+from chord_megatron.weights.config_values import (
+    LARGEST,
+    MOST_PARTS,
+    MOST_POSITIONS,
+    RefusedError,
+    count,
+    count_or_none,
+    flag,
+    list_of,
+    positive,
+)
 from chord_megatron.weights.families import FAMILIES
 from chord_megatron.weights.foreign import describe_adapter, describe_folder
 from chord_megatron.weights.schema import Family
@@ -74,10 +84,7 @@ def parse_config(config: dict[str, Any]) -> ModelArchitecture:
     family = _find_family(config)
     config = {key: value for key, value in (family.defaults | config).items() if value is not None}
     _refuse_unmodelled(config, family)
-    numbers = {
-        field: positive(config, key) if field == "norm_eps" else count(config, key, parts=field == "num_layers")
-        for field, key in _KEYS.items()
-    }
+    numbers = {field: _number(config, field, key) for field, key in _KEYS.items()}
     heads = numbers["num_attention_heads"]
     mla = _latent_attention(config) if family.has_latent_attention else None
     # Old Llama checkpoints leave these out; the fall-backs are those of transformers. Latent attention has no groups.
@@ -101,6 +108,12 @@ def parse_config(config: dict[str, Any]) -> ModelArchitecture:
         moe=_mixture_of_experts(config, family, numbers["num_layers"]) if family.moe_keys else None,
         mla=mla,
     )
+
+
+def _number(config: dict[str, Any], field: str, key: str) -> Any:
+    if field == "norm_eps":
+        return positive(config, key)
+    return count(config, key, most=MOST_PARTS if field == "num_layers" else LARGEST)
 
 
 def make_config(arch: ModelArchitecture) -> dict[str, Any]:
@@ -221,11 +234,16 @@ def _rope(config: dict[str, Any], family: Family) -> tuple[float, Rope | None]:
     else:
         kind = _ROPE_TYPES[rope_type]
         names = [field.name for field in fields(kind)]
-        scaling = kind(**{name: positive(_ROPE_DEFAULTS | rope, name, inside=f"{key}.") for name in names})
+        said = {f"{key}.{name}": value for name, value in (_ROPE_DEFAULTS | rope).items()}
+        scaling = kind(**{name: _rope_value(said, f"{key}.{name}") for name in names})
     unknown = [n for n, value in rope.items() if n not in ("rope_theta", *names) and not _is_off(n, value)]
     if unknown:
         raise RefusedError(f"`{key}` of type {rope_type} has {', '.join(unknown)}, which is not supported")
     return theta, scaling
+
+
+def _rope_value(said: dict[str, Any], key: str) -> Any:
+    return count(said, key, most=MOST_POSITIONS) if key.endswith("_position_embeddings") else positive(said, key)
 
 
 def _is_off(name: str, value: Any) -> bool:
@@ -264,7 +282,7 @@ def _moe_value(config: dict[str, Any], field: str, names: tuple[str, ...]) -> An
         return flag(config, *names)
     if field == "routed_scaling_factor":
         return positive(config, *names)
-    return count(config, *names, parts=field != "ffn_hidden_size")
+    return count(config, *names, most=LARGEST if field == "ffn_hidden_size" else MOST_PARTS)
 
 
 def _check_groups(values: dict[str, Any]) -> None:

@@ -67,11 +67,6 @@ def parameter_names(arch: ModelArchitecture) -> list[str]:
     return [parameter.local_name for parameter in mapped_parameters(arch) if not parameter.mapping.is_copy]
 
 
-def hf_names(arch: ModelArchitecture) -> set[str]:
-    """Names of all Hugging Face tensors of the model."""
-    return {parameter.name(name) for parameter in mapped_parameters(arch) for name in parameter.mapping.hf}
-
-
 def hf_tensors(arch: ModelArchitecture, dtype: torch.dtype) -> dict[str, TensorSpec]:
     """Hugging Face name -> dtype and shape of all tensors that a model in `dtype` exports, in their order."""
     return {

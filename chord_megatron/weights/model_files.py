@@ -37,22 +37,30 @@ def copy_model_files(sources: Iterable[Path], target: Path, arch: ModelArchitect
     """Copy configuration, tokenizer and generation settings: all but weights, each file from the first that has it.
 
     What `target` has already stays. The copied config.json says whether the model is tied, where the source is wrong.
-    Returns a sentence on each file that is not copied because it is a link out of the model's folder.
+    Returns a sentence on each file that is not copied (`links_out_of`).
     """
-    left_out = []
+    left_out: list[str] = []
     for folder in sources:
         for name in _names(folder):
             if (target / name).exists():
                 continue
             if not _is_of_model(folder, name):
-                place = (folder / name).resolve()
-                left_out.append(f"{folder / name} is a link to {place}, outside of the model's folder: not copied")
+                left_out.append(_left_out(folder / name))
                 continue
             (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(folder / name, target / name)  # and not its mode: it may be read-only
     if (target / "config.json").is_file():
         _update_config(target, ("tie_word_embeddings",), arch.tie_word_embeddings)
     return left_out
+
+
+def links_out_of(model_dir: Path) -> list[str]:
+    """A sentence on each file that is not copied because it is a link out of the model's folder."""
+    return [_left_out(model_dir / name) for name in _names(model_dir) if not _is_of_model(model_dir, name)]
+
+
+def _left_out(link: Path) -> str:
+    return f"{link} is a link to {link.resolve()}, outside of the model's folder: not copied"
 
 
 def _is_of_model(folder: Path, name: str) -> bool:

@@ -15,7 +15,7 @@ from chord_megatron.system.files import is_lfs_pointer, read_json_object
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families.common import HF_HEAD
 from chord_megatron.weights.foreign import describe_folder, remedy_for_names
-from chord_megatron.weights.mapping import hf_names, is_ignorable
+from chord_megatron.weights.mapping import hf_tensors, is_ignorable
 from chord_megatron.weights.names import list_names
 from chord_megatron.weights.schema import TensorSpec
 from chord_megatron.weights.shards import TensorSlice
@@ -145,8 +145,9 @@ def _damage(path: Path, error: Exception) -> str:
 
 
 def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
-    """Every tensor of the model is there and no other; UserError lists the names."""
-    expected, found = hf_names(arch), reader.names()
+    """Every tensor of the model is there, of its shape, and no other; UserError lists the names."""
+    shapes = {name: spec.shape for name, spec in hf_tensors(arch, torch.float32).items()}
+    expected, found = set(shapes), reader.names()
     missing, unexpected = expected - found, {name for name in found - expected if not is_ignorable(name, arch)}
     remedy = remedy_for_names(unexpected, expected)
     if missing == {HF_HEAD} and not remedy:
@@ -164,7 +165,14 @@ def check_complete(reader: SafetensorsReader, arch: ModelArchitecture) -> None:
             f"the checkpoint has tensors that a {arch.family} model does not: {list_names(unexpected)}; "
             f"{remedy or 'use the config.json that belongs to these weights'}."
         )
-    refuse_foreign_dtypes({name: reader.spec(name).dtype for name in expected})
+    specs = {name: reader.spec(name) for name in shapes}
+    refuse_foreign_dtypes({name: spec.dtype for name, spec in specs.items()})
+    if wrong := [
+        f"{name} {list(spec.shape)} instead of {list(shapes[name])}"
+        for name, spec in specs.items()
+        if spec.shape != shapes[name]
+    ]:
+        raise UserError(f"wrong shapes: {', '.join(wrong)}; use the config.json that belongs to these weights")
 
 
 def refuse_foreign_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:

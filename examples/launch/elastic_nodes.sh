@@ -27,9 +27,9 @@ shift
 # What listens on each node is open to whoever reaches it: docs/deployment.md#ports.
 if [[ $SOCKET_IFNAME ]]; then export GLOO_SOCKET_IFNAME=$SOCKET_IFNAME NCCL_SOCKET_IFNAME=$SOCKET_IFNAME; fi
 
-# Said rather than guessed by torchrun from host names, which containers and aliases can mislead.
-is_host=false
-if [[ $NODE_RANK == 0 ]]; then is_host=true; fi
+# The store of the rendezvous, which listens at RDZV_ENDPOINT; torchrun's own would listen on all interfaces.
+agent_command=(torchrun)
+if [[ $NODE_RANK == 0 ]]; then agent_command=(python "$(dirname "$0")/elastic_agent.py" "$RDZV_ENDPOINT"); fi
 
 # torchrun keeps the address of the store at which its first round of processes met. A node that joins a later round waits
 # for an address that nobody publishes any more (dynamic_rendezvous.py of torch 2.13; see pytorch/pytorch#135712). With
@@ -38,10 +38,10 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$STOP_TIMEOUT
 
 torchrun=(
-  torchrun
+  "${agent_command[@]}"
   --nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS"
   --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID"
-  --rdzv-conf "is_host=$is_host,join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT"
+  --rdzv-conf "is_host=false,join_timeout=$JOIN_TIMEOUT,read_timeout=$JOIN_TIMEOUT"
 )
 if [[ $LOCAL_ADDR ]]; then torchrun+=(--local-addr "$LOCAL_ADDR"); fi
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import reference_advantages
+import reference_losses
 import torch
-from hash_reward import hash_reward
+from hash_reward import hash_reward, never, now_and_then
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -24,13 +26,25 @@ torch.set_num_threads(1)  # the matrices are too small for more
 
 
 @dataclass(frozen=True)
+class Rewards:
+    """Of a completion; None where it could not be scored."""
+
+    total: float | None
+    by_function: list[float | None]
+    length: int  # in tokens
+    is_finished: bool  # by an end token
+
+
+@dataclass(frozen=True)
 class Sequence:
     """Tokens, and which of them are learnt, [length] each."""
 
     tokens: Tensor
     is_target: Tensor
-    advantage: float = 0.0
+    rewards: Rewards | None = None  # of a rollout
+    advantages: Tensor | None = None  # [targets] float64, of a rollout
     sampler_log_probs: Tensor | None = None  # [targets] float64, of a rollout
+    weights: Tensor | None = None  # [targets] float64, of an expert's parts
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,8 @@ def train(config: Config) -> list[Step]:
             rollouts = read_rollouts(config, step) if mu < 1 else []
             old_log_probs = detached_log_probs(model, rollouts, config.rollout.temperature)
             ref_log_probs = detached_log_probs(initial_model, rollouts, config.rollout.temperature)
+            rollouts = with_advantages(rollouts, old_log_probs, ref_log_probs, config)
+            rollouts = with_uncertain_tokens(model, rollouts, config)
         loss = (1 - mu) * rollout_loss(model, rollouts, old_log_probs, ref_log_probs, config)
         if mu > 0:
             rows = expert_order.next(config.chord.chord_sft_global_batch_size)
@@ -84,49 +100,86 @@ def rollout_loss(
     ref_log_probs: list[Tensor],
     config: Config,
 ) -> Tensor:
-    """The clipped GRPO loss with its KL penalty: the token mean, or the mean of sequence means."""
+    """The policy loss with its weights, penalty and bonus, and the mean of its type."""
     if not rollouts:
         return torch.zeros((), dtype=torch.float64)
     grpo = config.grpo
-    epsilon_high = grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high
-    sums, lengths = [], []
+    losses = []
     for rollout, old, ref in zip(rollouts, old_log_probs, ref_log_probs):
-        log_probs = target_log_probs(model, rollout, config.rollout.temperature)
-        ratio = torch.exp(log_probs - old)
-        clipped = torch.clip(ratio, 1 - grpo.epsilon, 1 + epsilon_high)
-        loss = -torch.minimum(ratio * rollout.advantage, clipped * rollout.advantage)
+        log_probs, entropy = target_log_probs_and_entropy(model, rollout, config.rollout.temperature)
+        loss = reference_losses.token_losses(log_probs, old, rollout.advantages, grpo)
+        if grpo.off_policy_sequence_mask_delta is not None:
+            drift = (rollout.sampler_log_probs - log_probs.detach()).mean()
+            loss = loss * (not (rollout.advantages.sum() < 0 and drift > grpo.off_policy_sequence_mask_delta))
         if grpo.rollout_importance_sampling_mode is not None:
             assert grpo.rollout_importance_sampling_mode == "sequence_mask"
             log_weights = old - rollout.sampler_log_probs
             is_kept = log_weights.mean() <= math.log(grpo.rollout_importance_sampling_threshold)
             loss = loss * torch.exp(log_weights) * is_kept
-        difference = ref - log_probs
-        loss = loss + grpo.beta * (torch.exp(difference) - difference - 1)
-        sums.append(loss.sum())
-        lengths.append(len(log_probs))
-    if grpo.loss_type == "dapo":
-        return sum(sums) / sum(lengths)
-    assert grpo.loss_type == "grpo"
-    return sum(total / length for total, length in zip(sums, lengths)) / len(rollouts)
+        if not grpo.kl_in_reward:
+            loss = loss + grpo.beta * reference_losses.kl(log_probs, ref, grpo.kl_estimator)
+        losses.append(loss - grpo.entropy_coef * entropy)
+    return reference_losses.mean(losses, grpo.loss_type, config.rollout.max_completion_length)
+
+
+def with_advantages(
+    rollouts: list[Sequence], old_log_probs: list[Tensor], ref_log_probs: list[Tensor], config: Config
+) -> list[Sequence]:
+    """The group-normalised rewards, the penalty of the reference taken from them where that is asked for."""
+    if not rollouts:
+        return []
+    penalty = config.grpo.beta if config.grpo.kl_in_reward else 0.0
+    totals = [
+        None if rollout.rewards.total is None else rollout.rewards.total - penalty * (old - ref).sum().item()
+        for rollout, old, ref in zip(rollouts, old_log_probs, ref_log_probs)
+    ]
+    by_function = [*zip(*(rollout.rewards.by_function for rollout in rollouts))]
+    lengths = [rollout.rewards.length for rollout in rollouts]
+    advantages = reference_advantages.advantages(totals, by_function, lengths, config)
+    return [
+        replace(rollout, advantages=torch.full((len(old),), advantage).double())
+        for rollout, old, advantage in zip(rollouts, old_log_probs, advantages)
+    ]
+
+
+@torch.no_grad()
+def with_uncertain_tokens(model: PreTrainedModel, rollouts: list[Sequence], config: Config) -> list[Sequence]:
+    """Advantages on the step's tokens of the highest entropy alone."""
+    share = config.grpo.top_entropy_quantile
+    if share == 1 or not rollouts:
+        return rollouts
+    temperature = config.rollout.temperature
+    entropies = [target_log_probs_and_entropy(model, rollout, temperature)[1] for rollout in rollouts]
+    threshold = torch.quantile(torch.cat(entropies), 1 - share)
+    kept = [entropy >= threshold for entropy in entropies]
+    assert 0 < sum(int(keep.sum()) for keep in kept) < 0.5 * sum(map(len, kept))
+    return [replace(rollout, advantages=rollout.advantages * keep) for rollout, keep in zip(rollouts, kept)]
 
 
 def expert_loss(model: PreTrainedModel, experts: list[Sequence], chord: ChordConfig) -> Tensor:
-    """The mean negative log-likelihood of the expert tokens, each weighted by p (1 - p) with phi."""
+    """The mean negative log-likelihood of the expert tokens, each weighted."""
     total, num_tokens = torch.zeros((), dtype=torch.float64), 0
     for expert in experts:
-        log_probs = target_log_probs(model, expert, temperature=1.0)
-        p = torch.exp(log_probs).detach()
-        weights = p * (1 - p) if chord.chord_enable_phi_function else torch.ones_like(p)
-        total = total - (weights * log_probs).sum()
+        log_probs, entropy = target_log_probs_and_entropy(model, expert, temperature=1.0)
+        weights = reference_advantages.expert_weights(log_probs.detach(), entropy.detach(), chord)
+        total = total - (weights * expert.weights * log_probs).sum()
         num_tokens += len(log_probs)
     return total / num_tokens
 
 
 def target_log_probs(model: PreTrainedModel, sequence: Sequence, temperature: float) -> Tensor:
     """[targets] log-probs of the tokens that are learnt."""
+    return target_log_probs_and_entropy(model, sequence, temperature)[0]
+
+
+def target_log_probs_and_entropy(
+    model: PreTrainedModel, sequence: Sequence, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """[targets] of the tokens that are learnt."""
     logits = model(input_ids=sequence.tokens[None]).logits[0, :-1] / temperature
-    log_probs = torch.log_softmax(logits, dim=-1).gather(1, sequence.tokens[1:, None]).squeeze(1)
-    return log_probs[sequence.is_target[1:]]
+    everything = torch.log_softmax(logits, dim=-1)[sequence.is_target[1:]]
+    targets = sequence.tokens[1:][sequence.is_target[1:]]
+    return everything.gather(1, targets[:, None]).squeeze(1), -(everything.exp() * everything).sum(-1)
 
 
 @torch.no_grad()
@@ -151,24 +204,33 @@ def make_optimizer(model: PreTrainedModel, config: Config) -> torch.optim.Optimi
 
 
 def read_rollouts(config: Config, step: int) -> list[Sequence]:
-    """The recorded completions of a step, with the advantages of their rewards."""
+    """The recorded completions of a step, with their rewards."""
     assert config.rollout.replay_from is not None
     records = [record for record in read_jsonl(config.rollout.replay_from) if record["step"] == step]
     records.sort(key=lambda record: record["sample_index"])
     prompts = read_jsonl(config.data.dataset)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    texts = [chat(tokenizer, prompts[record["prompt_id"]]["prompt"]) for record in records]
+    lengths = [sum(record["response_mask"]) for record in records]
+    by_function = []
+    for name in config.rewards.reward_funcs:
+        if name == "soft_overlong":
+            by_function.append(reference_advantages.soft_overlong(lengths, config))
+            continue
+        function = {"hash_reward": hash_reward, "now_and_then": now_and_then, "never": never}[name.rpartition(":")[2]]
+        by_function.append(function(texts, [completion(tokenizer, record) for record in records], []))
+    totals = reference_advantages.total_rewards(by_function, config)
+    if totals == [None] * len(totals):
+        return []
     sequences = []
-    for start in range(0, len(records), config.rollout.num_generations):
-        group = records[start : start + config.rollout.num_generations]
-        prompt = chat(tokenizer, prompts[group[0]["prompt_id"]]["prompt"])
-        rewards = hash_reward([prompt] * len(group), [completion(tokenizer, record) for record in group], [])
-        mean = sum(rewards) / len(rewards)
-        std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
-        for record, reward in zip(group, rewards):
-            is_target = torch.tensor(record["response_mask"])
-            sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
-            advantage = (reward - mean) / (std + 1e-6)
-            sequences.append(Sequence(torch.tensor(record["tokens"]), is_target, advantage, sampler_log_probs))
+    for record, reward, *of_functions in zip(records, totals, *by_function):
+        is_target = torch.tensor(record["response_mask"]) & (reward is not None)
+        sampler_log_probs = torch.tensor(record["rollout_log_probs"], dtype=torch.float64)[is_target]
+        length = sum(record["response_mask"])
+        rewards = Rewards(reward, of_functions, length, record["finish_reason"] == "stop")
+        sequences.append(
+            Sequence(torch.tensor(record["tokens"]), is_target, rewards, sampler_log_probs=sampler_log_probs)
+        )
     return sequences
 
 
@@ -178,9 +240,15 @@ def read_experts(config: Config) -> list[Sequence]:
     experts = []
     for row in read_jsonl(config.chord.chord_sft_dataset):
         prompt = tokenizer.encode(chat(tokenizer, row["prompt"]), add_special_tokens=False)
-        answer = [*tokenizer.encode(row["answer"], add_special_tokens=False), tokenizer.eos_token_id]
-        is_target = [False] * len(prompt) + [True] * len(answer)
-        experts.append(Sequence(torch.tensor(prompt + answer), torch.tensor(is_target)))
+        parts = [(row["answer"], 1.0)] if isinstance(row["answer"], str) else row["answer"]
+        of_characters = [weight for text, weight in parts for _ in text]
+        text = "".join(text for text, _ in parts)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        weights = [of_characters[start] for start, _ in encoded["offset_mapping"]] + [parts[-1][1]]
+        tokens = torch.tensor([*prompt, *encoded["input_ids"], tokenizer.eos_token_id])
+        is_target = torch.tensor([False] * len(prompt) + [weight > 0 for weight in weights])
+        of_targets = torch.tensor([weight for weight in weights if weight > 0], dtype=torch.float64)
+        experts.append(Sequence(tokens, is_target, weights=of_targets))
     return experts
 
 

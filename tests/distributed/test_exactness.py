@@ -25,13 +25,107 @@ pytestmark = pytest.mark.distributed
 
 HERE = Path(__file__).parent
 QUICKSTART = HERE.parents[1] / "examples" / "quickstart" / "make_quickstart.py"
+HASH_REWARD = f"{HERE / 'hash_reward.py'}:hash_reward"
 NUM_PROMPTS, NUM_EXPERTS = 5, 7  # 6 and 9 are read: both streams go on into a second epoch
 STEPS = 3
 
 # Relative errors at the first step and at the next two, whose weights already differ by rounding. Measured: at
-# most 3e-7 and 2e-6.
+# most 3e-7 and 4e-6.
 TOLERANCES = (1e-6, 1e-5, 1e-5)
 SMALLEST_LOSS = 0.1  # the losses of on-policy groups may cancel
+
+# Three steps on one generation batch.
+OFF_POLICY = {"chord.chord_mu_valley": 0.4, "grpo.num_iterations": STEPS, "optimizer.lr": 5e-4}
+
+# Each with a term or a bound of its own.
+POLICY_LOSSES: dict[str, dict[str, Any]] = {
+    "cispo, entropy bonus": {
+        **OFF_POLICY,
+        "grpo.loss_type": "cispo",
+        "grpo.epsilon_high": 1.01,
+        "grpo.entropy_coef": 0.1,
+    },
+    "sapo, off-policy mask": {**OFF_POLICY, "grpo.loss_type": "sapo", "grpo.off_policy_sequence_mask_delta": 0.001},
+    "GSPO, k2": {
+        **OFF_POLICY,
+        "grpo.loss_type": "grpo",
+        "grpo.importance_sampling_level": "sequence",
+        "grpo.epsilon": 3e-3,
+        "grpo.beta": 0.1,
+        "grpo.kl_estimator": "k2",
+    },
+    "GSPO-token, dr_grpo": {
+        **OFF_POLICY,
+        "grpo.loss_type": "dr_grpo",
+        "grpo.importance_sampling_level": "sequence_token",
+        "grpo.epsilon": 3e-3,
+        "grpo.epsilon_high": 4e-3,
+    },
+    "luspo": {
+        **OFF_POLICY,
+        "grpo.loss_type": "luspo",
+        "grpo.importance_sampling_level": "sequence",
+        "grpo.epsilon": 3e-3,
+    },
+    "bnpo, delta": {**OFF_POLICY, "grpo.loss_type": "bnpo", "grpo.epsilon": 0.005, "grpo.delta": 1.01},
+    "gpg, KL in the reward": {
+        **OFF_POLICY,
+        "grpo.num_iterations": 1,
+        "grpo.loss_type": "gpg",
+        "grpo.beta": 0.5,
+        "grpo.kl_in_reward": True,
+    },
+    "gmpo": {**OFF_POLICY, "grpo.loss_type": "gmpo", "grpo.epsilon": 0.01},
+    "vespo": {**OFF_POLICY, "grpo.loss_type": "vespo"},
+    "top entropy": {**OFF_POLICY, "grpo.top_entropy_quantile": 0.3, "grpo.beta": 0.1},
+}
+
+# What an advantage is, and what an expert token weighs: one of each in a case.
+ADVANTAGES_AND_WEIGHTS: dict[str, dict[str, Any]] = {
+    "RLOO over the batch, p": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "rloo",
+        "grpo.scale_rewards": "batch",
+        "chord.expert_weight": "probability",
+    },
+    "REINFORCE++, LUFFY": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "reinforce_plus_plus",
+        "chord.expert_weight": "luffy",
+        "chord.luffy_gamma": 0.05,
+    },
+    "OPO, SRFT": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "opo",
+        "chord.expert_weight": "entropy",
+    },
+    "pass@k, phi with a cutoff": {
+        "chord.chord_mu_valley": 0.4,
+        "grpo.advantage_estimator": "pass_at_k",
+        "chord.expert_weight": "phi",
+        "chord.expert_weight_cutoff": 0.03,
+    },
+    "GDPO, answers in parts": {
+        "chord.chord_mu_valley": 0.4,
+        "chord.chord_sft_dataset": "parts.jsonl",
+        "grpo.scale_rewards": "gdpo",
+        "rewards.reward_funcs": [HASH_REWARD, "soft_overlong"],
+        "rewards.reward_weights": [1.0, 0.5],
+        "rewards.soft_cache_length": 20,
+    },
+    "missing rewards, a weight of one's own": {
+        "chord.chord_mu_valley": 0.4,
+        "rewards.reward_funcs": [f"{HERE / 'hash_reward.py'}:now_and_then"],
+        "rewards.on_error": "leave_out",
+        "chord.expert_weight": f"{HERE / 'own_weight.py'}:unsure",
+    },
+    # Nothing of the rollouts is learnt, and the experts are.
+    "no rewards": {
+        "chord.chord_mu_valley": 0.4,
+        "rewards.reward_funcs": [f"{HERE / 'hash_reward.py'}:never"],
+        "rewards.on_error": "leave_out",
+    },
+}
 
 # The share of the experts, the losses and the models.
 CASES: dict[str, dict[str, Any]] = {
@@ -63,6 +157,8 @@ CASES: dict[str, dict[str, Any]] = {
         "grpo.rollout_importance_sampling_threshold": 1.01,
         "optimizer.lr": 2e-4,  # a larger step makes e^d of the penalty large, and rounding with it
     },
+    **ADVANTAGES_AND_WEIGHTS,
+    **POLICY_LOSSES,
     # Qwen2 has biases on query, key and value; the first and the last stage share the embedding.
     "tied Qwen2": {"model.path": "tied", "chord.chord_mu_valley": 0.4},
 }
@@ -100,13 +196,30 @@ SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorde
 # Every case runs at two layouts, and two under all of them, which between them have all terms of the loss and both
 # kinds of head. `make test-all` adds the others, but this one, where the other layouts would add nothing.
 EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2"), (BASELINE, "DP 2, micro-batch 4, shuffled")
-LAYOUTS_OF = {"sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2")}
+MATRIX = (*EVERY_CASE_AT, "TP 1, micro-batch 1", "TP 1, micro-batch 4", "TP 1, shuffled", "TP 2", "PP 2", "DP 2")
+LAYOUTS_OF = {
+    "sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2"),
+    **dict.fromkeys(POLICY_LOSSES, MATRIX),
+    **dict.fromkeys(ADVANTAGES_AND_WEIGHTS, MATRIX),
+    "no rewards": (*EVERY_CASE_AT, "DP 2"),
+}
 PAIRS = [
     pytest.param(layout, case, marks=() if layout in EVERY_CASE_AT or case in EVERYWHERE else pytest.mark.slow)
     for layout in LAYOUTS
     for case in CASES
     if layout in LAYOUTS_OF.get(case, LAYOUTS)
 ]
+
+# What a bound does at the last step: something, and not to every token.
+BETWEEN_0_AND_1 = {
+    "cispo, entropy bonus": ("clip_fraction_high",),
+    "sapo, off-policy mask": ("off_policy_masked_fraction",),
+    "GSPO, k2": ("clip_fraction_low", "clip_fraction_high"),
+    "GSPO-token, dr_grpo": ("clip_fraction_low", "clip_fraction_high"),
+    "luspo": ("clip_fraction_low", "clip_fraction_high"),
+    "bnpo, delta": ("clip_fraction_low", "clip_fraction_high"),
+    "gmpo": ("clip_fraction_low", "clip_fraction_high"),
+}
 
 Configs = dict[tuple[str, str], Config]  # by layout and case
 
@@ -118,7 +231,9 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make = runpy.run_path(str(QUICKSTART))
     problems = make["sample_problems"](random.Random(0), NUM_PROMPTS + NUM_EXPERTS)
     make["write_jsonl"](root / "prompts.jsonl", make["prompt_rows"](problems[:NUM_PROMPTS]))
-    make["write_jsonl"](root / "experts.jsonl", make["expert_rows"](problems[NUM_PROMPTS:]))
+    experts = [*make["expert_rows"](problems[NUM_PROMPTS:])]
+    make["write_jsonl"](root / "experts.jsonl", experts)
+    make["write_jsonl"](root / "parts.jsonl", [{**row, "answer": in_parts(row["answer"])} for row in experts])
     torch.manual_seed(0)
     tokenizer = make["build_tokenizer"]()
     model = make["build_model"](tokenizer)
@@ -137,6 +252,12 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def in_parts(answer: str) -> list[tuple[str, float]]:
+    """Three, of which the second is not learnt."""
+    first, second = len(answer) // 3, 2 * len(answer) // 3
+    return [(answer[:first], 0.5), (answer[first:second], 0.0), (answer[second:], 2.0)]
+
+
 def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
     """The configuration of a run; `settings` are dotted keys."""
     model = assets / settings.get("model.path", "model")
@@ -144,11 +265,10 @@ def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
         "model.dtype": "float32",
         "data.dataset": str(assets / "prompts.jsonl"),
         "data.max_prompt_length": 16,
-        "rewards.reward_funcs": [f"{HERE / 'hash_reward.py'}:hash_reward"],
+        "rewards.reward_funcs": [HASH_REWARD],
         "rollout.num_generations": 4,
         "rollout.max_completion_length": 24,
         "rollout.temperature": 0.8,
-        "chord.chord_sft_dataset": str(assets / "experts.jsonl"),
         "chord.chord_sft_global_batch_size": 3,  # neither DP nor the micro-batches divide 8 + 3 rows
         "chord.chord_sft_max_length": 64,
         "optimizer.lr": 1e-3,
@@ -159,6 +279,7 @@ def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
         "tracking.report_to": [],
         **settings,
         "model.path": str(model),
+        "chord.chord_sft_dataset": str(assets / settings.get("chord.chord_sft_dataset", "experts.jsonl")),
     }
     nested: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -244,13 +365,24 @@ def test_the_case_is_not_trivial(case: str, runs: Configs) -> None:
     """What the comparisons rest on: the weights move, rewards differ, ratios are clipped."""
     lines = metrics(runs[BASELINE, case])
     assert len({line["loss"] for line in lines}) == STEPS
-    if case != "mu 1":
+    if case not in ("mu 1", "no rewards"):
         assert all(line["reward_std"] > 0.1 and line["zero_std_fraction"] < 1 for line in lines)
     if case == "off-policy":
         assert 0 < lines[-1]["clip_fraction"] < 1 and lines[-1]["kl"] > 0
+    if case in POLICY_LOSSES:
+        assert len({line["loss_rollout"] for line in lines}) == STEPS
+        for key in BETWEEN_0_AND_1.get(case, ()):
+            assert 0 < lines[-1][key] < 1, key
+        assert ("grpo.beta" in CASES[case]) == bool(lines[-1]["kl"])
     if case == "sequence mask":
         assert all(0 < line["importance_clipped_fraction"] < 1 for line in lines)
         assert all(line["effective_sample_size"] < 0.99 for line in lines)
+    if case.startswith("missing rewards"):
+        assert all(0 < line["unscorable_completions"] < 8 for line in lines)
+    if case.startswith("GDPO"):
+        assert all(-1 < line["reward/soft_overlong"] < 0 for line in lines)
+        whole = metrics(runs[BASELINE, "mu 0.4"])
+        assert all(line["num_expert_tokens"] < other["num_expert_tokens"] for line, other in zip(lines, whole))
 
 
 def metrics(config: Config) -> list[dict[str, Any]]:

@@ -62,3 +62,24 @@ def write_assets(root: Path, head_dim: int = 8) -> None:
 def config(assets: Path, tmp_path: Path) -> Path:
     """A configuration whose run goes to tmp_path/run."""
     return write_config(assets, tmp_path)
+
+
+@pytest.fixture
+def eventful(assets: Path, tmp_path: Path) -> tuple[str, ...]:
+    """Overrides: an evaluation and a save each step, and a reward that touches the file `scored`."""
+    file = tmp_path / "noted.py"
+    source = (assets / "rewards.py").read_text(encoding="utf-8")
+    source += f"""
+def noted(prompts, completions, references, **columns):
+    open({str(tmp_path / "scored")!r}, "w").close()
+    return letters(prompts, completions, references)
+"""
+    file.write_text(source, encoding="utf-8")
+    return (
+        f"rewards.reward_funcs=['{file}:noted']",
+        f"data.eval_dataset={assets / 'prompts.jsonl'}",
+        "data.num_eval_prompts=2",
+        "train.eval_steps=1",
+        "train.save_steps=1",
+        "train.save_total_limit=2",
+    )

@@ -36,7 +36,11 @@ def write_config(assets: Path, directory: Path) -> Path:
     config = {
         "model": {"path": str(assets / "model"), "dtype": "float32"},
         "data": {"dataset": str(assets / "prompts.jsonl"), "max_prompt_length": 48},
-        "rewards": {"reward_funcs": [f"{assets / 'rewards.py'}:letters"]},
+        "rewards": {
+            "reward_funcs": [f"{assets / 'rewards.py'}:letters"],
+            "environment": ["HOLD_AT_CALL"],
+            "timeout_seconds": 3600,  # of a function that waits for a test
+        },
         "rollout": {"num_generations": 4, "max_completion_length": 8},
         "chord": {
             "chord_sft_dataset": str(assets / "experts.jsonl"),
@@ -81,7 +85,12 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 def train_here(config: Path, *overrides: str) -> Outcome:
     """`chord-megatron train` on one process, in this one: imports take longer than such a run."""
-    result = CliRunner().invoke(app, ["train", str(config), *overrides])
+    return run_here("train", config, *overrides)
+
+
+def run_here(command: str, config: Path, *overrides: str) -> Outcome:
+    """Another command so."""
+    result = CliRunner().invoke(app, [command, str(config), *overrides])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)
@@ -110,14 +119,14 @@ def train_on_forks(config: Path, *overrides: str) -> Outcome:
     return forked.run("chord_megatron.train", config, *overrides, processes=2, timeout_seconds=TIMEOUT_SECONDS)
 
 
-def finish(process: subprocess.Popen[str]) -> Outcome:
+def finish(process: subprocess.Popen[str], seconds: float = TIMEOUT_SECONDS) -> Outcome:
     """Wait for a command; one that hangs is killed and fails the test."""
     try:
-        stdout, stderr = process.communicate(timeout=TIMEOUT_SECONDS)
+        stdout, stderr = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill(process)
-        pytest.fail(f"no end after {TIMEOUT_SECONDS} s: {process.communicate()[1][-2000:]}")
-    return Outcome(process.returncode, stdout, stderr)
+        pytest.fail(f"no end after {seconds} s: {(process.communicate()[1] or '')[-2000:]}")
+    return Outcome(process.returncode, stdout or "", stderr or "")
 
 
 def succeeded(outcome: Outcome) -> Outcome:
@@ -139,6 +148,41 @@ def kill(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return alive
 
 
+def command(process: psutil.Process) -> str:
+    """What it was started as; nothing of one that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+def family(folder: Path) -> list[psutil.Process]:
+    """All that were started with this folder for temporary files, by whomever, and in whatever session they are.
+
+    Every process that a run starts inherits it, also the rewards', whose environment is cleaned.
+    """
+    return [each for each in psutil.process_iter() if _temporary_folder(each) == str(folder)]
+
+
+def _temporary_folder(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get("TMPDIR")
+    except psutil.Error:  # somebody else's, or it has ended
+        return None
+
+
+def alive_after(seconds: float, folder: Path) -> list[str]:
+    """Of a family those that do not end within that time, described and then killed."""
+    deadline = time.monotonic() + seconds
+    while (alive := family(folder)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    described = [f"{each.pid}: {command(each)}" for each in alive]
+    for each in alive:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    return described
+
+
 def _lives(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
@@ -146,14 +190,14 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = TIMEOUT_SECONDS) -> None:
     """Wait for a condition while a command runs; a command that ends first fails the test."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             if process.poll() is None:
                 kill(process)
-            pytest.fail(f"ended or hung before its time: {process.communicate()[1][-2000:]}")
+            pytest.fail(f"ended or hung before its time: {(process.communicate()[1] or '')[-2000:]}")
         time.sleep(0.01)
 
 

@@ -36,6 +36,11 @@ def folder(tmp_path: Path, assets: Path) -> Path:
     for path in (folder / "no_tokenizer").glob("tokenizer*"):
         path.unlink()
     (folder / "torn_tokenizer" / "tokenizer.json").write_text('{"version": "1.0", "model"', encoding="utf-8")
+    (folder / "loss.py").write_text(
+        "from chord_megatron.algorithm.policy_losses import TokenLoss\n"
+        "def wrong(tokens): return TokenLoss(tokens.log_probs.log())\n",
+        encoding="utf-8",
+    )
     edit_json(folder / "no_end_token" / "tokenizer_config.json", eos_token=None)
     (folder / "no_weights" / "model.safetensors").unlink()
     weights = folder / "torn_weights" / "model.safetensors"
@@ -148,8 +153,16 @@ BEFORE_THE_FIRST_STEP = {
         ("rewards.reward_funcs=[{assets}/rewards.py:graded]",),
         (
             "reward function {assets}/rewards.py:graded needs 'difficulty', which is not offered; "
-            "offered are prompts, completions, references, the columns answer, and the reference as ground_truth, ",
+            "offered are prompts, completions, references, completion_ids, the columns answer, and the reference as ",
         ),
+    ),
+    "a key that the loss does not read": (
+        ("grpo.loss_type=sapo", "grpo.delta=3.0"),
+        ("grpo.delta=3.0 is not read by grpo.loss_type=sapo; remove it",),
+    ),
+    "a policy loss that is no number": (
+        ("grpo.policy_loss={bad}/loss.py:wrong",),
+        ("grpo.policy_loss={bad}/loss.py:wrong has a NaN or infinite loss or gradient on a few tokens, ",),
     ),
     "no recording": (
         ("rollout.engine=replay", "rollout.replay_from={bad}/none.jsonl"),

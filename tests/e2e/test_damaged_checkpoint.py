@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from chord_megatron.config import load_config
 from chord_megatron.system.errors import UserError
 from chord_megatron.training.run import Run
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.attack, pytest.mark.e2e]
 
 EXAMPLES = 60
 FILES = ("state.json", "rng_00000.safetensors", "common.pt", ".metadata", "__0_0_0.distcp", "metadata.json")
@@ -54,7 +54,7 @@ def refused(run: Run) -> bool:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_bytes_are_read_or_refused(name: str, run: Run, checkpoint: Path):
+def test_damaged_bytes_are_read_or_refused(name: str, run: Run, checkpoint: Path, measure: Callable[[str, int], None]):
     assert not refused(run)
     number_refused = 0
 
@@ -64,7 +64,7 @@ def test_damaged_bytes_are_read_or_refused(name: str, run: Run, checkpoint: Path
         (checkpoint / name).write_bytes(damaged)
         number_refused += refused(run)
 
-    check_damaged((checkpoint / name).read_bytes(), EXAMPLES, check)
+    measure("inputs mutated", check_damaged((checkpoint / name).read_bytes(), EXAMPLES, check))
     assert number_refused > EXAMPLES // 10 or name == "metadata.json"  # which only `convert` reads
 
 

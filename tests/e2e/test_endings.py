@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -25,7 +26,7 @@ from harness import (
     write_config,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 
 Measure = Callable[[str, float], None]
 TWO = ("--nproc-per-node", "2")
@@ -178,8 +179,8 @@ def test_a_rank_that_stops_answering_is_named_and_waited_for_as_long_as_configur
     measure("seconds from a rank's SIGSTOP to the end of a run with a limit of 60 s", time.monotonic() - since)
     assert outcome.code == 1
     assert "Traceback" not in outcome.stderr
-    assert "rank 1 has given no sign of life for 3" in outcome.stderr
-    assert "last in reward of step 3: stopped, or its node lost?" in outcome.stderr
+    late = r"rank 1 has given no sign of life for \d+ s, last in reward of step 3: stopped, or its node lost\?"
+    assert re.search(late, outcome.stderr)
     (error,) = outcome.errors
     assert error.startswith(
         "error: rank 0 has lost another rank, or got no answer from it within parallel.distributed_"
@@ -194,7 +195,7 @@ def test_a_node_that_never_comes_is_named(config: Path, measure: Measure):
     outcome = finish(start("chord_megatron.cli", "train", config, *options))
     measure("seconds until a run whose limit is 30 s gives up a node", time.monotonic() - since)
     assert outcome.code == 1
-    assert "rank 1 has not come for 15 s: has its node started?" in outcome.stderr
+    assert re.search(r"rank 1 has not come for \d+ s: has its node started\?", outcome.stderr)
     assert "Traceback" not in outcome.stderr
 
 

@@ -51,6 +51,7 @@ def overrides(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
         "train.eval_steps=null",
         f"chord.chord_sft_dataset={root / 'experts.jsonl'}",
         f"rewards.reward_funcs=[accuracy,{assets / 'rewards.py'}:letters]",
+        "rewards.environment=[HOLD_AT_CALL]",
         "train.train_iters=8",
         "optimizer.lr_warmup_iters=2",
         "train.save_steps=2",
@@ -125,6 +126,7 @@ def test_two_static_agents_train(undisturbed: Path):
     assert latest(undisturbed) == "step_8"
 
 
+@pytest.mark.attack
 @pytest.mark.slow
 def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(
     undisturbed: Path, overrides: tuple[str, ...], tmp_path: Path
@@ -141,6 +143,7 @@ def test_killed_agents_come_back_and_the_run_is_the_undisturbed_one(
     keeper, member = start(0, HOLD_AT_CALL="6"), start(1, HOLD_AT_CALL="4")
     wait_until(lambda: logged_steps(run) == [0, 1, 2], keeper)
     assert latest(run) == "step_2"
+    assert where_it_listens(keeper, port) == {"127.0.0.1"}, "RDZV_ENDPOINT, and nowhere else"
     assert kill(member) == [], "the workers outlived their agent"
     finish(member)
     member = start(1)

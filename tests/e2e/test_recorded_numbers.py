@@ -30,6 +30,9 @@ def test_five_steps_compute_the_recorded_numbers(
     layout: str, case: str, recording: dict[str, Any], tmp_path: Path, measure: Callable[[str, str], None]
 ) -> None:
     wanted, actual = recording["runs"][f"{layout}, {case}"], record(tmp_path, layout, case)
+    # A metric that is younger than the recording changes nothing of it.
+    lines = zip(actual["metrics"], wanted["metrics"], strict=True)
+    actual["metrics"] = [{key: line[key] for key in recorded} for line, recorded in lines]
     if environment() == recording["environment"]:
         measure("recorded numbers", "compared bit for bit, on the machine of the recording")
         assert actual == wanted

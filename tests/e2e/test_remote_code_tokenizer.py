@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from chord_megatron.checkpoints.conversion import hf_to_megatron, megatron_to_hf
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.attack, pytest.mark.e2e]
 
 TOKENIZATION = """
 from transformers import PreTrainedTokenizer

@@ -31,7 +31,7 @@ from tiny_model import write_tiny_model
 
 from chord_megatron.checkpoints import conversion
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 
 TENSOR_PARALLEL = ("parallel.tensor_model_parallel_size=2", "grpo.beta=0.05", "train.save_total_limit=2")
 Overrides = tuple[str, ...]
@@ -121,9 +121,9 @@ def losses(run: RunFiles) -> torch.Tensor:
 
 
 def assert_same_run(run: RunFiles, expected: RunFiles, step: int) -> None:
-    """Bitwise: metrics, completions, sampled tokens and the weights after `step` steps."""
+    """Bitwise: metrics, completions, experts, sampled tokens and the weights after `step` steps."""
     assert read_metrics(run.path) == read_metrics(expected.path)
-    for name in ("completions.jsonl", "../rollouts.jsonl"):
+    for name in ("completions.jsonl", "experts.jsonl", "../rollouts.jsonl"):
         assert (run.path / name).read_bytes() == (expected.path / name).read_bytes(), name
     assert weight_bytes(run.path, step) == weight_bytes(expected.path, step)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from harness import (
     finish,
     read_lines,
     read_metrics,
+    run_here,
     start,
     succeeded,
     train_here,
@@ -24,7 +26,9 @@ from harness import (
     write_rows,
 )
 
-pytestmark = pytest.mark.e2e
+from chord_megatron.tracking.run_lock import held
+
+pytestmark = [pytest.mark.attack, pytest.mark.e2e]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,21 @@ def test_a_lost_pointer_loses_nothing(run: Path, config: Path):
     assert {name: files_below(run)[name] for name in before} == before
 
 
+def test_a_first_save_that_was_killed_before_its_export_is_made_up_for(run: Path, config: Path):
+    """The checkpoint is complete; neither the export nor the pointer is there."""
+    weights = weight_bytes(run, 4)
+    shutil.rmtree(run / "hf")
+    shutil.rmtree(run / "checkpoints" / "step_2")
+    for name in ("latest", "finished"):
+        (run / "checkpoints" / name).unlink()
+
+    outcome = succeeded(train_here(config, "train.train_iters=4", "train.save_steps=4"))
+
+    assert f"model: {run / 'hf' / 'step_4'}\n" in outcome.stdout
+    assert weight_bytes(run, 4) == weights
+    assert (run / "checkpoints" / "latest").read_text() == "step_4\n"
+
+
 def test_a_run_that_is_taken_back_keeps_what_was_newer(run: Path, config: Path):
     (run / "checkpoints" / "latest").write_text("step_2\n", encoding="utf-8")
     (run / "checkpoints" / "finished").unlink()
@@ -71,7 +90,7 @@ def test_a_run_that_is_taken_back_keeps_what_was_newer(run: Path, config: Path):
     outcome = succeeded(train_here(config, "train.train_iters=4", "train.save_total_limit=1"))
 
     kept = ("checkpoints/step_4.set-aside", "hf/step_4.set-aside")
-    logs = ("metrics.jsonl.set-aside", "completions.jsonl.set-aside")
+    logs = tuple(f"{name}.jsonl.set-aside" for name in ("metrics", "completions", "experts"))
     assert f"newer than step 2, and kept: {', '.join((*kept, *logs))}\n" in outcome.stdout
     assert [line["step"] for line in read_lines(run / logs[0])] == [0, 1, 2, 3]
     assert [files_below(run / name) for name in kept] == [*newer.values()]
@@ -156,11 +175,74 @@ def files_at_most(nbytes: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
+def a_file(run: Path, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[object]:
+    shutil.rmtree(run)
+    run.touch()
+    return nullcontext()
+
+
+def not_ours_to_write(run: Path, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[object]:
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run and access(path, mode))
+    return nullcontext()
+
+
+def in_use(run: Path, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[object]:
+    return held(run)
+
+
+def without_a_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[object]:
+    shutil.rmtree(run / "checkpoints")
+    return nullcontext()
+
+
+def as_it_was(run: Path, monkeypatch: pytest.MonkeyPatch) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+DIRECTORIES = {
+    "a file": (a_file, (), "{run} is a file; choose another train.output_dir"),
+    "not ours to write": (not_ours_to_write, (), "{run} cannot be written to; choose another train.output_dir"),
+    "in use": (in_use, (), "{run} is in use by process "),
+    "of another configuration": (as_it_was, ("train.seed=7",), "{run} holds a run with train.seed=0, but "),
+    "without a checkpoint": (without_a_checkpoint, (), "{run} holds hf/step_2 and no complete checkpoint; "),
+    "amid a generation": (
+        as_it_was,
+        ("grpo.num_iterations=3", "train.save_steps=3"),
+        "the checkpoint of step 4 lies inside a generation batch of ",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DIRECTORIES)
+def test_validate_says_what_train_would(case: str, run: Path, config: Path, monkeypatch: pytest.MonkeyPatch):
+    spoil, overrides, beginning = DIRECTORIES[case]
+    overrides = ("train.train_iters=6", *overrides)
+    with spoil(run, monkeypatch):
+        before = files_below(run)
+        outcome = run_here("validate", config, *overrides)
+        assert files_below(run) == before
+        assert outcome.code == 2
+        assert outcome.stderr == f"error: {refusal(config, *overrides)}\n"
+        assert outcome.stderr.startswith(f"error: {beginning.format(run=run)}")
+
+
+def test_validate_makes_nothing(run: Path, config: Path, tmp_path: Path):
+    """Of a run that goes on, and of a new one; and several nodes, each of which checks, are one run."""
+    before = files_below(run)
+    succeeded(run_here("validate", config, "train.train_iters=6"))
+    assert files_below(run) == before
+    succeeded(run_here("validate", config, f"train.output_dir={tmp_path}/a/new/one"))
+    assert not (tmp_path / "a").exists()
+    with held(run):
+        succeeded(run_here("validate", config, "train.train_iters=6", "--nnodes", "2"))
+
+
 # The largest file that may be, and which one is then too large.
 TOO_LARGE = {
     "configuration": (1_000, "config.yaml"),
-    "completions": (2_900, "completions.jsonl"),
-    "metrics": (2_900, "metrics.jsonl"),
+    "completions": (6_000, "completions.jsonl"),
+    "metrics": (6_000, "metrics.jsonl"),
     "export": (100_000, "hf/step_2"),
     "checkpoint": (200_000, "checkpoints/step_2"),
 }
@@ -169,8 +251,9 @@ TOO_LARGE = {
 @pytest.mark.parametrize("case", TOO_LARGE)
 def test_a_file_that_cannot_grow_is_named_and_the_next_run_goes_on(case: str, config: Path, tmp_path: Path):
     limit, name = TOO_LARGE[case]
-    only_metrics = ("tracking.log_completions=0", "train.save_steps=4", "train.train_iters=4")
-    overrides = only_metrics if case == "metrics" else ("train.train_iters=2",)
+    logged = {"metrics": "tracking.log_completions=0", "completions": "rollout.max_completion_length=40"}
+    is_log = case in logged  # over four steps, a line of which has more bytes than the other file's
+    overrides = (logged[case], "train.save_steps=4", "train.train_iters=4") if is_log else ("train.train_iters=2",)
     with files_at_most(limit):
         error = refusal(config, *overrides)
     assert error == (
@@ -179,19 +262,7 @@ def test_a_file_that_cannot_grow_is_named_and_the_next_run_goes_on(case: str, co
     assert not (tmp_path / "run" / "checkpoints" / "latest").exists()
     assert not [*tmp_path.rglob("*.partial"), *tmp_path.rglob("*.tmp")]
     succeeded(train_here(config, *overrides))
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(4 if case == "metrics" else 2)]
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_curves_that_cannot_grow_are_named(config: Path, tmp_path: Path):
-    """TensorBoard writes from a thread of its own, whose traceback stands before the sentence."""
-    overrides = ("tracking.report_to=[tensorboard]", "tracking.log_completions=0", "train.train_iters=2")
-    with files_at_most(2_900):
-        error = refusal(config, *overrides, "train.save_steps=2")
-    assert error == (
-        f"{tmp_path / 'run' / 'tensorboard'} cannot be written (File too large); make room, and start the same "
-        "command again"
-    )
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [*range(4 if is_log else 2)]
 
 
 @pytest.mark.distributed

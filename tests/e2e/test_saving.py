@@ -5,16 +5,16 @@ from __future__ import annotations
 import multiprocessing.process
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
-from harness import read_metrics, start, succeeded, train_here, train_on_forks, wait_until
+from harness import alive_after, command, family, read_metrics, start, succeeded, train_here, train_on_forks, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
+pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 
 _SECONDS_TO_END = 10
 
@@ -25,6 +25,17 @@ def test_a_save_starts_no_process(config: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail(f"started {self}"))
     succeeded(train_here(config, "train.train_iters=2"))
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "__0_0_0.distcp").is_file()
+
+
+def test_a_link_that_is_not_copied_is_said_once(config: Path, assets: Path, tmp_path: Path):
+    """Not by each save, of which the export and the checkpoint copy the model's files."""
+    model = shutil.copytree(assets / "model", tmp_path / "model")
+    (tmp_path / "notes.txt").write_text("of somebody else")
+    (model / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    outcome = succeeded(train_here(config, f"model.path={model}", "train.train_iters=2", "train.save_steps=1"))
+    sentence = f"{model}/notes.txt is a link to {tmp_path}/notes.txt, outside of the model's folder: not copied\n"
+    assert outcome.stdout.count("not copied") == outcome.stdout.count(sentence) == 1
+    assert not list((tmp_path / "run").rglob("notes.txt"))
 
 
 # What is killed: the launcher, or a rank. Always amid a save.
@@ -41,63 +52,28 @@ LAYOUTS = {"one process": (), "two ranks": ("--nproc-per-node", "2", "parallel.t
     ],
 )
 def test_nothing_outlives_a_run_that_is_killed_while_it_saves(
-    layout: str, kills: int, config: Path, tmp_path: Path, measure: Callable[[str, str], None]
+    layout: str, kills: int, config: Path, tmp_path: Path, measure: Callable[[str, int], None]
 ):
     """At random moments of random saves; at the end the run is the undisturbed one."""
     chance = random.Random(f"{layout} {kills}")
     overrides = ("train.save_steps=1", "train.save_total_limit=2", f"train.train_iters={2 * kills + 2}")
     for number in range(kills):
-        process = start("chord_megatron.cli", "train", config, *overrides, *LAYOUTS[layout], log=tmp_path)
+        arguments = ("chord_megatron.cli", "train", config, *overrides, *LAYOUTS[layout])
+        process = start(*arguments, log=tmp_path, env={"TMPDIR": str(tmp_path)})
         saved = tmp_path / "run" / "checkpoints" / f"step_{2 * number + chance.choice((1, 2))}"
         partial = saved.with_name(f"{saved.name}.partial")
         wait_until(lambda: partial.exists() or saved.exists(), process)  # noqa: B023 - called here
         time.sleep(chance.uniform(0, 0.1))
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        victims = [each for each in family if each.pid == process.pid or "chord_megatron.train" in _command(each)]
-        os.kill(chance.choice(victims).pid, signal.SIGKILL)
-        survivors = _alive_after(_SECONDS_TO_END, family, process.pid)
+        victims = [each for each in family(tmp_path) if "-m chord_megatron" in command(each)]  # not the rewards'
+        chance.choice(victims).send_signal(signal.SIGKILL)
         process.wait()
+        survivors = alive_after(_SECONDS_TO_END, tmp_path)
+        measure("kills survived", 1)
+        measure("survivors found", len(survivors))
         assert survivors == []
-    measure("kills amid a save, none survived by a process", f"{layout}: {kills}")
     run = train_here if layout == "one process" else train_on_forks
     options = [option for option in LAYOUTS[layout] if "=" in option]
     succeeded(run(config, *overrides, *options))
     undisturbed = tmp_path / "undisturbed"
     succeeded(run(config, *overrides, *options, f"train.output_dir={undisturbed}"))
     assert read_metrics(tmp_path / "run") == read_metrics(undisturbed)
-
-
-def _alive_after(seconds: float, family: list[psutil.Process], session: int) -> list[str]:
-    """Of these processes, and of all in the run's session, those that do not end within that time."""
-    deadline = time.monotonic() + seconds
-    while (alive := [each for each in [*family, *_session(session)] if _lives(each)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    described = [f"{each.pid}: {' '.join(_command(each))}" for each in alive]
-    for each in alive:
-        each.kill()
-    return described
-
-
-def _session(session: int) -> list[psutil.Process]:
-    found = []
-    for each in psutil.process_iter():
-        try:
-            if os.getsid(each.pid) == session:
-                found.append(each)
-        except ProcessLookupError:
-            continue
-    return found
-
-
-def _command(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # it has ended
-        return []
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -17,7 +17,10 @@ import pytest
 from harness import finish, free_ports, kill, start, succeeded, wait_until, write_config
 from test_vllm_servers import TOKEN
 
+pytestmark = pytest.mark.attack
+
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make vllm")
+Measure = Callable[[str, int], None]
 COLOCATED = ("rollout.engine=vllm", "rollout.vllm_mode=colocate", "train.train_iters=2")
 
 
@@ -65,33 +68,36 @@ def test_a_listener_beyond_the_loopback_device_is_seen(tmp_path: Path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("processes", [1, 2])
-def test_training_listens_on_the_loopback_device_alone(config: Path, tmp_path: Path, processes: int):
+def test_training_listens_on_the_loopback_device_alone(config: Path, tmp_path: Path, processes: int, measure: Measure):
     run = start("chord_megatron.cli", "train", config, "--nproc-per-node", str(processes), log=tmp_path)
     seen = listened(run)
     succeeded(finish(run))
+    measure("addresses beyond the loopback device at which a run listened", len(beyond_loopback(seen)))
     assert beyond_loopback(seen) == set()
     assert seen or processes == 1, "gloo's own sockets are not seen: the test looks at the wrong processes"
 
 
 @pytest.mark.distributed
-def test_the_doctor_listens_on_the_loopback_device_alone():
+def test_the_doctor_listens_on_the_loopback_device_alone(measure: Measure):
     """While two processes of its own try an all-reduce."""
     program = "from chord_megatron.doctor.all_reduce import time_all_reduce; time_all_reduce('gloo', 200)"
     examination = subprocess.Popen([sys.executable, "-c", program], text=True)
     seen = listened(examination)
     assert examination.returncode == 0
+    measure("addresses beyond the loopback device at which a run listened", len(beyond_loopback(seen)))
     assert beyond_loopback(seen) == set() != seen
 
 
 @pytest.mark.vllm
 @needs_vllm
 @pytest.mark.slow
-def test_a_colocated_engine_listens_on_the_loopback_device_alone(vllm_assets: Path, tmp_path: Path):
+def test_a_colocated_engine_listens_on_the_loopback_device_alone(vllm_assets: Path, tmp_path: Path, measure: Measure):
     config = write_config(vllm_assets, tmp_path)
     options = (*COLOCATED, "parallel.tensor_model_parallel_size=2", "rollout.vllm_tensor_parallel_size=2")
     run = start("chord_megatron.cli", "train", config, *options, "--nproc-per-node", "2", log=tmp_path)
     seen = listened(run)
     succeeded(finish(run))
+    measure("addresses beyond the loopback device at which a run listened", len(beyond_loopback(seen)))
     assert beyond_loopback(seen) == set() != seen
 
 
@@ -121,7 +127,7 @@ def answers(url: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("transfer", ["files", "broadcast"])
 def test_a_server_and_its_trainer_listen_on_the_loopback_device_alone(
-    server: tuple[subprocess.Popen[str], str], vllm_assets: Path, tmp_path: Path, transfer: str
+    server: tuple[subprocess.Popen[str], str], vllm_assets: Path, tmp_path: Path, transfer: str, measure: Measure
 ):
     process, url = server
     seen = listened(process, until=lambda: answers(url))
@@ -144,4 +150,5 @@ def test_a_server_and_its_trainer_listen_on_the_loopback_device_alone(
         seen |= listening(run) | listening(process)
         time.sleep(0.02)
     assert run.returncode == 0, (tmp_path / "trainer" / "output").read_text()[-2000:]
+    measure("addresses beyond the loopback device at which a run listened", len(beyond_loopback(seen)))
     assert beyond_loopback(seen) == set() != seen

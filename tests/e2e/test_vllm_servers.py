@@ -259,6 +259,7 @@ class Trainer:
         return nullcontext()
 
 
+@pytest.mark.attack
 def test_a_sampler_with_other_weights_than_the_trainers_stops_the_run(
     open_pool: Callable[..., ServerPool], exported: Weights, vllm_assets: Path, single_process: None, tmp_path: Path
 ):
@@ -281,6 +282,7 @@ def test_a_sampler_with_other_weights_than_the_trainers_stops_the_run(
 
 
 @pytest.mark.slow
+@pytest.mark.attack
 def test_damaged_and_broken_updates_never_sample(
     open_pool: Callable[..., ServerPool], servers: dict, exported: Weights, tmp_path: Path
 ):
@@ -303,6 +305,7 @@ def test_damaged_and_broken_updates_never_sample(
 
 
 @pytest.mark.slow
+@pytest.mark.attack
 def test_a_killed_and_a_frozen_server_lose_no_completion(
     open_pool: Callable[..., ServerPool], servers: dict[str, Popen[str]], exported: Weights, tmp_path: Path
 ):
@@ -335,6 +338,7 @@ def test_a_killed_and_a_frozen_server_lose_no_completion(
 
 
 @pytest.mark.slow
+@pytest.mark.attack
 def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
     open_pool: Callable[..., ServerPool],
     servers: dict[str, Popen[str]],
@@ -361,6 +365,7 @@ def test_a_server_killed_amid_a_broadcast_makes_it_start_again(
     assert tokens(pool.submit(requests(8), 2).result()) == expected
 
 
+@pytest.mark.attack
 def test_wrong_tokens_and_models_are_refused(
     open_pool: Callable[..., ServerPool], vllm_assets: Path, assets: Path, exported: Weights, tmp_path: Path
 ):

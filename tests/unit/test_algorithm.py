@@ -14,17 +14,29 @@ from torch import Tensor
 
 from chord_megatron.algorithm.advantages import group_advantages, zero_std_fraction
 from chord_megatron.algorithm.aggregation import Aggregation, Mean, aggregation_weights
+from chord_megatron.algorithm.diagnosis import EXPERT_PHI, EXPERT_TOKENS, in_deciles
 from chord_megatron.algorithm.expert_weights import phi, uniform
 from chord_megatron.algorithm.mu import mu_schedule
 from chord_megatron.algorithm.objective import Objective, chord_loss
-from chord_megatron.algorithm.policy_losses import PolicyTokens, clipped_policy_loss, kl_penalty
+from chord_megatron.algorithm.policy_losses import KL_ESTIMATORS, PolicyTokens, clipped_policy_loss
 from chord_megatron.algorithm.sequences import Sequences
 from chord_megatron.batching.packing import BatchLayout, build_global_batch, pack
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 EPSILON, EPSILON_HIGH = 0.2, 0.28
 METRIC_SUMS = {
-    *("loss_rollout", "loss_expert", "entropy", "kl", "clipped", "phi", "log_prob_diff"),
+    *(
+        "loss_rollout",
+        "loss_expert",
+        "entropy",
+        "kl",
+        "clipped_low",
+        "clipped_high",
+        "off_policy_masked",
+        "phi",
+        "log_prob_diff",
+    ),
+    *("expert_entropy", "active_rows", *in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
     "non_finite_rollout_log_probs",
 }
@@ -149,21 +161,18 @@ def test_aggregation_weights_by_hand(aggregation: Aggregation, expected: list[fl
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "dropped", "kept"),
+    ("aggregation", "per_token"),
     [
-        ("token_mean", [1 / 6, 1 / 6], [1 / 6, 1 / 6]),
-        ("sequence_mean", [1 / 4, 1 / 8], [1 / 8, 1 / 16]),
-        ("sequence_sum", [1 / 2, 1 / 2], [1 / 4, 1 / 4]),
-        ("fixed_length", [1 / 16, 1 / 16], [1 / 32, 1 / 32]),
+        ("token_mean", [1 / 6, 1 / 6]),
+        ("sequence_mean", [1 / 4, 1 / 8]),
+        ("sequence_sum", [1 / 2, 1 / 2]),
+        ("fixed_length", [1 / 16, 1 / 16]),
     ],
 )
-def test_filtered_sequences_count_only_where_that_is_asked_for(
-    aggregation: Aggregation, dropped: list[float], kept: list[float]
-):
-    for counts_filtered, per_token in ((False, dropped), (True, kept)):
-        weights = aggregation_weights([0, 2, 0, 4], Mean(aggregation, 8, counts_filtered))
-        assert [weights[1], weights[3]] == pytest.approx(per_token, rel=1e-15)
-        assert all(math.isfinite(weight) for weight in weights)
+def test_sequences_without_loss_tokens_do_not_count(aggregation: Aggregation, per_token: list[float]):
+    weights = aggregation_weights([0, 2, 0, 4], Mean(aggregation, 8))
+    assert [weights[1], weights[3]] == pytest.approx(per_token, rel=1e-15)
+    assert all(math.isfinite(weight) for weight in weights)
 
 
 def test_a_sequence_of_one_token_is_a_sequence():
@@ -217,17 +226,18 @@ def test_clipped_policy_loss_by_hand(advantage, ratio, loss, gradient, is_clippe
         mask=torch.tensor([True]),
         sequences=Sequences(torch.tensor([0, 1])),
     )
-    value, clipped = clipped_policy_loss(tokens, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
+    value, low, high = clipped_policy_loss(tokens, epsilon=EPSILON, epsilon_high=EPSILON_HIGH)
     value.sum().backward()
     assert value.item() == pytest.approx(loss, abs=1e-15)
     assert log_probs.grad.item() == pytest.approx(gradient, abs=1e-15)
-    assert clipped.tolist() == [is_clipped]
+    assert (low | high).tolist() == [is_clipped] and not (low & high).any()
+    assert low.tolist() == [is_clipped and ratio < 1] and high.tolist() == [is_clipped and ratio > 1]
 
 
 def test_kl_penalty_by_hand():
     log_probs = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
     difference = torch.tensor([math.log(2), 0.0, -math.log(2)], dtype=torch.float64)
-    penalty = kl_penalty(log_probs, log_probs.detach() + difference)
+    penalty = KL_ESTIMATORS["k3"](log_probs, log_probs.detach() + difference)
     penalty.sum().backward()
     assert penalty.tolist() == pytest.approx([1 - math.log(2), 0.0, math.log(2) - 0.5], abs=1e-15)
     assert penalty[1].item() == 0.0
@@ -236,7 +246,7 @@ def test_kl_penalty_by_hand():
 
 def test_kl_penalty_is_never_negative_in_float32():
     size = torch.logspace(-12, 1, 100_001)
-    assert (kl_penalty(torch.zeros(200_002), torch.cat([size, -size])) >= 0).all()
+    assert (KL_ESTIMATORS["k3"](torch.zeros(200_002), torch.cat([size, -size])) >= 0).all()
 
 
 def test_phi_keeps_its_digits_near_one():
@@ -472,7 +482,7 @@ def test_a_micro_batch_without_loss_tokens_contributes_zero_and_stays_attached(m
     for batch in (padding_only, one_rank([prompt_only]).micro_batches[0]):
         log_probs = torch.full(batch.input_ids.shape, -0.5, requires_grad=True)
         objective = make_objective(beta=0.1, use_phi=True)
-        loss, sums, maxima = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=mu)
+        loss, sums, maxima, _ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=mu)
         loss.backward()
         assert loss.item() == 0.0
         assert torch.equal(log_probs.grad, torch.zeros_like(log_probs))
@@ -517,7 +527,7 @@ def test_values_outside_the_mask_do_not_matter(outside: float, dtype: torch.dtyp
     results = []
     for filler in (-1.0, outside):
         log_probs = torch.where(counts, inside, filler).to(dtype).requires_grad_()
-        loss, sums, maxima = chord_loss(
+        loss, sums, maxima, _ = chord_loss(
             log_probs,
             torch.where(counts, 1.0, torch.nan),
             batch,
@@ -551,7 +561,7 @@ def test_metric_sums_by_hand():
     log_probs = torch.tensor([a, b, -9.0, y, -9.0], dtype=torch.float64, requires_grad=True)
     entropy = torch.tensor([0.5, 0.125, 64.0, 16.0, 64.0], dtype=torch.float64)
     objective = make_objective(beta=0.5, use_phi=True, epsilon=0.2, epsilon_high=0.28)
-    loss, sums, maxima = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
+    loss, sums, maxima, _ = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
     kl = [math.exp(-0.5 - a) - (-0.5 - a) - 1, math.exp(-2 - b) - (-2 - b) - 1]
     loss_rollout = (-2 * 1.28 - 2 * 0.5 + 0.5 * sum(kl)) / 2
     loss_expert = 0.1875 * math.log(4)
@@ -560,8 +570,15 @@ def test_metric_sums_by_hand():
         "loss_expert": loss_expert,
         "entropy": 0.625,
         "kl": sum(kl),
-        "clipped": 1.0,
+        "off_policy_masked": 0.0,
+        "clipped_low": 0.0,
+        "clipped_high": 1.0,
         "phi": 0.1875,
+        "expert_entropy": 16.0,
+        "active_rows": 1.0,
+        **dict.fromkeys((*in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)), 0.0),
+        "expert_tokens_2": 1.0,  # 0.2 <= 1/4 < 0.3
+        "expert_phi_2": 0.1875,
         "log_prob_diff": abs(a + 1.5) + abs(b + 0.25),
         "importance_ratio": math.exp(0.5) + math.exp(-0.75),
         "importance_ratio_squared": math.exp(1.0) + math.exp(-1.5),
@@ -595,7 +612,9 @@ def test_a_token_may_count_and_weigh_nothing():
         chord_loss(values, values.detach().abs(), each, objective=objective, mu=0.5) for each in (batch, silent)
     )
     assert muted.sums["loss_rollout"].item() == 0.0
-    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - {"loss_rollout"})
+    of_weights = {"loss_rollout", "active_rows"}
+    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - of_weights)
+    assert plain.sums["active_rows"].item() == 4 and muted.sums["active_rows"].item() == 0
     assert torch.equal(silent.counts, batch.counts)
 
 

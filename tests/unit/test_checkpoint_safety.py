@@ -24,6 +24,8 @@ from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import refuse_unsafe
 from chord_megatron.system.errors import UserError
 
+pytestmark = pytest.mark.attack
+
 
 class RunsOnLoad:
     """Pickles into a call of `function`."""

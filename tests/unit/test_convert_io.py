@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
-from chord_megatron.weights.mapping import hf_names
+from chord_megatron.weights.mapping import hf_tensors
 from chord_megatron.weights.names import list_names
 from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.weights.safetensors_writer import write_safetensors
@@ -36,11 +36,12 @@ ARCH = ModelArchitecture(
     qkv_bias=False,
     qk_layernorm=True,
 )
+SHAPES = {name: spec.shape for name, spec in hf_tensors(ARCH, torch.float32).items()}
 INDEX = "model.safetensors.index.json"
 
 
 def save_names(directory: Path, names: set[str]) -> SafetensorsReader:
-    save_file({name: torch.zeros(1) for name in names}, directory / "model.safetensors")
+    save_file({name: torch.zeros(SHAPES.get(name, (1,))) for name in names}, directory / "model.safetensors")
     return SafetensorsReader(directory)
 
 
@@ -69,7 +70,7 @@ def test_names_are_listed_in_ranges():
 
 def test_missing_tensors_are_listed(tmp_path: Path) -> None:
     with (
-        save_names(tmp_path, hf_names(ARCH) - {"model.norm.weight"}) as reader,
+        save_names(tmp_path, SHAPES.keys() - {"model.norm.weight"}) as reader,
         pytest.raises(UserError, match=r"lacks tensors .*: model\.norm\.weight \(1\)"),
     ):
         check_complete(reader, ARCH)
@@ -78,7 +79,7 @@ def test_missing_tensors_are_listed(tmp_path: Path) -> None:
 def test_unexpected_tensors_are_listed(tmp_path: Path) -> None:
     extra = {f"model.extra.{i}" for i in range(7)}
     with (
-        save_names(tmp_path, hf_names(ARCH) | extra) as reader,
+        save_names(tmp_path, SHAPES.keys() | extra) as reader,
         pytest.raises(UserError, match=r"does not: model\.extra\.\{0-6\} \(7\)"),
     ):
         check_complete(reader, ARCH)
@@ -86,10 +87,10 @@ def test_unexpected_tensors_are_listed(tmp_path: Path) -> None:
 
 def test_ignorable_tensors_are_accepted(tmp_path: Path) -> None:
     spare = {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
-    with save_names(tmp_path, hf_names(ARCH) | spare) as reader:
+    with save_names(tmp_path, SHAPES.keys() | spare) as reader:
         check_complete(reader, ARCH)
     untied = replace(ARCH, tie_word_embeddings=False)
-    with save_names(tmp_path, hf_names(ARCH)) as reader, pytest.raises(UserError, match=r"lm_head\.weight"):
+    with save_names(tmp_path, {*SHAPES}) as reader, pytest.raises(UserError, match=r"lm_head\.weight"):
         check_complete(reader, untied)
 
 

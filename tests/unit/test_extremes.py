@@ -26,7 +26,7 @@ from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.schedule import mu_at
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.yaml_text import write_yaml
-from chord_megatron.training.objective import build_objective, rollout_mean
+from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.types import TrainingSample
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -186,11 +186,12 @@ def check_it_computes(config: Config) -> None:
         old_log_probs=torch.tensor([0.0, -1.5, -2.0]),
         ref_log_probs=torch.tensor([0.0, -1.5, -2.0]),
     )
+    plan = Plan(1, 1, 1, train.global_batch_size, 1, 1, 1, 1)
     batch = build_global_batch(
         [sample],
         BatchLayout(),
         micro_batch_size=1,
-        rollout_mean=rollout_mean(config),
+        rollout_mean=build_means(config, plan)[0],
     )
     log_probs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     objective = build_objective(config.grpo, config.chord)
@@ -243,7 +244,11 @@ SENTENCES: list[tuple[str, Any, str]] = [
     ("train.output_dir", "a\0b", "train.output_dir='a\\x00b': must be text without NUL and halves of characters"),
     ("data.dataset_split", False, "data.dataset_split=False: must be text; put it in quotes"),
     ("data.dataset_split", 7, "data.dataset_split=7: must be text; put it in quotes"),
-    ("grpo.loss_type", "bnpo", "grpo.loss_type='bnpo': must be 'dapo', 'grpo' or 'dr_grpo'"),
+    (
+        "grpo.kl_estimator",
+        "k4",
+        "grpo.kl_estimator='k4': must be 'k1', 'k2' or 'k3'",
+    ),
     ("model.recompute", 1, "model.recompute=1: must be true or false"),
     (
         "data.reference_pattern",

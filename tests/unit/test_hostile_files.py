@@ -24,8 +24,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from chord_megatron.checkpoints.conversion import hf_to_megatron
-from tests.tiny_families import write_model
+from tests.tiny_families import YARN_ROPE, write_model
 from tests.tiny_tokenizer import write_tokenizer
+
+pytestmark = pytest.mark.attack
 
 WORKER = Path(__file__).with_name("bounded_worker.py")
 SECONDS = 300  # each takes one; what is not refused takes years
@@ -108,7 +110,10 @@ METADATA: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("attack", METADATA)
-def test_metadata_take_time_and_memory_by_their_length(models: Path, tmp_path: Path, attack: str) -> None:
+def test_metadata_take_time_and_memory_by_their_length(
+    models: Path, tmp_path: Path, attack: str, measure: Callable[[str, int], None]
+) -> None:
+    measure("hostile files, all refused within bounds", 1)
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / ".metadata").write_bytes(METADATA[attack]())
@@ -186,7 +191,10 @@ COMMON: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("attack", COMMON)
-def test_a_common_state_takes_time_and_memory_by_its_length(models: Path, tmp_path: Path, attack: str) -> None:
+def test_a_common_state_takes_time_and_memory_by_its_length(
+    models: Path, tmp_path: Path, attack: str, measure: Callable[[str, int], None]
+) -> None:
+    measure("hostile files, all refused within bounds", 1)
     folder = tmp_path / "checkpoint"
     shutil.copytree(models / "megatron", folder)
     COMMON[attack](folder / "common.pt")
@@ -198,9 +206,10 @@ def test_a_common_state_takes_time_and_memory_by_its_length(models: Path, tmp_pa
 
 @pytest.mark.parametrize("attack", ["compressed", "a key of nested tuples", "an array of 8 GB"])
 def test_a_tensor_of_a_checkpoint_takes_time_and_memory_by_its_length(
-    models: Path, tmp_path: Path, attack: str
+    models: Path, tmp_path: Path, attack: str, measure: Callable[[str, int], None]
 ) -> None:
     """Each is a file of torch.save within a larger one."""
+    measure("hostile files, all refused within bounds", 1)
     folder, file = tmp_path / "checkpoint", tmp_path / "file"
     shutil.copytree(models / "megatron", folder)
     if attack == "compressed":
@@ -224,28 +233,97 @@ CONFIGS = {
     "experts": ("qwen3_moe", {"num_experts": 10**9}),
     "layers of experts": ("qwen3_moe", {"num_hidden_layers": 10_000, "num_experts": 10_000}),
     "dense layers by name": ("qwen3_moe", {"num_hidden_layers": 1000, "mlp_only_layers": [5] * 10**6}),
+    "width": ("llama", {"hidden_size": 10**9}),
+    "width of the MLP": ("llama", {"intermediate_size": 10**9}),
+    "vocabulary": ("llama", {"vocab_size": 10**9}),
+    "attention heads": ("llama", {"num_attention_heads": 10**9, "head_dim": 4}),
+    "size of a head": ("llama", {"head_dim": 10**9}),
+    "width of an expert": ("qwen3_moe", {"moe_intermediate_size": 10**9}),
+    "ranks of latent attention": ("deepseek_v3", {"q_lora_rank": 10**9, "kv_lora_rank": 10**9}),
+    "positions of YaRN": ("deepseek_v3", {"rope_parameters": YARN_ROPE | {"original_max_position_embeddings": 10**9}}),
 }
+OF_THE_DOCTOR = ("layers", "the most layers", "layers of experts", "width")  # who looks at the machine, too, for long
 
 
 @pytest.mark.parametrize("attack", CONFIGS)
-def test_a_config_takes_time_and_memory_by_its_length(tmp_path: Path, attack: str) -> None:
-    """In each command: the tables of names grow with layers and experts."""
+def test_a_config_takes_time_and_memory_by_its_length(
+    tmp_path: Path, attack: str, measure: Callable[[str, int], None]
+) -> None:
+    """In each command: the tables of names grow with layers and experts, the model with all its sizes."""
+    measure("hostile files, all refused within bounds", 1)
     family, keys = CONFIGS[attack]
     model = tmp_path / "model"
     write_model(model, family, num_hidden_layers=2, hidden_size=16)
     write_tokenizer(model)
+    change_config(model, keys)
+    reasons = ("error: the checkpoint lacks tensors", "error: wrong shapes: ", f"error: {model}/config.json: ")
+    if attack == "attention heads":
+        reasons += (f"error: {model} has no tokenizer",)  # transformers looks at config.json, too
+    assert refusal("convert", "hf-to-megatron", model, tmp_path / "out").startswith(reasons)
+    refused_by_a_run(model, tmp_path, reasons)
+    if attack in OF_THE_DOCTOR:
+        outcome = forked.run(WORKER, "doctor", tmp_path / "run.yaml", timeout_seconds=SECONDS)
+        assert outcome.code in (1, 2) and "Traceback" not in outcome.stderr, outcome.stderr[-3000:]
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "vocab_size"])
+def test_a_config_that_contradicts_a_checkpoint_takes_no_memory(models: Path, tmp_path: Path, key: str) -> None:
+    folder = shutil.copytree(models / "megatron", tmp_path / "megatron")
+    change_config(folder, {"head_dim": 4, key: 10**9})
+    reasons = (f"error: the checkpoint {folder} is not the llama model of this config.json: wrong shapes ",)
+    assert refusal("convert", "megatron-to-hf", folder, tmp_path / "out").startswith(reasons)
+    refused_by_a_run(folder, tmp_path, reasons)
+
+
+def test_tensors_are_no_larger_than_their_files(models: Path, tmp_path: Path) -> None:
+    """config.json and .metadata agree about a vocabulary of 10^9."""
+    folder = shutil.copytree(models / "megatron", tmp_path / "megatron")
+    change_config(folder, {"vocab_size": 10**9})
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301, our own
+    for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        entry = metadata.state_dict_metadata[key]
+        entry.size = torch.Size([10**9, 16])
+        entry.chunks = [ChunkStorageMetadata(torch.Size([0, 0]), entry.size)]
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    reasons = (f"error: the .metadata file of {folder} is damaged; copy the checkpoint again",)
+    assert refusal("convert", "megatron-to-hf", folder, tmp_path / "out").startswith(reasons)
+    refused_by_a_run(folder, tmp_path, reasons)
+
+
+def test_files_are_not_read_twice(models: Path, tmp_path: Path) -> None:
+    """All tensors of 1000 layers in the same bytes."""
+    folder = shutil.copytree(models / "megatron", tmp_path / "megatron")
+    change_config(folder, {"num_hidden_layers": 1000})
+    metadata: Metadata = pickle.loads((folder / ".metadata").read_bytes())  # noqa: S301, our own
+    for key, entry in [*metadata.state_dict_metadata.items()]:
+        for layer in range(2, 1000) if ".layers.0." in key else ():
+            copy = key.replace(".layers.0.", f".layers.{layer}.")
+            metadata.state_dict_metadata[copy] = entry
+            for chunk in entry.chunks:
+                info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+                metadata.storage_data[MetadataIndex(copy, chunk.offsets)] = info
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    reasons = (f"error: the .metadata file of {folder} is damaged; copy the checkpoint again",)
+    assert refusal("convert", "megatron-to-hf", folder, tmp_path / "out").startswith(reasons)
+    refused_by_a_run(folder, tmp_path, reasons)
+
+
+def change_config(model: Path, keys: dict[str, Any]) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | keys))
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1", "answer": "2"}\n')
-    (tmp_path / "run.yaml").write_text(
+
+
+def refused_by_a_run(model: Path, folder: Path, reasons: tuple[str, ...]) -> None:
+    """With one of the reasons; validate, which reads config.json alone, has nothing to take memory for."""
+    (folder / "prompts.jsonl").write_text('{"prompt": "1", "answer": "2"}\n')
+    run = folder / "run.yaml"
+    run.write_text(
         f"model: {{path: {model}, dtype: float32}}\n"
-        f"data: {{dataset: {tmp_path}/prompts.jsonl, prompt_format: text, max_prompt_length: 8}}\n"
-        f"train: {{output_dir: {tmp_path}/run, global_batch_size: 8, train_iters: 1}}\n"
+        f"data: {{dataset: {folder}/prompts.jsonl, prompt_format: text, max_prompt_length: 8}}\n"
+        f"train: {{output_dir: {folder}/run, global_batch_size: 8, train_iters: 1}}\n"
         "chord: {chord_mu_peak: 0, chord_mu_valley: 0}\n"
         "rollout: {max_completion_length: 4}\n"
     )
-    reasons = ("error: the checkpoint lacks tensors", f"error: {model}/config.json: ")
-    assert refusal("convert", "hf-to-megatron", model, tmp_path / "out").startswith(reasons)
-    assert refusal("train", tmp_path / "run.yaml").startswith(reasons)
-    outcome = forked.run(WORKER, "doctor", tmp_path / "run.yaml", timeout_seconds=SECONDS)
-    assert outcome.code in (1, 2) and "Traceback" not in outcome.stderr
+    assert refusal("train", run).startswith(reasons)
+    outcome = forked.run(WORKER, "validate", run, timeout_seconds=SECONDS)
+    assert outcome.code in (0, 2) and "Traceback" not in outcome.stderr, outcome.stderr[-3000:]

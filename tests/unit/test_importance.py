@@ -236,7 +236,7 @@ def totals_over_batches(
         results.append(chord_loss(values, values.detach().abs(), batch, objective=make_objective(**settings), mu=mu))
     sums = {name: sum(result.sums[name].item() for result in results) for name in results[0].sums}
     maxima = {name: max(result.maxima[name].item() for result in results) for name in results[0].maxima}
-    return torch.stack([result.loss for result in results]).sum(), LossTotals(sums, maxima)
+    return torch.stack([result.loss for result in results]).sum(), LossTotals(sums, maxima, {})
 
 
 def sum_over_batches(
@@ -398,7 +398,7 @@ def test_an_empty_rollout_stream_contributes_zero_and_stays_attached(mode: str):
     for batch in (pack([], [], [], pad_to_multiple=4), one_rank(expert_only).micro_batches[0]):
         log_probs = torch.full(batch.input_ids.shape, -0.5, requires_grad=True)
         objective = make_objective(**weighted(mode))
-        loss, sums, _ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=0.0)
+        loss, sums, *_ = chord_loss(log_probs, torch.ones_like(log_probs), batch, objective=objective, mu=0.0)
         loss.backward()
         assert loss.item() == 0.0 and torch.equal(log_probs.grad, torch.zeros_like(log_probs))
         names = ("importance_ratio", "importance_ratio_squared", "importance_clipped")
@@ -506,3 +506,13 @@ def test_metrics_of_an_empty_stream_are_null():
     metrics = loss_metrics(totals, batch, make_objective(**weighted("token_mask")), mu=1.0)
     names = ("importance_weight_mean", "effective_sample_size", "importance_clipped_fraction")
     assert [metrics[name] for name in names] == [None, None, None]
+
+
+def test_the_ratio_of_a_sequence_may_be_the_product():
+    """Of two sequences: e^(0.5 + 0.25) and e^-1, against a bound of 2."""
+    log_ratios = torch.tensor([0.5, 0.25, -1.0], dtype=torch.float64)
+    mask, sequences = torch.tensor([True, True, True]), Sequences(torch.tensor([0, 2, 3]))
+    correction = ImportanceCorrection("sequence_truncate", 2.0, "product")
+    weights, is_clipped = importance_weights(log_ratios, mask, sequences, correction)
+    assert weights.tolist() == pytest.approx([2.0, 2.0, math.exp(-1)])
+    assert is_clipped.tolist() == [True, True, False]

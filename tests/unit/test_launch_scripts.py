@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,18 +158,53 @@ def test_static_nodes(stand_ins: StandIns):
     ]
 
 
-@pytest.mark.parametrize(("rank", "is_host"), [("0", "true"), ("1", "false")])
-def test_elastic_nodes(stand_ins: StandIns, rank: str, is_host: str):
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_elastic_nodes(stand_ins: StandIns, rank: str):
+    """On node 0 another program is torchrun, and keeps the store."""
+    command, first = ("python", f"{LAUNCH}/elastic_agent.py node0:29500 ") if rank == "0" else ("torchrun", "")
     noted = "store $TORCH_DISABLE_SHARE_RDZV_TCP_STORE $TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-    stand_ins.add("torchrun", f'echo "{noted}" >> {stand_ins.log}')
+    stand_ins.add(command, f'echo "{noted}" >> {stand_ins.log}')
     assert stand_ins.run("elastic_nodes.sh", "c.yaml", "a.b=1", NODE_RANK=rank, LOCAL_ADDR="10.0.0.7") == (0, "")
     assert stand_ins.calls("chord-megatron") == ["validate c.yaml --nnodes 2 --nproc-per-node 4 a.b=1"]
-    assert stand_ins.calls("torchrun") == [
-        "--nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node0:29500 --rdzv-id chord"
-        f" --rdzv-conf is_host={is_host},join_timeout=600,read_timeout=600 --local-addr 10.0.0.7"
+    assert stand_ins.calls(command) == [
+        f"{first}--nnodes 2 --nproc-per-node 4 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint node0:29500"
+        " --rdzv-id chord --rdzv-conf is_host=false,join_timeout=600,read_timeout=600 --local-addr 10.0.0.7"
         " -m chord_megatron.train c.yaml a.b=1"
     ]
     assert stand_ins.calls("store") == ["1 30"]
+
+
+WORKER = """
+import os, psutil
+sockets = psutil.Process(os.getppid()).net_connections("inet")
+print("listens at", sorted({c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}))
+"""
+
+
+def test_the_agent_of_node_0_listens_at_the_endpoint_alone(tmp_path: Path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    endpoint = f"127.0.0.1:{port}"
+    options = ("--nnodes", "1", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint)
+    command = [sys.executable, LAUNCH / "elastic_agent.py", endpoint, *options, "--rdzv-conf", "is_host=false"]
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(
+        [*command, tmp_path / "worker.py"], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "listens at ['127.0.0.1']\n"), done.stderr
+
+
+def test_an_endpoint_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        endpoint = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = [sys.executable, LAUNCH / "elastic_agent.py", endpoint]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    port = endpoint.split(":")[1]
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: port {port} of 127.0.0.1 is taken, by another run? choose another\n",
+    )
 
 
 @pytest.mark.parametrize("script", ["static_nodes.sh", "elastic_nodes.sh"])

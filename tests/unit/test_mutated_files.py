@@ -30,6 +30,8 @@ from chord_megatron.weights.mapping import parameter_names
 from chord_megatron.weights.safetensors_io import SafetensorsReader, check_complete
 from chord_megatron.weights.shards import import_parameter
 
+pytestmark = pytest.mark.attack
+
 EXAMPLES = 60
 
 
@@ -155,7 +157,9 @@ def failure(load: Callable[[Path], Any], folder: Path) -> str | None:
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_damaged_bytes_are_read_or_refused(name: str, folder_of: Callable[[str], Path]) -> None:
+def test_damaged_bytes_are_read_or_refused(
+    name: str, folder_of: Callable[[str], Path], measure: Callable[[str, int], None]
+) -> None:
     loader = LOADERS[name]
     folder = folder_of(loader.folder)
     loader.load(folder)  # the whole file is not refused
@@ -167,7 +171,7 @@ def test_damaged_bytes_are_read_or_refused(name: str, folder_of: Callable[[str],
         (folder / loader.file).write_bytes(damaged + rest)
         assert failure(loader.load, folder) is None
 
-    check_damaged(start, EXAMPLES, check)
+    measure("inputs mutated", check_damaged(start, EXAMPLES, check))
 
 
 def nothing(path: Path) -> None:

@@ -22,6 +22,8 @@ from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
 from chord_megatron.types import Prompt, RolloutRequest, SamplingParams
 
+pytestmark = pytest.mark.attack
+
 CONFIG = b"""# a comment
 model: {path: some/model, dtype: float32}
 data:
@@ -85,6 +87,9 @@ COMPLETIONS = json_lines(
         for split in ({}, {"split": "eval"})
     ]
 )
+EXPERTS = json_lines(
+    [{"step": step, "id": row, "log_prob": -1.5, "phi": 0.25, "shift": 0.0} for step in (0, 1) for row in (3, 4)]
+)
 
 
 def read_overrides(path: Path) -> None:
@@ -137,6 +142,7 @@ INPUTS = {
     "metrics, summed up": Input("metrics.jsonl", METRICS, summarize),
     "metrics, drawn": Input("metrics.jsonl", METRICS, lambda path: draw_history(load_history(path.parent), "x"), 15),
     "completions, resumed": Input("completions.jsonl", COMPLETIONS, resume),
+    "experts, resumed": Input("experts.jsonl", EXPERTS, resume),
     "completions, shown": Input("completions.jsonl", COMPLETIONS, report._samples),
     "configuration of another run": Input(
         "config.yaml", b"model: {path: some/model}\ntrain: {seed: 0}\n", refuse_other_run
@@ -156,7 +162,7 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path):
+def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path, measure: Callable[[str, int], None]):
     file, valid, load, examples, is_refused = INPUTS[name]
     path = run_dir / file
     path.write_bytes(valid)
@@ -174,5 +180,5 @@ def test_what_is_damaged_is_read_or_refused(name: str, run_dir: Path):
             refused += 1
             assert len(str(error)) < 2000 and "\n" not in str(error)
 
-    check_damaged(valid, examples, check)
+    measure("inputs mutated", check_damaged(valid, examples, check))
     assert refused > examples // 20 or not is_refused  # the damage reaches what is checked

@@ -17,6 +17,8 @@ from chord_megatron.data.load import load_run_data
 from chord_megatron.system.errors import UserError
 from tests.unit.chat_templates import LLAMA31, MISTRAL, QWEN3, QWEN25, R1_DISTILL, ChatModel, tokenizer_of
 
+pytestmark = pytest.mark.attack
+
 CHAT = [
     {"role": "system", "content": "Add."},
     {"role": "user", "content": "1+1?"},
@@ -55,7 +57,15 @@ def write_parquet(path: Path) -> None:
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
 @pytest.mark.parametrize(("name", "write", "count"), [("jsonl", write_jsonl, 120), ("parquet", write_parquet, 40)])
-def test_damaged_rows(tmp_path: Path, monkeypatch, name: str, write: Callable[[Path], None], count: int, action: str):
+def test_damaged_rows(
+    tmp_path: Path,
+    monkeypatch,
+    name: str,
+    write: Callable[[Path], None],
+    count: int,
+    action: str,
+    measure: Callable[[str, int], None],
+):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     whole = tmp_path / f"whole.{name}"
     write(whole)
@@ -66,13 +76,13 @@ def test_damaged_rows(tmp_path: Path, monkeypatch, name: str, write: Callable[[P
         path.write_bytes(damaged)
         assert failure(path, on_bad_row=action) is None
 
-    check_damaged(whole.read_bytes(), count, check)
+    measure("inputs mutated", check_damaged(whole.read_bytes(), count, check))
 
 
 @pytest.mark.parametrize(
     "model", [QWEN25, QWEN3, LLAMA31, MISTRAL, R1_DISTILL], ids=["Qwen2.5", "Qwen3", "Llama 3.1", "Mistral", "R1"]
 )
-def test_damaged_templates(tmp_path: Path, model: ChatModel):
+def test_damaged_templates(tmp_path: Path, model: ChatModel, measure: Callable[[str, int], None]):
     write_jsonl(tmp_path / "rows.jsonl")
     tokenizer = tokenizer_of(model)
 
@@ -81,4 +91,4 @@ def test_damaged_templates(tmp_path: Path, model: ChatModel):
         for action in ("stop", "skip"):
             assert failure(tmp_path / "rows.jsonl", tokenizer, on_bad_row=action) is None
 
-    check_damaged(model.template.encode(), EXAMPLES, check)
+    measure("inputs mutated", check_damaged(model.template.encode(), EXAMPLES, check))

@@ -504,8 +504,8 @@ def test_validate_looks_at_the_names_of_reward_functions(model_dir: Path):
     result = CliRunner().invoke(app, [*arguments, "rewards.reward_funcs=[acuracy]"])
     assert (result.exit_code, result.stderr) == (
         2,
-        "error: rewards.reward_funcs: unknown reward function 'acuracy'; use accuracy, format or path.py:function; did "
-        "you mean 'accuracy'?\n",
+        "error: rewards.reward_funcs: unknown reward function 'acuracy'; use accuracy, format, soft_overlong or "
+        "path.py:function; did you mean 'accuracy'?\n",
     )
     result = CliRunner().invoke(app, [*arguments, "rewards.reward_weights=[1.0, 2.0]"])
     assert (result.exit_code, result.stderr) == (

@@ -132,9 +132,10 @@ def test_the_reference_goes_by_the_name_of_its_column(load):
     ("source", "message"),
     [
         (
-            "def f(completions, completion_ids, **kwargs): return [0.0, 0.0]",
-            "needs 'completion_ids', which is not offered; offered are prompts, completions, references, the columns "
-            "answer, level, and the reference as ground_truth, solution; rename the parameter, or give it a default$",
+            "def f(completions, trainer_state, **kwargs): return [0.0, 0.0]",
+            "needs 'trainer_state', which is not offered; offered are prompts, completions, references, "
+            "completion_ids, the columns answer, level, and the reference as ground_truth, solution; rename the "
+            "parameter, or give it a default$",
         ),
         (
             "def f(completions, difficulty, trainer_state, log_extra=None): return [0.0, 0.0]",

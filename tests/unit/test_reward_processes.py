@@ -17,6 +17,8 @@ import pytest
 from chord_megatron.rewards import build_reward_function, worker
 from chord_megatron.system.errors import UserError
 
+pytestmark = pytest.mark.attack
+
 TWO = (["p", "q"], ["aa", "b"], ["1", "2"], [{}, {}])
 # A child by fork, which holds every pipe that its parent does, and one by exec; both would outlive the tests.
 STARTS_TWO = """

@@ -23,7 +23,11 @@ def test_total_is_the_weighted_sum():
     ("functions", "weights", "message"),
     [
         (["acuracy"], None, r"unknown reward function 'acuracy'; use accuracy, format.*mean 'accuracy'"),
-        (["nothing"], None, r"unknown reward function 'nothing'; use accuracy, format or path.py:function$"),
+        (
+            ["nothing"],
+            None,
+            r"unknown reward function 'nothing'; use .*soft_overlong or path.py:function$",
+        ),
         (["absent.py"], None, r"unknown reward function 'absent.py'"),
         (["absent.py:f"], None, r"reward function absent.py:f: .*absent.py does not exist"),
         (["accuracy"], [1.0, 2.0], r"reward_weights has 2 values for 1 rewards.reward_funcs"),

@@ -9,7 +9,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,7 @@ def test_weights_travel_in_buckets(tmp_path: Path):
     assert all(torch.equal(tensor, dict(weights)[name]) for bucket in pool.arrived for name, tensor in bucket)
 
 
+@pytest.mark.attack
 def test_an_update_that_breaks_off_leaves_no_files(tmp_path: Path):
     def broken() -> Iterator[tuple[str, Tensor]]:
         yield WEIGHTS[0]
@@ -143,6 +144,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
         FileTransfer(tmp_path / "file", bucket_bytes=24).send(FileReader(), iter(WEIGHTS))
 
 
+@pytest.mark.attack
 def test_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -166,6 +168,7 @@ FileTransfer(Path(sys.argv[1]), bucket_bytes=24).send(Pool(), iter([("a", torch.
 """
 
 
+@pytest.mark.attack
 def test_files_of_a_killed_trainer_are_removed_at_the_next_start(tmp_path: Path):
     """And nothing else: what a trainer that lives has, what others have, what looks alike."""
     senders = [
@@ -246,6 +249,7 @@ def test_a_broadcast_reaches_all_as_it_was_sent():
                 assert checksum(tensor) == header["checksum"]
 
 
+@pytest.mark.attack
 def test_a_receiver_that_is_gone_is_noticed():
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
@@ -314,25 +318,33 @@ def ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     "path", ["/chord/status", "/chord/restart", "/health", GENERATE, "/pause", "/collective_rpc", "/"]
 )
-def test_every_route_wants_the_token(ask: Any, engine: Engine, path: str, authorization: str | None):
+@pytest.mark.attack
+def test_every_route_wants_the_token(
+    ask: Any, engine: Engine, path: str, authorization: str | None, measure: Callable[[str, int], None]
+):
     for method in ("GET", "POST", "OPTIONS"):
         assert ask(method, path, authorization) == 401
+        measure("requests without a token, all refused", 1)
     assert engine.reached == []
 
 
 @pytest.mark.parametrize("tokens", [[TOKEN, "wrong"], ["wrong", TOKEN], [TOKEN, TOKEN]])
-def test_two_tokens_are_none(ask: Any, engine: Engine, tokens: list[str]):
+@pytest.mark.attack
+def test_two_tokens_are_none(ask: Any, engine: Engine, tokens: list[str], measure: Callable[[str, int], None]):
     """A proxy in between may have looked at the other one."""
     assert ask("GET", "/chord/status", *(f"Bearer {token}" for token in tokens)) == 401
+    measure("requests without a token, all refused", 1)
     assert engine.reached == []
 
 
+@pytest.mark.attack
 def test_routes_that_nobody_needs_are_closed(ask: Any, engine: Engine):
     for path in ("/collective_rpc", "/v1/completions", "/sleep", "/server_info", "/health", "/inference/v1/generate/"):
         assert ask("POST", path) == 404
     assert engine.reached == []
 
 
+@pytest.mark.attack
 def test_no_token_is_sampled_before_a_complete_update(ask: Any, engine: Engine):
     assert ask("POST", GENERATE) == 409
     for path in ("/start_weight_update", "/update_weights"):
@@ -345,6 +357,7 @@ def test_no_token_is_sampled_before_a_complete_update(ask: Any, engine: Engine):
     assert engine.reached.count(GENERATE) == 1
 
 
+@pytest.mark.attack
 def test_a_failed_update_is_not_healed_by_a_finish(ask: Any, engine: Engine):
     ask("POST", "/start_weight_update")
     engine.status = 500
@@ -363,6 +376,7 @@ def test_health_is_the_engines(ask: Any, engine: Engine):
 
 
 @pytest.mark.parametrize("token", ["", "short", "x" * 15, "gr\u00fc\u00dfe an alle hier!!", "two lines\nof the secret"])
+@pytest.mark.attack
 def test_a_poor_secret_is_refused(monkeypatch: pytest.MonkeyPatch, token: str):
     monkeypatch.setenv(server_guard.TOKEN_VARIABLE, token)
     with pytest.raises(UserError, match="at least 16 printable ASCII characters"):

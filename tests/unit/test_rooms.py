@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "doctor": "checkpoints planning tracking data config weights system",
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
-    "train": "training",
+    "train": "training system",
     "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data config "
     "weights system",
 }

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +66,26 @@ def test_pruning_leaves_what_it_does_not_know(tmp_path: Path):
     run_dir.checkpoint(4).mkdir()
     run_dir.publish(4, keep=1)
     assert names(tmp_path / "checkpoints") == {"step_4", "latest", *others}
+
+
+def test_what_cannot_be_removed_is_said_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_dir = saved(tmp_path, 1, 2)
+    run_dir.hf(1).joinpath("weights").unlink()
+    remove = os.rmdir
+
+    def refuse(path: str, **options: int) -> None:
+        if "step_1" in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    complete(run_dir.checkpoint(3))
+    assert run_dir.publish(3, keep=1) == [
+        f"{folder} cannot be removed (Permission denied) and stays; remove it yourself"
+        for folder in (run_dir.hf(1), run_dir.checkpoint(1))
+    ]
+    assert names(tmp_path / "checkpoints") == {"step_1", "step_3", "latest"}
+    assert run_dir.resume_step() == 3
 
 
 def test_a_failed_write_leaves_the_old_pointer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -213,3 +236,21 @@ def test_what_is_newer_than_the_step_resumed_from_is_set_aside(tmp_path: Path) -
     assert names(tmp_path / "hf" / "step_22.set-aside") == {"first"}
     assert (tmp_path / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl.set-aside").read_text() == "lines"
     assert run.set_aside(10) == []
+
+
+def test_pruning_that_is_killed_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """After any of its removals: no export outlives its checkpoint, by which the next pruning finds both."""
+    removals = shutil.rmtree
+
+    def kill(path: Path, **options: Any) -> None:
+        removals(path, **options)
+        raise KeyboardInterrupt
+
+    run_dir = saved(tmp_path, 1, 2)
+    monkeypatch.setattr(shutil, "rmtree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_dir.publish(2, keep=1)
+    monkeypatch.undo()
+    saved(tmp_path, 3, keep=1)
+    assert names(tmp_path / "checkpoints") == {"step_3", "latest"}
+    assert names(tmp_path / "hf") == {"step_3"}

@@ -18,6 +18,8 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.tracking import run_lock
 from chord_megatron.tracking.run_lock import LOCK_FILE, held
 
+pytestmark = pytest.mark.attack
+
 HOLDER = """
 import sys, time
 from pathlib import Path

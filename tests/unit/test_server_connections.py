@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 pytestmark = [
+    pytest.mark.attack,
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("uvicorn") is None, reason="needs vLLM, which brings its server: make vllm"),
 ]
@@ -100,7 +103,7 @@ def answer(port: int, request: bytes) -> bytes:
         return received
 
 
-def test_half_a_request_is_held_for_a_time(serve: Callable[..., int]) -> None:
+def test_half_a_request_is_held_for_a_time(serve: Callable[..., int], measure: Callable[[str, int], None]) -> None:
     """Also where it drips: 600 of them, some with no byte at all."""
     port = serve(seconds=3, most=1000)
     opened = open_half(port, 300) + open_half(port, 300, b"")
@@ -115,14 +118,16 @@ def test_half_a_request_is_held_for_a_time(serve: Callable[..., int]) -> None:
         return not opened
 
     wait_until(all_closed)
+    measure("connections without a token, none held", 600)
 
 
-def test_only_so_many_half_requests_are_held(serve: Callable[..., int]) -> None:
+def test_only_so_many_half_requests_are_held(serve: Callable[..., int], measure: Callable[[str, int], None]) -> None:
     """The oldest go, so that whoever has a token gets in."""
     port = serve(seconds=600, most=20)
     opened = open_half(port, 100)
     assert answer(port, GOOD).startswith(b"HTTP/1.1 200")
     wait_until(lambda: sum(map(is_closed, opened)) >= 80)
+    measure("connections without a token, none held", 80)
     assert [is_closed(connection) for connection in opened[-19:]] == [False] * 19
 
 
@@ -156,9 +161,49 @@ def test_headers_have_a_length(serve: Callable[..., int]) -> None:
 
 
 @pytest.mark.parametrize("body", [b"Content-Length: 1000000\r\n\r\nx", b"Transfer-Encoding: chunked\r\n\r\n5\r\nxx"])
-def test_without_a_token_the_connection_ends(serve: Callable[..., int], body: bytes) -> None:
+def test_without_a_token_the_connection_ends(
+    serve: Callable[..., int], body: bytes, measure: Callable[[str, int], None]
+) -> None:
     """What follows its headers is not waited for."""
     port = serve(seconds=600, most=20)
     for authorization in (b"", b"Authorization: Bearer wrong\r\n"):
         request = b"POST /inference/v1/generate HTTP/1.1\r\nHost: x\r\n" + authorization + body
         assert answer(port, request).startswith(b"HTTP/1.1 401")
+        measure("requests without a token, all refused", 1)
+
+
+DYING = """
+import asyncio, socket
+import uvicorn
+from chord_megatron.rollout.serving import connections
+
+connections.SECONDS_FOR_ANSWERS = 0.5
+
+async def engine(scope, receive, send):
+    if scope["type"] == "http":
+        server.should_exit = True
+        await asyncio.Event().wait()
+    await receive()
+    await send({"type": "lifespan.startup.complete"})
+    await receive()
+
+connections.bound_connections()
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+server = uvicorn.Server(uvicorn.Config(engine, log_level="error"))
+asyncio.run(server.serve(sockets=[listener]))
+"""
+
+
+def test_a_server_ends_though_its_engine_never_answers() -> None:
+    """As vLLM's where its engine has died: a request is under way, and nobody would start another server."""
+    server = subprocess.Popen([sys.executable, "-c", DYING], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        with socket.create_connection(("127.0.0.1", int(server.stdout.readline())), timeout=60) as connection:
+            connection.sendall(GOOD)
+            assert server.wait(timeout=60) == 1
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()

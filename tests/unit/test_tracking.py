@@ -5,7 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import platform
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ from chord_megatron.tracking.progress import RECENT_STEPS, format_step
 from chord_megatron.tracking.progress import ProgressLine as Progress
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_log import RunLog
-from chord_megatron.tracking.summary import EvalPoint, print_summary, summarize
+from chord_megatron.tracking.step_metrics import ExpertRow
+from chord_megatron.tracking.summary import EvalPoint, load_history, print_summary, summarize
 from chord_megatron.tracking.timers import PhaseTimer
 
 FULL_STEP = {
@@ -116,6 +121,33 @@ def test_resume_drops_what_is_written_again(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_experts_and_what_they_lost_since_they_were_first_seen(tmp_path: Path) -> None:
+    """Also across a resumption, which drops the lines that it writes again."""
+    with open_log(tmp_path) as log:
+        log.log_experts(0, [ExpertRow(7, -1.0, 0.5), ExpertRow(3, math.nan, math.nan)])
+        log.log_experts(1, [ExpertRow(7, -1.25, 0.25), ExpertRow(3, -2.0, 0.125)])
+        log.log_experts(2, [ExpertRow(9, -3.0, 0.5)])
+    assert lines(tmp_path / "experts.jsonl") == [
+        {"step": 0, "id": 7, "log_prob": -1.0, "phi": 0.5, "shift": 0.0},
+        {"step": 0, "id": 3, "log_prob": None, "phi": None, "shift": None},
+        {"step": 1, "id": 7, "log_prob": -1.25, "phi": 0.25, "shift": 0.25},
+        {"step": 1, "id": 3, "log_prob": -2.0, "phi": 0.125, "shift": 0.0},
+        {"step": 2, "id": 9, "log_prob": -3.0, "phi": 0.5, "shift": 0.0},
+    ]
+    with open_log(tmp_path, resume_step=2) as log:
+        log.log_experts(2, [ExpertRow(9, -2.5, 0.5), ExpertRow(3, -1.5, 0.5), ExpertRow(7, -1.5, 0.5)])
+    again = lines(tmp_path / "experts.jsonl")[4:]
+    assert [(row["id"], row["shift"]) for row in again] == [(9, 0.0), (3, -0.5), (7, 0.5)]
+
+
+@pytest.mark.parametrize("row", ['{"step": 0}', '{"step": 0, "id": 1.5, "log_prob": 0.5}', '{"step": 0, "id": 1}'])
+def test_a_damaged_line_of_experts_is_named(tmp_path: Path, row: str) -> None:
+    write_run(tmp_path, 2)
+    (tmp_path / "experts.jsonl").write_text(row.replace('"id": 1}', '"id": 1, "log_prob": "x"}') + "\n")
+    with pytest.raises(UserError, match=r"line 1 of .*experts.jsonl has no row number or no log-prob; remove that"):
+        open_log(tmp_path, resume_step=2)
+
+
 def test_resume_keeps_everything_before_it(tmp_path: Path) -> None:
     write_run(tmp_path, 3)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -184,6 +216,30 @@ def test_tensorboard_values_and_purge(tmp_path: Path) -> None:
         "time/step": [(0, 2.0)],
         "train/loss": [(0, 1.0), (1, 8.0)],
     }
+
+
+def test_curves_are_written_by_no_thread(tmp_path: Path) -> None:
+    """One that fails prints a traceback of its own, and says so to nobody until something else is written."""
+    before = threading.active_count()
+    with open_log(tmp_path, report_to=("tensorboard",)) as log:
+        log.log_step({"step": 0, "loss": 1.0})
+        assert threading.active_count() == before
+        (file,) = (tmp_path / "tensorboard").iterdir()
+        size = file.stat().st_size
+        log.log_step({"step": 1, "loss": 1.0})
+        assert file.stat().st_size > size  # at once
+
+
+def test_curves_that_cannot_grow_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    file = tmp_path / "tensorboard" / f"events.out.tfevents.1.000000.{platform.node()}.{os.getpid()}"
+    file.parent.mkdir()
+    file.symlink_to("/dev/full")
+    with pytest.raises(UserError) as error:
+        open_log(tmp_path, report_to=("tensorboard",))
+    assert str(error.value) == (
+        f"{file} cannot be written (No space left on device); make room, and start the same command again"
+    )
 
 
 def test_step_line() -> None:
@@ -256,7 +312,7 @@ def test_summary(tmp_path: Path) -> None:
             seconds = 10.0 * (step + 1)
             log.log_step(step_metrics(step, time_step=seconds, tokens_per_second=600.0 / seconds))
         log.log_step(step_metrics(3, loss=math.nan, reward_mean=None, tokens_per_second=None))
-    summary = summarize(tmp_path)
+    summary = summarize(load_history(tmp_path))
     assert (summary.steps, summary.rollout_tokens, summary.expert_tokens) == (4, 400, 80)
     assert (summary.first_eval, summary.best_eval) == (EvalPoint(0, 0.1), EvalPoint(1, 0.9))
     assert summary.last_eval == EvalPoint(2, 0.4)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chord_megatron.rollout.servers.pool import ServerPool, UpdateError
 from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack
-from chord_megatron.rollout.updates.files import remove_abandoned, save_weight_file, weight_directory
+from chord_megatron.rollout.updates.files import remove_abandoned_weights, save_weight_file, weight_directory
 from chord_megatron.rollout.updates.manifest import buckets, checksum
 from chord_megatron.system.errors import UserError
 
@@ -31,7 +31,7 @@ class FileTransfer:
 
     def __init__(self, parent: Path, *, bucket_bytes: int) -> None:
         """`parent`: the directory that all see. What killed trainers left there is removed."""
-        remove_abandoned(parent)
+        remove_abandoned_weights(parent)
         self._parent, self._bucket_bytes = parent, bucket_bytes
 
     def send(self, pool: ServerPool, weights: Iterable[tuple[str, Tensor]]) -> None:

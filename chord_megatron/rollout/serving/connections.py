@@ -1,17 +1,20 @@
 """Connections that have not sent the headers of a request yet, and so no token: few, short-lived, of few bytes.
 
-uvicorn holds them without a limit of any kind. What follows is the guard's: it closes those without the token.
+uvicorn holds them without a limit of any kind. What follows is the guard's: it closes those without the token. Nor has
+uvicorn a limit for answers at its own end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import Any, ClassVar
 
 from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 SECONDS_FOR_HEADERS = 10.0
+SECONDS_FOR_ANSWERS = 10.0  # at the end of the server
 MOST_WAITING = 1000  # a trainer opens rollout.max_batch_size connections at once, and each waits for a moment
 MOST_BYTES = 2**16
 
@@ -50,6 +53,11 @@ class BoundedConnection(_Protocol):
         """See asyncio.Protocol."""
         self._wait_no_more()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        """Called by uvicorn at its end, which then waits for answers without a limit; a dead engine gives none."""
+        super().shutdown()
+        asyncio.get_running_loop().call_later(SECONDS_FOR_ANSWERS, os._exit, 1)
 
     def drop(self) -> None:
         """Close it at once."""

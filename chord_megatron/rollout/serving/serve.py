@@ -22,6 +22,7 @@ from chord_megatron.rollout.serving.guard import IDENTITY_VARIABLE, RESTART_EXIT
 from chord_megatron.rollout.updates.agreement import identity, read_token
 from chord_megatron.rollout.vllm_adapter import engine_arguments, prepare_environment
 from chord_megatron.system.listening import is_loopback, listen_on_loopback
+from chord_megatron.system.processes import LAUNCHER
 
 _MAX_QUICK_FAILURES = 3
 _QUICK_SECONDS = 300  # a child that ran for longer had started well
@@ -99,7 +100,7 @@ def _supervise(command: Sequence[str], environment: dict[str, str]) -> int:
     while not stopping:
         started = time.monotonic()
         # A session of its own, so that all of its processes can be ended with it.
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        child = subprocess.Popen(command, env={**environment, LAUNCHER: str(os.getpid())}, start_new_session=True)
         code = child.wait()
         _end_group(child.pid)
         if stopping:
