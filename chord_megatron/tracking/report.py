@@ -14,7 +14,7 @@ from chord_megatron.system.files import read_json_lines
 from chord_megatron.tracking.findings import findings
 from chord_megatron.tracking.plots import draw_history
 from chord_megatron.tracking.run_log import COMPLETIONS_FILE
-from chord_megatron.tracking.summary import load_history, summarize, summary_rows
+from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
 
 NOTHING_TO_SAY = "No rule has anything to say."
 SAMPLES_PER_STEP = 3  # completions shown of the first and of the last logged step
@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     history = load_history(run_dir)
     name = run_dir.resolve().name
     image = draw_history(history, name)
-    page = _page(run_dir, name, image, summary_rows(summarize(history)), findings(history.steps))
+    page = _page(run_dir, name, image, summary_rows(summarize_history(history)), findings(history.steps))
     png_path, html_path = run_dir / "report.png", run_dir / "report.html"
     atomic_write(png_path, [image])
     atomic_write(html_path, [page.encode("utf-8", errors="replace")])

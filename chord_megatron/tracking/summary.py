@@ -78,7 +78,7 @@ def eval_points(history: History) -> list[EvalPoint]:
     return [EvalPoint(step, reward) for step, reward in sorted(rewards.items()) if reward is not None]
 
 
-def summarize(history: History) -> Summary:
+def summarize_history(history: History) -> Summary:
     """The numbers that sum up a history."""
     points = eval_points(history)
     rewards, losses = history.known("reward_mean"), history.known("loss")
@@ -121,7 +121,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
     """Print the summary of a run as a table, and what its curves suggest. Raises UserError when it has no metrics."""
     history = load_history(run_dir)
     table = Table(title=run_dir.resolve().name, show_header=False)
-    for row in summary_rows(summarize(history)):
+    for row in summary_rows(summarize_history(history)):
         table.add_row(*row)
     console.print(table)
     for sentence in findings(history.steps):

@@ -25,7 +25,7 @@ from chord_megatron.tracking.progress import ProgressLine as Progress
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.step_metrics import ExpertRow
-from chord_megatron.tracking.summary import EvalPoint, load_history, print_summary, summarize
+from chord_megatron.tracking.summary import EvalPoint, load_history, print_summary, summarize_history
 from chord_megatron.tracking.timers import PhaseTimer
 
 FULL_STEP = {
@@ -312,7 +312,7 @@ def test_summary(tmp_path: Path) -> None:
             seconds = 10.0 * (step + 1)
             log.log_step(step_metrics(step, time_step=seconds, tokens_per_second=600.0 / seconds))
         log.log_step(step_metrics(3, loss=math.nan, reward_mean=None, tokens_per_second=None))
-    summary = summarize(load_history(tmp_path))
+    summary = summarize_history(load_history(tmp_path))
     assert (summary.steps, summary.rollout_tokens, summary.expert_tokens) == (4, 400, 80)
     assert (summary.first_eval, summary.best_eval) == (EvalPoint(0, 0.1), EvalPoint(1, 0.9))
     assert summary.last_eval == EvalPoint(2, 0.4)
