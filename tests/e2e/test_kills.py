@@ -45,7 +45,7 @@ _PHASES = ("evaluation", "rollout", "training", "save")  # in the order of a ste
 class Layout(NamedTuple):
     """How many processes, and who runs them to the end without a launcher: quicker."""
 
-    eventful: tuple[str, ...]
+    options: tuple[str, ...]
     overrides: tuple[str, ...]
     finish: Callable[..., Outcome]
 
