@@ -57,6 +57,11 @@ def ranks(run: subprocess.Popen[str]) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
+def last_word(store: Path, rank: int) -> bytes:
+    """Where a rank was when it last told the others."""
+    return store.read_bytes().rpartition(f"chord_megatron/rank_{rank}".encode())[2].partition(b"chord_megatron/")[0]
+
+
 def waiting(directory: Path, processes: int) -> Callable[[], bool]:
     """Whether all processes are in the third call of `patient`: after two steps and a checkpoint."""
     return lambda: len([*directory.glob("patient.py.waits-*")]) == processes
@@ -171,7 +176,7 @@ def test_a_rank_that_stops_answering_is_named_and_waited_for_as_long_as_configur
     wait_until(waiting(tmp_path, 2), run)
     frozen = ranks(run)[1]
     store = Path(frozen.environ()["CHORD_STORE_FILE"])
-    wait_until(lambda: b'"reward", 2' in store.read_bytes().rpartition(b"chord_megatron/rank_1")[2], run)
+    wait_until(lambda: b'"reward", 2' in last_word(store, rank=1), run)
     frozen.suspend()
     (tmp_path / "go").touch()
     since = time.monotonic()
