@@ -202,7 +202,8 @@ SAMPLING_LAYOUTS = (
 SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
 
 # Every case runs at two layouts, and three under all that they are for, which between them have all terms of the loss,
-# both kinds of head and uneven pipelines. `make test-all` adds the others, but this one, where the other layouts would add nothing.
+# both kinds of head and uneven pipelines. `make test-all` adds the others, but this one, where the other layouts would
+# add nothing.
 EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2", "five layers"), (BASELINE, "DP 2, micro-batch 4, shuffled")
 MATRIX = (*EVERY_CASE_AT, "TP 1, micro-batch 1", "TP 1, micro-batch 4", "TP 1, shuffled", "TP 2", "PP 2", "DP 2")
 LAYOUTS_OF = {
