@@ -1,4 +1,4 @@
-"""Trains models, or loads them, under one cut, and saves and trains on: `cuts_worker.py QUESTIONS.json RESULTS.json`."""
+"""Trains models, or loads them, under one cut, saves and trains on: `cuts_worker.py QUESTIONS.json RESULTS.json`."""
 
 from __future__ import annotations
 

@@ -16,7 +16,10 @@ from tiny_families import PP_2, VOCAB_SIZE, VPP_2
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # files are read without it
+]
 
 HERE = Path(__file__).parent
 # Processes and settings; each loads what the one before it has saved. The models have four layers.
