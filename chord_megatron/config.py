@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
@@ -61,6 +62,14 @@ def _greedy_or_above(temperature: float) -> float:
     return temperature
 
 
+def _pipeline_layout(value: Any, validate: Callable[[Any], Any]) -> Any:
+    """In place of a mistake for each of the forms, one."""
+    try:
+        return validate(value)
+    except ValidationError:
+        raise ValueError("must be auto or the layers of each stage, such as [3, 4, 4, 2]") from None
+
+
 Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -77,6 +86,7 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
 Pattern = Annotated[Text, AfterValidator(_pattern)]
 PathName = Annotated[Text, AfterValidator(_path)]
 
+PipelineLayout = Annotated[Literal["auto"] | list[NonNegative] | None, WrapValidator(_pipeline_layout)]
 PromptFormat = Literal["chat", "text"]
 OnBadRow = Literal["stop", "skip"]
 
@@ -98,6 +108,12 @@ class ParallelConfig(_Group):
     tensor_model_parallel_size: Positive = 1
     pipeline_model_parallel_size: Positive = 1
     virtual_pipeline_model_parallel_size: Positive | None = None
+    # Layers of each stage, under VPP of each virtual stage, in the order of the layers; auto = by what they cost;
+    # None = the same for all, where that does not come out even as auto.
+    pipeline_layout: PipelineLayout = None
+    # Of a stage's chunks together; the other stages share the rest evenly.
+    num_layers_in_first_pipeline_stage: Positive | None = None
+    num_layers_in_last_pipeline_stage: Positive | None = None
     sequence_parallel: bool = False
     context_parallel_size: Literal[1] = 1
     expert_model_parallel_size: Positive = 1  # splits each layer's experts over TP x DP ranks

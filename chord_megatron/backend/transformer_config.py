@@ -11,6 +11,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from chord_megatron.backend.acceleration import Acceleration
 from chord_megatron.config import ModelConfig, ParallelConfig
+from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.weights.architecture import ModelArchitecture, YarnRope
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,19 +54,20 @@ def transformer_config(
         gradient_accumulation_fusion=acceleration.fuse_gradient_accumulation,
         transformer_impl=acceleration.transformer_impl,
         finalize_model_grads_func=finalize_model_grads,
-        **_layout(parallel),
+        **_layout(parallel, arch),
         **(_attention(arch) if arch.mla is None else _latent_attention(arch)),
         **_experts(arch, grouped_gemm=acceleration.transformer_impl == "transformer_engine"),
         **_recomputation(model),
     )
 
 
-def _layout(parallel: ParallelConfig) -> dict[str, Any]:
+def _layout(parallel: ParallelConfig, arch: ModelArchitecture) -> dict[str, Any]:
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return {
         "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "pipeline_model_parallel_layout": _pipeline_layout(parallel, arch),
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,  # see groups.py
         # Without other ranks there is nothing to scatter to.
@@ -74,6 +76,16 @@ def _layout(parallel: ParallelConfig) -> dict[str, Any]:
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }
+
+
+def _pipeline_layout(parallel: ParallelConfig, arch: ModelArchitecture) -> list[list[str]] | None:
+    """What each virtual stage holds, in the order of the layers: how Megatron-Core takes any cut."""
+    if parallel.pipeline_model_parallel_size == 1:
+        return None
+    stages = [["decoder"] * layers for layers in stage_layers(parallel, arch)]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 def _attention(arch: ModelArchitecture) -> dict[str, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from chord_megatron.config import Config
     from chord_megatron.planning.plan import Plan
+    from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def validate(
@@ -38,12 +39,13 @@ def validate(
     find_beginning(run_dir, resolved, plan)
     model_dir = Path(resolved.model.path)
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
-    check_vocabulary(resolved, tokenizer, read_architecture(model_dir).vocab_size)
-    Console().print(_plan_table(resolved, plan))
+    arch = read_architecture(model_dir)
+    check_vocabulary(resolved, tokenizer, arch.vocab_size)
+    Console().print(_plan_table(resolved, plan, arch))
     return 0
 
 
-def _plan_table(config: Config, plan: Plan) -> Table:
+def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
     from rich.table import Table
 
     from chord_megatron.planning.presets import cost_of_preset
@@ -73,12 +75,24 @@ def _plan_table(config: Config, plan: Plan) -> Table:
             + ", sequence parallel" * parallel.sequence_parallel
             + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
         ),
+        *([("layers", _layers(config, arch))] if parallel.pipeline_model_parallel_size > 1 else []),
         ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
         ("steps", f"{train.train_iters}, into {train.output_dir}"),
     ):
         table.add_row(name, value)
     return table
+
+
+def _layers(config: Config, arch: ModelArchitecture) -> str:
+    from itertools import groupby
+
+    from chord_megatron.planning.pipeline import is_cut_by_cost, stage_layers
+
+    runs = [(layers, len([*run])) for layers, run in groupby(stage_layers(config.parallel, arch))]
+    cut = " + ".join(f"{count} x {layers}" if count > 1 else f"{layers}" for layers, count in runs)
+    by_cost = ", by what they cost" if is_cut_by_cost(config.parallel, arch) else ""
+    return f"{arch.num_layers} = {cut}, in the order of the stages{by_cost}"
 
 
 def _mu(config: Config) -> str:

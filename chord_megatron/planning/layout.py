@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from chord_megatron.config import Config, ParallelConfig
+from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
 
@@ -53,13 +54,7 @@ def _check_pipeline_parallel(parallel: ParallelConfig, arch: ModelArchitecture) 
             f"parallel.virtual_pipeline_model_parallel_size={vpp} needs parallel.pipeline_model_parallel_size > 1; "
             "remove it or raise the pipeline size"
         )
-    stages = pp * (vpp or 1)
-    if arch.num_layers % stages:
-        key = "parallel.pipeline_model_parallel_size" + (" x virtual_pipeline_model_parallel_size" if vpp else "")
-        raise UserError(
-            f"{key}={stages} does not divide the model's {arch.num_layers} layers; "
-            f"choose a divisor of {arch.num_layers}"
-        )
+    stage_layers(parallel, arch)
 
 
 def _check_expert_parallel(parallel: ParallelConfig, arch: ModelArchitecture, *, ranks_per_stage: int) -> None:

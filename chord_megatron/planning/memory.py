@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from chord_megatron.config import Config, ParallelConfig, RolloutConfig
+from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.planning.plan import Plan
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.families.common import EMBEDDING
@@ -84,13 +85,14 @@ def _bytes_aside(state: ModelState, config: Config, arch: ModelArchitecture) -> 
 def stage_parameters(arch: ModelArchitecture, parallel: ParallelConfig) -> list[Parameters]:
     """The parameters of one rank of each pipeline stage."""
     pp = parallel.pipeline_model_parallel_size
-    layers_per_chunk = arch.num_layers // (pp * (parallel.virtual_pipeline_model_parallel_size or 1))
+    counts = enumerate(stage_layers(parallel, arch))
+    stage_of = [stage % pp for stage, layers in counts for _ in range(layers)]
     dense, expert = [0] * pp, [0] * pp
     for parameter in mapped_parameters(arch):
         if parameter.mapping.is_float32 or (parameter.mapping.is_copy and pp == 1):
             continue  # the router's bias is a buffer; a tied output is the embedding itself
         if parameter.layer is not None:
-            stage = parameter.layer // layers_per_chunk % pp
+            stage = stage_of[parameter.layer]
         else:
             stage = 0 if parameter.mapping is EMBEDDING else pp - 1
         if parameter.expert is not None:

@@ -28,6 +28,7 @@ STAYS = _keys(
 MAY_CHANGE = _keys(
     model="recompute export_bucket_megabytes trust_remote_code",
     parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "pipeline_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
     "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
     data="eval_dataset eval_dataset_split num_eval_prompts on_bad_row",
     rewards="reward_funcs reward_weights timeout_seconds memory_limit_gb environment soft_max_length soft_cache_length "

@@ -25,6 +25,12 @@ FORMS = {STACKED: {}, BY_LAYER: {"non_homogeneous_layers": True}, BY_EXPERT: {"s
 LAYOUTS: dict[str, tuple[dict, list[str], list[str]]] = {
     "TP 2": (TP_2, NAMES, list(FORMS)),
     "PP 2 x VPP 2": (PP_2 | VPP_2, NAMES, [STACKED]),
+    # The first chunk is the embedding alone; the last layer is by itself.
+    "PP 2 x VPP 2, uneven": (
+        PP_2 | VPP_2 | {"pipeline_layout": [0, 2, 1, 1]},
+        ["qwen3", TIED, "qwen3_moe", "deepseek_v3"],
+        list(FORMS),
+    ),
     "EP 2": (EP_2, [name for name in NAMES if name.startswith(WITH_EXPERTS)], [BY_EXPERT]),
 }
 SAVED = [(layout, form, name) for layout, (_, names, forms) in LAYOUTS.items() for form in forms for name in names]

@@ -161,10 +161,13 @@ CASES: dict[str, dict[str, Any]] = {
     **POLICY_LOSSES,
     # Qwen2 has biases on query, key and value; the first and the last stage share the embedding.
     "tied Qwen2": {"model.path": "tied", "chord.chord_mu_valley": 0.4},
+    # A tied one, too, which neither 3 nor 4 stages divide.
+    "five layers": {"model.path": "five", "chord.chord_mu_valley": 0.4},
 }
 
 TP_2 = {"parallel.tensor_model_parallel_size": 2}
 PP_2 = {"parallel.pipeline_model_parallel_size": 2}
+VPP_2 = {"parallel.virtual_pipeline_model_parallel_size": 2}
 SHUFFLED = {"train.packing_order": "shuffled"}
 
 
@@ -182,7 +185,10 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 2": (2, TP_2),
     "TP 2 + SP": (2, {**TP_2, "parallel.sequence_parallel": True}),
     "PP 2": (2, PP_2),
-    "PP 2 x VPP 2": (2, {**PP_2, "parallel.virtual_pipeline_model_parallel_size": 2}),
+    "PP 2 x VPP 2": (2, {**PP_2, **VPP_2}),
+    # Four layers, or five, cut by what they cost; and a first chunk that is the embedding alone.
+    "PP 3": (3, {"parallel.pipeline_model_parallel_size": 3}),
+    "PP 2 x VPP 2, uneven": (2, {**PP_2, **VPP_2, "parallel.pipeline_layout": [0, 2, 1, 1]}),
     "DP 2": (2, {}),
     "DP 2, micro-batch 4, shuffled": (2, {**micro_batch(4), **SHUFFLED}),
     "DP 2, distributed optimizer": (2, {"optimizer.use_distributed_optimizer": True}),
@@ -190,18 +196,22 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 2 x PP 2": (4, {**TP_2, **PP_2}),
 }
 # Where completions are sampled too; the other settings do not reach the sampler.
-SAMPLING_LAYOUTS = (BASELINE, "TP 2", "TP 2 + SP", "PP 2", "PP 2 x VPP 2", "DP 2", "TP 2 x PP 2")
+SAMPLING_LAYOUTS = (
+    *(BASELINE, "TP 2", "TP 2 + SP", "PP 2", "PP 2 x VPP 2", "PP 3", "PP 2 x VPP 2, uneven", "DP 2", "TP 2 x PP 2"),
+)
 SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
 
-# Every case runs at two layouts, and two under all of them, which between them have all terms of the loss and both
-# kinds of head. `make test-all` adds the others, but this one, where the other layouts would add nothing.
-EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2"), (BASELINE, "DP 2, micro-batch 4, shuffled")
+# Every case runs at two layouts, and three under all that they are for, which between them have all terms of the loss,
+# both kinds of head and uneven pipelines. `make test-all` adds the others, but this one, where the other layouts would
+# add nothing.
+EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2", "five layers"), (BASELINE, "DP 2, micro-batch 4, shuffled")
 MATRIX = (*EVERY_CASE_AT, "TP 1, micro-batch 1", "TP 1, micro-batch 4", "TP 1, shuffled", "TP 2", "PP 2", "DP 2")
 LAYOUTS_OF = {
     "sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2"),
     **dict.fromkeys(POLICY_LOSSES, MATRIX),
     **dict.fromkeys(ADVANTAGES_AND_WEIGHTS, MATRIX),
     "no rewards": (*EVERY_CASE_AT, "DP 2"),
+    "five layers": (BASELINE, "PP 3", "PP 2 x VPP 2"),
 }
 PAIRS = [
     pytest.param(layout, case, marks=() if layout in EVERY_CASE_AT or case in EVERYWHERE else pytest.mark.slow)
@@ -240,16 +250,21 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     keys += ("num_key_value_heads", "max_position_embeddings", "initializer_range", "eos_token_id", "pad_token_id")
     sizes = {key: getattr(model.config, key) for key in keys}
-    tied_model = Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=None, tie_word_embeddings=True)).float()
-    for name, parameter in tied_model.named_parameters():
-        if name.endswith("bias"):  # zero at first
-            torch.nn.init.normal_(parameter, std=0.1)
-    for name, built in (("model", model), ("tied", tied_model)):
+    tied, five = (tied_model(**sizes), tied_model(**{**sizes, "num_hidden_layers": 5}))
+    for name, built in (("model", model), ("tied", tied), ("five", five)):
         # Zero at first too, and the norm of a zero vector has a slope of 1/sqrt(eps).
         torch.nn.init.normal_(built.get_input_embeddings().weight[tokenizer.pad_token_id], std=0.05)
         built.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
+
+
+def tied_model(**sizes: Any) -> Qwen2ForCausalLM:
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, bos_token_id=None, tie_word_embeddings=True)).float()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero at first
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def in_parts(answer: str) -> list[tuple[str, float]]:
@@ -309,7 +324,7 @@ def runs(assets: Path, request: pytest.FixtureRequest) -> Configs:
     """Every run that the selected tests ask for, done. Layouts of as many processes share a launch."""
     wanted = selected(request, "layout", "case")
     runs: Configs = {}
-    for processes in (1, 2, 4):
+    for processes in (1, 2, 3, 4):
         configs: Configs = {}
         for layout in LAYOUTS:
             if LAYOUTS[layout][0] == processes:

@@ -30,13 +30,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 1": (1, {}),
     "TP 2 + SP": (2, TP_2),
     "PP 2": (2, PP_2),
+    # The last stage is the head alone: latent attention, and dense layers before those with experts, on uneven stages.
+    "PP 3, uneven": (3, {"pipeline_model_parallel_size": 3, "pipeline_layout": [1, 3, 0]}),
     "EP 2": (2, EP_2),
     "TP 2 + SP x EP 2": (2, TP_2 | EP_2),
 }
 
 
 def in_short(layout: str, model: str) -> bool:
-    """Every model at TP 1 and TP 2 + SP; one of each architecture under the other layouts."""
+    """Every model at TP 1 and TP 2 + SP; one of each architecture, or one alone, under the other layouts."""
+    if layout == "PP 3, uneven":  # tests/distributed/test_exactness.py has what this one lacks
+        return model == "deepseek_v3 untied"
     return layout in ("TP 1", "TP 2 + SP") or model in ("llama tied", "qwen3_moe untied", "deepseek_v3 untied")
 
 
@@ -79,7 +83,7 @@ def answers(
     wanted = selected(request, "layout", "model")
     wanted |= {("TP 1", model) for _, model in wanted}
     answers: Answers = {}
-    for processes in (1, 2):
+    for processes in (1, 2, 3):
         folder = tmp_path_factory.mktemp("answers")
         questions = {
             "models": {model: str(path) for model, path in model_dirs.items()},

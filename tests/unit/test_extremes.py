@@ -235,6 +235,16 @@ def test_extremes_of_several_keys_compute_or_are_refused(tmp_path_factory: pytes
 
 # Key, value, and the sentence.
 SENTENCES: list[tuple[str, Any, str]] = [
+    (
+        "parallel.pipeline_layout",
+        "even",
+        "parallel.pipeline_layout='even': must be auto or the layers of each stage, such as [3, 4, 4, 2]",
+    ),
+    (
+        "parallel.pipeline_layout",
+        [5, -1],
+        "parallel.pipeline_layout=[5, -1]: must be auto or the layers of each stage, such as [3, 4, 4, 2]",
+    ),
     ("train.seed", 2**31, "train.seed=2147483648: must be at most 2147483647"),
     ("train.train_iters", True, "train.train_iters=True: must be an integer, without quotes"),
     ("train.train_iters", "12", "train.train_iters='12': must be an integer, without quotes"),

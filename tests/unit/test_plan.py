@@ -123,6 +123,29 @@ def test_steps_that_share_a_generation_batch_multiply(model_dir: Path):
     assert plan_of(model_dir, 8, grpo__steps_per_generation=2, grpo__num_iterations=3).steps_per_rollout == 6
 
 
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        (("parallel.pipeline_model_parallel_size=2",), "28 = 2 x 14, in the order of the stages"),
+        (
+            ("parallel.pipeline_model_parallel_size=8",),
+            "28 = 3 + 6 x 4 + 1, in the order of the stages, by what they cost",
+        ),
+        (
+            ("parallel.pipeline_model_parallel_size=4", "parallel.pipeline_layout=[8, 8, 8, 4]"),
+            "28 = 3 x 8 + 4, in the order of the stages",
+        ),
+    ],
+)
+def test_validate_says_how_the_layers_are_cut(model_dir: Path, settings: tuple[str, ...], row: str):
+    arguments = ["validate", str(EXAMPLES / "gsm8k/gsm8k.yaml"), f"model.path={model_dir}", "--nproc-per-node", "8"]
+    arguments += ["parallel.tensor_model_parallel_size=1"]
+    result = CliRunner().invoke(app, [*arguments, *settings], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.strip("│ ").split("│")[1].strip() for line in lines if "layers" in line] == [row]
+
+
 def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
     plan = plan_of(
         model_dir,
@@ -148,13 +171,8 @@ def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
             "choose a divisor of 4",
         ),
         (
-            {"parallel__pipeline_model_parallel_size": 8},
-            "parallel.pipeline_model_parallel_size=8 does not divide the model's 28 layers; choose a divisor of 28",
-        ),
-        (
-            {"parallel__pipeline_model_parallel_size": 2, "parallel__virtual_pipeline_model_parallel_size": 4},
-            "parallel.pipeline_model_parallel_size x virtual_pipeline_model_parallel_size=8 does not divide "
-            "the model's 28 layers; choose a divisor of 28",
+            {"parallel__pipeline_model_parallel_size": 8, "parallel__pipeline_layout": [4, 4, 4, 4, 4, 4, 4, 4]},
+            "parallel.pipeline_layout=[4, 4, 4, 4, 4, 4, ...] adds up to 32 layers, but the model has 28; mend it",
         ),
         (
             {"parallel__virtual_pipeline_model_parallel_size": 2},
