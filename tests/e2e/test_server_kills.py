@@ -57,15 +57,16 @@ class Served:
     def __init__(self, model: Path, folder: Path) -> None:
         (port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{port}"
-        self._folder, self._temporary = folder, folder / "temporary"
-        self._temporary.mkdir(parents=True)
+        self._folder = folder
+        folder.mkdir()
+        self._temporary = tempfile.TemporaryDirectory(prefix="chord-")  # a short name, for vLLM's sockets
         options = ("--port", str(port), "--dtype", "float32", "--max-model-len", "64", "--", "--enforce-eager")
         self._arguments = ("chord_megatron.cli", "serve", model, *options)
         self.start()
 
     def start(self) -> None:
         """Start it, for the first time or again."""
-        environment = {"CHORD_SERVER_TOKEN": TOKEN, "TMPDIR": str(self._temporary)}
+        environment = {"CHORD_SERVER_TOKEN": TOKEN, "TMPDIR": self._temporary.name}
         self._process = start(*self._arguments, log=self._folder, env=environment)
 
     def kill(self, kind: str, chance: random.Random) -> list[str]:
@@ -86,6 +87,7 @@ class Served:
     def close(self) -> None:
         """End it."""
         kill(self._process)
+        self._temporary.cleanup()
 
 
 @pytest.fixture
