@@ -766,7 +766,7 @@ def test_what_a_loss_of_ones_own_raises_in_a_step_is_one_sentence(tmp_path: Path
     samples = make_samples()
     rows, entropies = make_rows(samples)
     with pytest.raises(
-        UserError, match=rf"^grpo.policy_loss={tmp_path}/mine.py:loss fails: KeyError: 'late' \(.*:8\)$"
+        UserError, match=rf"^grpo.policy_loss={tmp_path}/mine.py:loss fails: KeyError: 'late' \(.*:9\)$"
     ):
         step_loss([one_rank(samples, "dapo")], rows, entropies, grpo_config(policy_loss=f"{tmp_path}/mine.py:loss"))
 
