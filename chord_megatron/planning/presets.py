@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from chord_megatron.algorithm.presets import SEMANTICS
-from chord_megatron.config import Config
+from chord_megatron.algorithm.policy_losses import LOSS_TYPES, parameters_of
+from chord_megatron.algorithm.presets import SEMANTICS, Semantics
+from chord_megatron.config import Config, GRPOConfig
 from chord_megatron.system.errors import UserError
 
 
 def check_preset(config: Config, expert_rows_per_step: int) -> None:
-    """That the preset's micro-batches exist. Raises UserError."""
+    """That the preset's micro-batches exist, and its bounds fit the configuration's. Raises UserError."""
     chord, grpo, train = config.chord, config.grpo, config.train
     semantics, key = SEMANTICS[chord.semantics], f"chord.semantics={chord.semantics}"
     num_micro_batches = train.global_batch_size // train.micro_batch_size
@@ -22,6 +23,20 @@ def check_preset(config: Config, expert_rows_per_step: int) -> None:
         raise UserError(
             f"{key} counts the tokens of a whole generation batch for grpo.loss_type={grpo.loss_type}, which is not "
             "built; set grpo.steps_per_generation=1, or another grpo.loss_type"
+        )
+    _check_dual_clip(key, semantics, grpo)
+
+
+def _check_dual_clip(key: str, semantics: Semantics, grpo: GRPOConfig) -> None:
+    """As `grpo.delta` is checked where it is set."""
+    reads_delta = grpo.policy_loss is None and "delta" in parameters_of(LOSS_TYPES[grpo.loss_type].surrogate)
+    if semantics.delta is None or grpo.delta is not None or not reads_delta:
+        return
+    bound = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
+    if semantics.delta <= bound:
+        raise UserError(
+            f"{key} clips ratios at {semantics.delta:g} where grpo.delta is null, but 1 + grpo.epsilon_high = "
+            f"{bound:g} is not below that; lower grpo.epsilon_high, or set grpo.delta above"
         )
 
 

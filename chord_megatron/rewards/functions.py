@@ -153,12 +153,19 @@ def _checked(name: str, rewards: Any, count: int, may_be_nan: bool) -> list[floa
     if may_be_nan:
         rewards = [math.nan if reward is None else reward for reward in rewards]
     for index, reward in enumerate(rewards):
-        if may_be_nan and isinstance(reward, float) and math.isnan(reward):
+        if may_be_nan and _is_missing(reward):
             continue
         if not isinstance(reward, (int, float)) or (isinstance(reward, float) and not math.isfinite(reward)):
-            raise UserError(f"reward function {name} returned {shown(reward)}, not a finite number, at index {index}")
+            remedy = "; rewards.on_error=leave_out leaves such completions out" if _is_missing(reward) else ""
+            raise UserError(
+                f"reward function {name} returned {shown(reward)}, not a finite number, at index {index}{remedy}"
+            )
         if abs(reward) > _LARGEST_REWARD:
             raise UserError(
                 f"reward function {name} returned {shown(reward)}, beyond {_LARGEST_REWARD:g}, at index {index}"
             )
     return [reward if isinstance(reward, FailedReward) else float(reward) for reward in rewards]
+
+
+def _is_missing(reward: Any) -> bool:
+    return reward is None or (isinstance(reward, float) and math.isnan(reward))

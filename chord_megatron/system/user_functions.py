@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,8 @@ def load_user_function(key: str, name: str, *, arguments: int) -> Callable[..., 
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)  # dataclasses look the module up
-    try:
+    with failures_named(key, name, "cannot be loaded"):
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{key}={name} cannot be loaded: {type(error).__name__}: {one_line(error)}") from error
     function = getattr(module, function_name, None)
     if not inspect.isfunction(function):
         found = ", ".join(name for name, value in vars(module).items() if inspect.isfunction(value)) or "none"
@@ -48,3 +48,20 @@ def load_user_function(key: str, name: str, *, arguments: int) -> Callable[..., 
     except TypeError:
         raise UserError(f"{key}={name} must take {arguments} argument{'s' * (arguments > 1)} by place") from None
     return function
+
+
+@contextmanager
+def failures_named(key: str, name: str, what: str = "fails") -> Iterator[None]:
+    """Raise UserError for what a function of the user's raises, with the deepest line of its file.
+
+    `sys.exit` in it, too: the run would end as if it were done.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        file = str(Path(name.rpartition(":")[0]).expanduser())
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        place = f" ({file}:{lines[-1]})" if lines else ""
+        raise UserError(f"{key}={name} {what}: {type(error).__name__}: {one_line(error)}{place}") from error

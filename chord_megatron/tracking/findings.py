@@ -85,14 +85,15 @@ RULES = (
         1,
         5,
         "no group has different rewards, so that rollouts teach nothing; take prompts of another difficulty, or more "
-        "generations of each.",
+        "generations of each (where rewards are missing, unscorable_completions counts them).",
     ),
     Rule(
         "idle_row_fraction",
         "above",
         0.75,
         5,
-        "more than three completions in four teach nothing: their groups' rewards are equal, or they are filtered out.",
+        "more than three completions in four teach nothing: their groups' rewards are equal or missing, or they "
+        "are filtered out.",
     ),
     Rule(
         "effective_sample_size",

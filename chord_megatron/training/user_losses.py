@@ -1,10 +1,9 @@
 """A policy loss and an expert weight of the user's own: loaded, tried on a few tokens before anything starts, and held
-to their shapes."""
+to their shapes. They get copies: what they change in place, the loss, the metrics and a second pass still need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,7 @@ from chord_megatron.algorithm.expert_weights import ExpertWeight
 from chord_megatron.algorithm.policy_losses import PolicyLoss, PolicyTokens, TokenLoss, token_log_ratios
 from chord_megatron.algorithm.sequences import Sequences
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import one_line
-from chord_megatron.system.user_functions import load_user_function
+from chord_megatron.system.user_functions import failures_named, load_user_function
 
 _KEY = "grpo.policy_loss"
 _WEIGHT_KEY = "chord.expert_weight"
@@ -32,7 +30,10 @@ def load_policy_loss(name: str) -> PolicyLoss:
 
 
 def _checked(name: str, function: Callable[[PolicyTokens], Any], tokens: PolicyTokens) -> TokenLoss:
-    result = function(tokens)
+    log_probs, log_ratios, advantages, mask, sequences = tokens
+    copies = PolicyTokens(log_probs.clone(), log_ratios.clone(), advantages.clone(), mask.clone(), sequences)
+    with failures_named(_KEY, name):
+        result = function(copies)
     if not isinstance(result, TokenLoss):
         raise UserError(f"{_KEY}={name} must return a TokenLoss, not {type(result).__name__}")
     loss, *is_clipped = result
@@ -57,7 +58,7 @@ def _try(name: str, loss: PolicyLoss, mask: Tensor) -> None:
     advantages = torch.where(mask, torch.tensor([1.5, 1.5, 1.5, 1.5, -0.5, -0.5, -0.5, 0.0, 0.0]), 0.0)
     sequences = Sequences(torch.tensor([0, 4, 7, 8, 9], dtype=torch.int32))
     log_ratios = token_log_ratios(log_probs, old_log_probs, mask, sequences)
-    with _failures_named(f"{_KEY}={name}"):
+    with failures_named(_KEY, name):
         values = loss(PolicyTokens(log_probs, log_ratios, advantages, mask, sequences)).loss
         (gradient,) = torch.autograd.grad(values.sum(), log_probs)
     if not (values.isfinite().all() and gradient.isfinite().all()):
@@ -74,8 +75,7 @@ def load_expert_weight(name: str) -> ExpertWeight:
     Raises UserError, when called, too.
     """
     weight = partial(_checked_weight, name, load_user_function(_WEIGHT_KEY, name, arguments=2))
-    with _failures_named(f"{_WEIGHT_KEY}={name}"):
-        weights = weight(torch.tensor([0.0, -0.1, -0.7, -2.0, -20.0]), torch.tensor([0.0, 0.3, 0.7, 2.0, 8.0]))
+    weights = weight(torch.tensor([0.0, -0.1, -0.7, -2.0, -20.0]), torch.tensor([0.0, 0.3, 0.7, 2.0, 8.0]))
     if not weights.isfinite().all():
         raise UserError(
             f"{_WEIGHT_KEY}={name} returns a NaN or infinite weight for one of a few tokens, of which one is certain "
@@ -85,23 +85,13 @@ def load_expert_weight(name: str) -> ExpertWeight:
 
 
 def _checked_weight(name: str, function: Callable[[Tensor, Tensor], Any], log_probs: Tensor, entropy: Tensor) -> Tensor:
-    weights = function(log_probs, entropy)
+    with failures_named(_WEIGHT_KEY, name):
+        weights = function(log_probs.clone(), entropy.clone())
     if not isinstance(weights, Tensor) or weights.shape != log_probs.shape:
         raise UserError(
             f"{_WEIGHT_KEY}={name} must return a weight of each token, {_form(log_probs)}, not {_form(weights)}"
         )
     return weights.detach().to(log_probs.dtype)
-
-
-@contextmanager
-def _failures_named(what: str) -> Iterator[None]:
-    """Raise UserError for what a user's function raises."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{what} fails on a few tokens: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _form(value: Any) -> str:

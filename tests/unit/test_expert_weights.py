@@ -163,7 +163,8 @@ def test_a_function_of_the_users_own(tmp_path: Path):
         ("None", r"must return a weight of each token, torch.float32 \[5\], not NoneType"),
         ("1 / entropy", r"returns a NaN or infinite weight for one of a few tokens, of which one is certain \(p = 1\)"),
         ("log_probs.log()", r"returns a NaN or infinite weight for one of a few tokens, .*"),
-        ("entropy.nothing", r"fails on a few tokens: AttributeError: 'Tensor' object has no attribute 'nothing'"),
+        ("entropy.nothing", r"fails: AttributeError: 'Tensor' object has no attribute 'nothing' \(.*/a.py:1\)"),
+        ("exit(0)", r"fails: SystemExit: 0 \(.*/a.py:1\)"),
     ],
 )
 def test_a_function_is_tried_before_anything_starts(result: str, sentence: str, tmp_path: Path):
@@ -178,6 +179,24 @@ def test_a_function_is_held_to_its_shape_in_every_step(tmp_path: Path):
     weigh = build_objective(GRPOConfig(), ChordConfig(expert_weight=f"{tmp_path}/a.py:f")).expert_weight
     with pytest.raises(UserError, match=r"a weight of each token, torch.float64 \[6\], not torch.float64 \[5\]$"):
         weigh(torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64))
+
+
+def test_what_a_function_raises_in_a_step_is_one_sentence(tmp_path: Path):
+    (tmp_path / "a.py").write_text("def f(log_probs, entropy):\n assert len(entropy) < 6, 'six'\n return entropy\n")
+    weigh = build_objective(GRPOConfig(), ChordConfig(expert_weight=f"{tmp_path}/a.py:f")).expert_weight
+    with pytest.raises(
+        UserError, match=rf"^chord.expert_weight={tmp_path}/a.py:f fails: AssertionError: six \(.*:2\)$"
+    ):
+        weigh(torch.zeros(6), torch.ones(6))
+
+
+def test_what_a_function_changes_in_place_stays_its_own(tmp_path: Path):
+    """The log-probs and entropies are those of the loss and of the metrics."""
+    (tmp_path / "a.py").write_text("def f(log_probs, entropy): return log_probs.exp_() * entropy.neg_()\n")
+    weigh = build_objective(GRPOConfig(), ChordConfig(expert_weight=f"{tmp_path}/a.py:f")).expert_weight
+    log_probs, entropy = LOG_PROBS.clone(), ENTROPY.clone()
+    weigh(log_probs, entropy)
+    assert torch.equal(log_probs, LOG_PROBS) and torch.equal(entropy, ENTROPY)
 
 
 def test_a_function_with_parameters_of_its_own_gets_no_gradient_into_the_loss(tmp_path: Path):

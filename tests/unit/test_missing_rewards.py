@@ -75,7 +75,11 @@ def test_a_completion_alone_needs_one_function_that_scores_it(rewards: Any):
 
 @pytest.mark.parametrize(
     ("returned", "message"),
-    [("[1, None, 1, 1]", "returned None, not"), ("[1, 1, NaN, 1]", "returned nan, not a finite")],
+    [
+        ("[1, None, 1, 1]", "returned None, not a finite number, at index 1; rewards.on_error=leave_out leaves such "),
+        ("[1, 1, NaN, 1]", "returned nan, not a finite number, at index 2; rewards.on_error=leave_out leaves such "),
+        ("[1, 1, 1, 'x']", "returned 'x', not a finite number, at index 3$"),
+    ],
 )
 def test_without_the_key_a_missing_reward_ends_the_run(rewards: Any, returned: str, message: str):
     with pytest.raises(UserError, match=message):

@@ -736,7 +736,8 @@ def test_a_loss_of_ones_own_may_leave_the_bounds_out(tmp_path: Path):
         ("TokenLoss(tokens.log_probs.log())", r"has a NaN or infinite loss or gradient on a few tokens"),
         ("TokenLoss(tokens.log_probs.abs().sqrt() + (tokens.log_ratios * 0).sqrt())", r"NaN or infinite loss or grad"),
         ("TokenLoss(tokens.log_probs / tokens.mask.sum())", r"none that are a rollout's among them; the loss must be"),
-        ("TokenLoss(tokens.nothing)", r"fails on a few tokens: AttributeError: 'PolicyTokens' object has no attribute"),
+        ("TokenLoss(tokens.nothing)", r"fails: AttributeError: .* has no attribute 'nothing' \(.*/mine.py:2\)$"),
+        ("exit(0)", r"fails: SystemExit: 0 \(.*/mine.py:2\)$"),
     ],
 )
 def test_what_is_wrong_with_a_loss_of_ones_own_is_one_sentence(body: str, sentence: str, tmp_path: Path):
@@ -757,6 +758,34 @@ def test_a_loss_of_ones_own_is_held_to_its_shapes_in_every_step(tmp_path: Path):
     wanted = r"must return a loss of each token, torch.float64 \[40\], not torch.float64 \[39\]$"
     with pytest.raises(UserError, match=wanted):
         step_loss([batch], rows, entropies, grpo_config(policy_loss=f"{tmp_path}/mine.py:loss"))
+
+
+def test_what_a_loss_of_ones_own_raises_in_a_step_is_one_sentence(tmp_path: Path):
+    source = COPY.replace("    held", "    if len(ratio) > 9: raise KeyError('late')\n    held")
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    samples = make_samples()
+    rows, entropies = make_rows(samples)
+    with pytest.raises(
+        UserError, match=rf"^grpo.policy_loss={tmp_path}/mine.py:loss fails: KeyError: 'late' \(.*:9\)$"
+    ):
+        step_loss([one_rank(samples, "dapo")], rows, entropies, grpo_config(policy_loss=f"{tmp_path}/mine.py:loss"))
+
+
+def test_what_a_loss_of_ones_own_changes_in_place_stays_its_own(tmp_path: Path):
+    """A batch is gone over again where the gradients of its streams are compared."""
+    doubled = "    tokens = tokens._replace(advantages=2 * tokens.advantages)\n    ratio ="
+    in_place = "    _ = tokens.advantages.mul_(2), tokens.log_probs.zero_(), tokens.mask.zero_()\n    ratio ="
+    results = []
+    for name, lines in (("doubled", doubled), ("in_place", in_place)):
+        (tmp_path / f"{name}.py").write_text(COPY.replace("    ratio =", lines), encoding="utf-8")
+        samples = make_samples()
+        rows, entropies = make_rows(samples)
+        batch, grpo = one_rank(samples, "dapo"), grpo_config(policy_loss=f"{tmp_path}/{name}.py:loss", beta=0.1)
+        loss, sums = step_loss([batch], rows, entropies, grpo)
+        of_batch = batch.micro_batches[0]
+        results.append((sums, [loss, *gradients(loss, *rows), of_batch.advantages, of_batch.rollout_mask]))
+    (sums, tensors), (own_sums, own_tensors) = results
+    assert sums == own_sums and all(torch.equal(a, b) for a, b in zip(tensors, own_tensors))
 
 
 # --- keys that a loss does not read ---------------------------------------------------------------------------------

@@ -100,6 +100,17 @@ def test_what_a_preset_needs():
         check_preset(config_of("ms-swift", loss_type="dapo", steps_per_generation=2), expert_rows_per_step=8)
 
 
+def test_a_clip_range_beyond_the_dual_clip_of_a_preset_is_refused():
+    """Trinity takes the smaller bound, and nothing says which one is meant."""
+    with pytest.raises(
+        UserError, match=r"^chord.semantics=trinity clips ratios at 3 where grpo.delta is null, but 1 \+ "
+    ):
+        check_preset(config_of("trinity", epsilon_high=2.0), expert_rows_per_step=8)
+    check_preset(config_of("trinity", epsilon_high=1.9), expert_rows_per_step=8)
+    check_preset(config_of("trinity", epsilon_high=2.0, delta=3.5), expert_rows_per_step=8)
+    check_preset(config_of("trinity", loss_type="cispo", epsilon_high=5.0), expert_rows_per_step=8)
+
+
 def test_what_a_preset_costs():
     assert cost_of_preset(config_of("paper")) == ""
     assert "change with train.micro_batch_size" in cost_of_preset(config_of("trinity"))

@@ -29,7 +29,8 @@ def test_a_function_is_loaded(tmp_path: Path):
     ("source", "sentence"),
     [
         (None, r"mine.py:loss: .*/mine.py does not exist; mend grpo.policy_loss"),
-        ("1 / 0", r"mine.py:loss cannot be loaded: ZeroDivisionError: division by zero"),
+        ("pass\n1 / 0", r"mine.py:loss cannot be loaded: ZeroDivisionError: division by zero \(.*/mine.py:2\)$"),
+        ("import sys\nsys.exit(0)", r"mine.py:loss cannot be loaded: SystemExit: 0 \(.*/mine.py:2\)$"),
         ("def f(", r"mine.py:loss cannot be loaded: SyntaxError: '\(' was never closed"),
         ("def other(): pass", r"mine.py:loss: the file has no function 'loss', but other; mend grpo.policy_loss"),
         ("loss = 3", r"mine.py:loss: the file has no function 'loss', but none"),
