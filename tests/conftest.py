@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes run at a time
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher sets it
 
 MakeOnce = Callable[[str, Callable[[Path], object]], Path]
 Measure = Callable[[str, float | str], None]

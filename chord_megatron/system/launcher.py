@@ -71,7 +71,8 @@ def run_processes(launch: Launch, command: Sequence[str], *, finishes_its_step: 
     """
     with launch.meeting() as meeting:
         # One compute thread per process, unless the user says otherwise: torchrun's own default.
-        shared = {"OMP_NUM_THREADS": "1", **os.environ}
+        # Of a rank that has gone torch prints stacks of C++ as warnings, behind our sentence.
+        shared = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
         job = _Job(None if finishes_its_step else _SECONDS_TO_STOP)
         with stop_signals_to(job.pass_on):
             try:

@@ -67,8 +67,8 @@ BEFORE_THE_FIRST_STEP = {
         ("parallel.tensor_model_parallel_size=3 does not divide the model's 4 attention heads", "divisor of 4"),
     ),
     "PP and layers": (
-        ("parallel.pipeline_model_parallel_size=3",),
-        ("parallel.pipeline_model_parallel_size=3 does not divide the model's 2 layers; choose a divisor of 2",),
+        ("parallel.pipeline_model_parallel_size=5",),
+        ("=5 stages are more than the model's 2 layers fill; choose at most 4",),
     ),
     "too few processes": (
         ("parallel.tensor_model_parallel_size=2",),
