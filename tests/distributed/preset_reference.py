@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from reference import (
@@ -31,19 +31,29 @@ from chord_megatron.data.cursor import ShuffledCursor
 Row = TypeVar("Row")
 
 
+class Run(NamedTuple):
+    """What both trainers have."""
+
+    config: Config
+    model: PreTrainedModel
+    initial_model: PreTrainedModel
+    experts: list[Sequence]
+    order: ShuffledCursor
+
+
 def train(config: Config) -> list[Step]:
     """The steps of a run that replays recorded rollouts, on one rank."""
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float64)
     model.get_input_embeddings().padding_idx = None
-    initial_model = copy.deepcopy(model)
     optimizer, experts = make_optimizer(model, config), read_experts(config)
     order = ShuffledCursor(len(experts), 2 * config.train.seed + 1)
+    run = Run(config, model, copy.deepcopy(model), experts, order)
     micro_batch_losses = {"ms-swift": ms_swift, "trinity": trinity}[config.chord.semantics]
     steps = []
     for step in range(config.train.train_iters):
         optimizer.zero_grad()
         total = 0.0
-        for loss in micro_batch_losses(model, config, step, experts, order, initial_model):
+        for loss in micro_batch_losses(run, step):
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
@@ -52,15 +62,9 @@ def train(config: Config) -> list[Step]:
     return steps
 
 
-def ms_swift(
-    model: PreTrainedModel,
-    config: Config,
-    step: int,
-    experts: list[Sequence],
-    order: ShuffledCursor,
-    initial_model: PreTrainedModel,
-) -> Iterator[Tensor]:
+def ms_swift(run: Run, step: int) -> Iterator[Tensor]:
     """Each micro-batch mixes a mean of completions and a mean of fresh expert rows; the trainer averages over them."""
+    model, config = run.model, run.config
     mu = mu_at(config, step)
     rollouts = scored_rollouts(config, step)
     num_tokens = sum(int(rollout.is_target.sum()) for rollout in rollouts)
@@ -69,7 +73,7 @@ def ms_swift(
     for micro_batch in cut(rollouts, size):
         losses = policy_losses(model, micro_batch, config)
         losses = [
-            with_penalty(model, initial_model, rollout, loss, config) for rollout, loss in zip(micro_batch, losses)
+            with_penalty(model, run.initial_model, rollout, loss, config) for rollout, loss in zip(micro_batch, losses)
         ]
         if config.grpo.loss_type == "grpo":
             grpo = torch.stack([loss.mean() for loss in losses]).mean()
@@ -80,24 +84,18 @@ def ms_swift(
             grpo = torch.cat(losses).sum() / num_tokens
         loss = (1 - mu) * grpo
         if mu > 0:
-            rows = order.next(config.chord.chord_sft_per_device_train_batch_size)
-            loss = loss + mu * torch.cat(expert_losses(model, [experts[row] for row in rows], config, 1.0)).mean()
+            rows = run.order.next(config.chord.chord_sft_per_device_train_batch_size)
+            loss = loss + mu * torch.cat(expert_losses(model, [run.experts[row] for row in rows], config, 1.0)).mean()
         yield loss / accumulation_steps
 
 
-def trinity(
-    model: PreTrainedModel,
-    config: Config,
-    step: int,
-    experts: list[Sequence],
-    order: ShuffledCursor,
-    initial_model: PreTrainedModel,
-) -> Iterator[Tensor]:
+def trinity(run: Run, step: int) -> Iterator[Tensor]:
     """Completions, then expert rows, are cut into micro-batches; each stream's token mean counts by its rows."""
+    model, config = run.model, run.config
     mu = mu_at(config, step + 1)
     temperature = config.rollout.temperature
     rollouts = scored_rollouts(config, step)
-    rows = [experts[row] for row in order.next(config.chord.chord_sft_global_batch_size)]
+    rows = [run.experts[row] for row in run.order.next(config.chord.chord_sft_global_batch_size)]
     marked: list[tuple[Sequence, bool]] = [*((each, False) for each in rollouts), *((each, True) for each in rows)]
     for micro_batch in cut(marked, config.train.micro_batch_size):
         usual = [sequence for sequence, is_expert in micro_batch if not is_expert]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from architectures import QWEN2_5_7B
 
 from chord_megatron.config import Config
 from chord_megatron.planning.memory import (
@@ -19,22 +20,6 @@ from chord_megatron.planning.memory import (
 from chord_megatron.planning.plan import make_plan
 from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
 
-QWEN2_5_7B = ModelArchitecture(
-    family="qwen2",
-    num_layers=28,
-    hidden_size=3584,
-    ffn_hidden_size=18944,
-    num_attention_heads=28,
-    num_query_groups=4,
-    head_dim=128,
-    vocab_size=152064,
-    max_position_embeddings=32768,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    tie_word_embeddings=False,
-    qkv_bias=True,
-    qk_layernorm=False,
-)
 QWEN3_30B_A3B = ModelArchitecture(
     family="qwen3_moe",
     num_layers=48,

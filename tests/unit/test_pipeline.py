@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+from architectures import QWEN2_5_7B
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,22 +17,6 @@ from chord_megatron.planning.pipeline import PartCosts, balanced, part_costs, st
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
 
-QWEN2_5_7B = ModelArchitecture(
-    family="qwen2",
-    num_layers=28,
-    hidden_size=3584,
-    ffn_hidden_size=18944,
-    num_attention_heads=28,
-    num_query_groups=4,
-    head_dim=128,
-    vocab_size=152064,
-    max_position_embeddings=32768,
-    rope_theta=1e6,
-    norm_eps=1e-6,
-    tie_word_embeddings=False,
-    qkv_bias=True,
-    qk_layernorm=False,
-)
 QWEN3_235B = replace(
     QWEN2_5_7B,
     family="qwen3_moe",
