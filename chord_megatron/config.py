@@ -259,7 +259,7 @@ class TrainConfig(_Group):
     max_tokens_per_micro_batch: Positive | None = None
     packing_order: Literal["arrival", "shuffled"] = "arrival"  # shuffled spreads long rows over ranks; same loss
     skip_idle_rows: bool = True  # rows whose loss has no gradient are not run
-    share_prompts: bool = False  # what rows of a micro-batch begin with is read once
+    share_prompts: bool = True  # the prompt of several rows of a micro-batch is read once, where the attention can
     train_iters: Positive
     seed: NonNegative = 0
     eval_steps: Positive | None = None

@@ -104,6 +104,7 @@ class MegatronEngine:
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
             attention_length=attention_length(self.arch),
+            can_share_prompts=model.config.transformer_impl == "local",
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from chord_megatron.batching.shared_prompts import prompt_groups
 from chord_megatron.types import TrainingSample
@@ -39,16 +40,12 @@ class Cost:
         return prompt_groups(samples, rows) if self.shares_prompts else [(0, [row]) for row in rows]
 
 
-@dataclass
-class _Bin:
-    """Rows that are together: a prompt's, a micro-batch's."""
+class _Part(NamedTuple):
+    """Rows that stay together."""
 
-    rows: Rows = field(default_factory=list)
-    tokens: int = 0
-    cost: float = 0.0
-
-    def add(self, other: _Bin) -> None:
-        self.rows, self.tokens, self.cost = self.rows + other.rows, self.tokens + other.tokens, self.cost + other.cost
+    rows: Rows
+    tokens: int
+    cost: float
 
 
 def by_count(order: Sequence[int], num_ranks: int, size: int, multiple: int) -> list[list[Rows]]:
@@ -64,28 +61,35 @@ def by_count(order: Sequence[int], num_ranks: int, size: int, multiple: int) -> 
 def by_cost(
     samples: Sequence[TrainingSample], order: Sequence[int], num_ranks: int, max_tokens: int, multiple: int, cost: Cost
 ) -> list[list[Rows]]:
-    """[ranks][micro-batches] of at most `max_tokens` tokens, alike in cost, each rank's dearest first.
+    """[ranks][micro-batches] of at most `max_tokens` tokens: ranks alike in cost, and micro-batches of a rank.
 
-    Every rank has the same number of micro-batches, a multiple of `multiple`, and as few as hold the rows: the dearest
-    first, each goes to the cheapest micro-batch with room for it, and so do micro-batches to ranks (longest processing
-    time first: Graham, 1969). No row may be longer than max_tokens.
+    Every rank has the same number of micro-batches, a multiple of `multiple` and as few as will do; the dearest of a
+    rank come first. The dearest rows are given away first, to whom has least (longest processing time first: Graham,
+    1969): to ranks, and then to micro-batches with room. No row may be longer than max_tokens.
     """
     assert all(len(samples[row].tokens) <= max_tokens for row in order), "a row is longer than the budget"
     groups = cost.groups(samples, order)
     total = sum(prompt + sum(len(samples[i].tokens) - prompt for i in rows) for prompt, rows in groups)
-    count = round_up(max(1, -(-total // (max_tokens * num_ranks))), multiple)
-    while True:
-        limit = min(max_tokens, total / (count * num_ranks))
-        bins = [_Bin(part, *cost.of(samples, part)) for part in _parts(samples, groups, limit)]
-        micro_batches = _spread(bins, count * num_ranks, max_tokens)
-        if micro_batches is not None:
-            break
+    # Cutting the rows of a prompt makes ranks more alike, and each part reads the prompt: what is dearest decides.
+    fair_share = total / num_ranks + max((prompt for prompt, _ in groups), default=0)
+    limits = [max_tokens, *(fair_share / parts for parts in (1, 2, 4) if cost.shares_prompts)]
+    ranks = min((_ranks(samples, groups, num_ranks, min(limit, max_tokens), cost) for limit in limits), key=_dearest)
+    count = multiple
+    while not all(filled := [_spread(rank, count, max_tokens) for rank in ranks]):
         count += multiple
-    ranks: list[list[_Bin]] = [[] for _ in range(num_ranks)]
-    for micro_batch in sorted(micro_batches, key=_dearest_first):
-        with_room = (rank for rank in ranks if len(rank) < count)
-        min(with_room, key=lambda rank: sum(held.cost for held in rank)).append(micro_batch)
-    return [[micro_batch.rows for micro_batch in rank] for rank in ranks]
+    return [_dearest_first(rank) for rank in filled]
+
+
+def _ranks(
+    samples: Sequence[TrainingSample], groups: Sequence[tuple[int, Rows]], num_ranks: int, limit: float, cost: Cost
+) -> list[list[_Part]]:
+    """What each rank gets, with rows of a prompt together up to `limit` tokens."""
+    parts = [_Part(part, *cost.of(samples, part)) for part in _parts(samples, groups, limit)]
+    return _spread(parts, num_ranks, math.inf)
+
+
+def _dearest(ranks: Sequence[Sequence[_Part]]) -> float:
+    return max(sum(part.cost for part in parts) for parts in ranks)
 
 
 def imbalance(samples: Sequence[TrainingSample], ranks: Sequence[Sequence[Rows]], cost: Cost) -> float:
@@ -112,16 +116,20 @@ def _parts(samples: Sequence[TrainingSample], groups: Sequence[tuple[int, Rows]]
         yield part
 
 
-def _spread(bins: Sequence[_Bin], count: int, max_tokens: int) -> list[_Bin] | None:
-    """Into `count` of them; None where they do not fit."""
-    filled = [_Bin() for _ in range(count)]
-    for rows in sorted(bins, key=_dearest_first):
-        with_room = [held for held in filled if held.tokens + rows.tokens <= max_tokens]
+def _spread(parts: Sequence[_Part], count: int, max_tokens: float) -> list[list[_Part]]:
+    """Into `count` of at most so many tokens; [] where they do not fit."""
+    filled: list[list[_Part]] = [[] for _ in range(count)]
+    tokens, costs = [0] * count, [0.0] * count
+    for part in sorted(parts, key=lambda part: -part.cost):
+        with_room = [i for i in range(count) if tokens[i] + part.tokens <= max_tokens]
         if not with_room:
-            return None
-        min(with_room, key=lambda held: held.cost).add(rows)
+            return []
+        place = min(with_room, key=costs.__getitem__)
+        filled[place].append(part)
+        tokens[place], costs[place] = tokens[place] + part.tokens, costs[place] + part.cost
     return filled
 
 
-def _dearest_first(held: _Bin) -> float:
-    return -held.cost
+def _dearest_first(micro_batches: Sequence[Sequence[_Part]]) -> list[Rows]:
+    ordered = sorted(micro_batches, key=lambda parts: -sum(part.cost for part in parts))
+    return [[row for part in parts for row in part.rows] for parts in ordered]

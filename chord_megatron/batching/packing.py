@@ -31,6 +31,7 @@ class BatchLayout:
     # Of the number of micro-batches (interleaved pipelines). Every rank gets as many, filled up with empty ones.
     micro_batch_multiple: int = 1
     attention_length: float = math.inf  # at which attention costs as much as all the rest of a layer
+    can_share_prompts: bool = True  # whether the attention takes a prompt that stands elsewhere
 
 
 def build_global_batch(

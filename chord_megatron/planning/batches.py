@@ -49,7 +49,7 @@ def check_lengths(config: Config, arch: ModelArchitecture) -> None:
             prompt + completion
         )
     if chord.chord_sft_dataset is not None and chord.chord_sft_max_length is not None:
-        longest[f"chord.chord_sft_max_length={chord.chord_sft_max_length}"] = chord.chord_sft_max_length
+        longest[f"chord.chord_sft_max_length = {chord.chord_sft_max_length}"] = chord.chord_sft_max_length
     for what, tokens in longest.items():
         if tokens > budget:
             raise UserError(
