@@ -45,9 +45,8 @@ def check_lengths(config: Config, arch: ModelArchitecture) -> None:
     longest = {}
     if needs_rollouts(config):
         prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
-        longest[f"data.max_prompt_length + rollout.max_completion_length = {prompt} + {completion}"] = (
-            prompt + completion
-        )
+        keys = "data.max_prompt_length + rollout.max_completion_length"
+        longest[f"{keys} = {prompt} + {completion} = {prompt + completion}"] = prompt + completion
     if chord.chord_sft_dataset is not None and chord.chord_sft_max_length is not None:
         longest[f"chord.chord_sft_max_length = {chord.chord_sft_max_length}"] = chord.chord_sft_max_length
     for what, tokens in longest.items():

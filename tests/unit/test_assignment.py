@@ -18,7 +18,9 @@ from chord_megatron.batching.assignment import Cost, by_cost, by_count, imbalanc
 from chord_megatron.batching.packing import BatchLayout, build_global_batch
 from chord_megatron.config import ChordConfig, GRPOConfig
 from chord_megatron.planning.pipeline import attention_length, part_costs
+from chord_megatron.system.errors import UserError
 from chord_megatron.training.objective import build_objective
+from chord_megatron.training.packing import expert_name, refuse_longer_rows
 from chord_megatron.types import TrainingSample
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -210,3 +212,16 @@ def test_dealing_out_by_hand():
     assert by_count([5, 3, 1, 0, 2], 2, 2, 1) == [[[5, 1], [2]], [[3, 0], []]]
     samples = [dataclasses.replace(row(2)) for _ in range(5)]
     assert imbalance(samples, [[[0, 1]], [[2, 3, 4]]], Cost()) == pytest.approx(3 / 2.5)
+
+
+def test_a_row_beyond_the_budget_is_named():
+    lengths = [(expert_name(3), 100), (expert_name(7), 101)]
+    refuse_longer_rows(lengths, None)
+    refuse_longer_rows(lengths[:1], 100)
+    with pytest.raises(UserError) as error:
+        refuse_longer_rows(lengths, 100)
+    assert str(error.value) == (
+        "row 7 of chord.chord_sft_dataset (counted from 0) has 101 tokens, more than "
+        "train.max_tokens_per_micro_batch=100; set that to at least 101, or leave out such rows "
+        "(chord.chord_sft_max_length, data.max_prompt_length, rollout.max_completion_length)"
+    )
