@@ -90,7 +90,10 @@ def train(directory: Path, reward: str, steps: int, overrides: tuple[str, ...]) 
         command = [sys.executable, "-m", "chord_megatron.cli", "train", str(path), f"train.train_iters={steps}"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
         subprocess.run(
-            [*command, f"train.output_dir={run}/run", *overrides], check=True, env=environment, stdout=subprocess.DEVNULL
+            [*command, f"train.output_dir={run}/run", *overrides],
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
         )
         return [json.loads(line) for line in Path(run, "run", "metrics.jsonl").read_text("utf-8").splitlines()]
 
