@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chord_megatron.algorithm.diagnosis import expert_row_sums, stream_sums
+from chord_megatron.algorithm.diagnosis import row_sums, stream_sums
 from chord_megatron.algorithm.expert_weights import ExpertWeight, uniform
 from chord_megatron.algorithm.importance import (
     ImportanceCorrection,
@@ -75,7 +75,7 @@ def chord_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, *, objecti
             **sums,
         },
         maxima=maxima,
-        rows=expert_row_sums(log_probs, entropy, batch),
+        rows=row_sums(log_probs, entropy, batch),
     )
 
 
