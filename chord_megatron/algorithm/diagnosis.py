@@ -37,12 +37,12 @@ def stream_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> dict[s
     }
 
 
-def row_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+def row_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, sequences: Sequences) -> dict[str, Tensor]:
     """[sequences] float64 each: log_prob and phi, summed over the expert tokens, and the number of teaching tokens.
 
     Those are a rollout's that have a weight and an advantage; a completion without one teaches nothing.
     """
-    mask, log_probs, sequences = batch.expert_mask, log_probs.detach(), Sequences(batch.cu_seqlens)
+    mask, log_probs = batch.expert_mask, log_probs.detach()
     values = {
         "log_prob": torch.where(mask, log_probs.double(), 0.0),
         "phi": torch.where(mask, phi(log_probs, entropy).double(), 0.0),
