@@ -5,6 +5,7 @@ Megatron-Core's own DotProductAttention materialises the scores and refuses pack
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -45,27 +46,35 @@ class SDPACoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert attention_mask is not None
             return cached_attention(query, key, value, attention_mask, self._softmax_scale)
-        return packed_attention(query, key, value, packed_seq_params.cu_seqlens_q, self._softmax_scale)
+        return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return packed_attention(query, key, value, cu_seqlens, self._softmax_scale)
 
 
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * value's head].
-
-    Sequences of one length are one SDPA call: short sequences would otherwise spend their time in call overhead.
-    """
-    starts_of: dict[int, list[int]] = {}
-    for start, end in pairwise(cu_seqlens.tolist()):
-        starts_of.setdefault(end - start, []).append(start)
+    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * value's head]."""
     rows, outputs = [], []
-    for length, starts in starts_of.items():
-        row = torch.tensor(starts, device=query.device)[:, None] + torch.arange(length, device=query.device)
+    for row in rows_by_length(cu_seqlens, query.device):
         q, k, v = (x[row].transpose(1, 2) for x in (query, key, value))
         output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         rows.append(row.flatten())
         outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)[torch.cat(rows).argsort()]
+
+
+def rows_by_length(cu_seqlens: Tensor, device: torch.device) -> Iterator[Tensor]:
+    """[sequences, length] places of the tokens of all sequences of one length, for each length.
+
+    They are one SDPA call: short sequences would otherwise spend their time in call overhead.
+    """
+    starts_of: dict[int, list[int]] = {}
+    for start, end in pairwise(cu_seqlens.tolist()):
+        starts_of.setdefault(end - start, []).append(start)
+    for length, starts in starts_of.items():
+        yield torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
 
 
 def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor, scale: float | None = None) -> Tensor:

@@ -92,8 +92,7 @@ def build_model_chunks(
             vp_stage=stage,
         ).to(groups.device)
         chunk.real_vocab_size = arch.vocab_size
-        if isinstance(arch.rope_scaling, LinearRope | Llama3Rope):
-            _scale_rotary_embeddings(chunk, arch, arch.rope_scaling, groups.device)
+        _prepare_rotary_embeddings(chunk, arch, groups.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
         _prepare_experts(chunk)
     return chunks
@@ -119,19 +118,21 @@ def wrap_data_parallel(
     return wrapped
 
 
-def _scale_rotary_embeddings(
-    chunk: CausalLM, arch: ModelArchitecture, scaling: LinearRope | Llama3Rope, device: torch.device
-) -> None:
-    """Give every rotary embedding the scaled frequencies.
+def _prepare_rotary_embeddings(chunk: CausalLM, arch: ModelArchitecture, device: torch.device) -> None:
+    """Give every rotary embedding the model's frequencies, and have it return the angles of whole sequences.
+
+    Under context parallelism it would cut them for a rank's share where sequences are not packed
+    (RotaryEmbedding.forward), but a rank decodes whole ones so. Of packed ones the share is taken at their rotation.
 
     To be called before the first forward pass: RotaryEmbedding.get_emb remembers the angles of each length. The
     frequencies are no buffer, so nothing moves or casts them later.
     """
-    dim = arch.head_dim if arch.mla is None else arch.mla.qk_rope_head_dim
-    frequencies = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
+    dim, scaling = arch.head_dim if arch.mla is None else arch.mla.qk_rope_head_dim, arch.rope_scaling
     for module in chunk.modules():
         if isinstance(module, RotaryEmbedding):
-            module.inv_freq = frequencies
+            module.cp_group = None
+            if isinstance(scaling, LinearRope | Llama3Rope):
+                module.inv_freq = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
 
 
 def _prepare_experts(chunk: torch.nn.Module) -> None:
@@ -150,6 +151,8 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
 
 def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entropy: bool) -> Any:
     """What a chunk makes of packed sequences: (log_probs, entropy or None) on the last stage, else hidden states."""
+    cp_size = unwrap(chunk).config.context_parallel_size
+    cu_seqlens, max_seqlen = batch.cu_seqlens * cp_size, batch.max_seqlen * cp_size  # of whole sequences
     return chunk(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
@@ -157,10 +160,10 @@ def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entrop
         labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy),
         packed_seq_params=PackedSeqParams(
             qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max_seqlen,
+            max_seqlen_kv=max_seqlen,
         ),
     )
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from chord_megatron.algorithm.aggregation import Mean, aggregation_weights
+from chord_megatron.batching.context_parallel import share_of_rank
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 TOKEN_MEAN = Mean()
@@ -24,6 +26,8 @@ class BatchLayout:
 
     dp_rank: int = 0
     dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
     pad_to_multiple: int = 1  # of each micro-batch's token count (TP under sequence parallelism)
     # Of the number of micro-batches (interleaved pipelines). Every rank gets as many, filled up with empty ones.
     micro_batch_multiple: int = 1
@@ -38,7 +42,7 @@ def build_global_batch(
     rollout_mean: Mean = TOKEN_MEAN,
     expert_mean: Mean = TOKEN_MEAN,
 ) -> GlobalBatch:
-    """A data-parallel rank's micro-batches of a step.
+    """A rank's micro-batches of a step.
 
     samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch.
     shuffle_seed: None keeps the order.
@@ -62,6 +66,9 @@ def build_global_batch(
         pack(samples, mine[start : start + micro_batch_size], weights, layout.pad_to_multiple)
         for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
     )
+    if layout.cp_size > 1:
+        share = partial(share_of_rank, rank=layout.cp_rank, size=layout.cp_size, pad_to_multiple=layout.pad_to_multiple)
+        micro_batches = tuple(map(share, micro_batches))
     return GlobalBatch(
         micro_batches=micro_batches,
         num_rollout_tokens=num_tokens[False],
@@ -128,13 +135,18 @@ def pack(
     )
 
 
-def unpack(batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
-    """Undo `pack` for per-position values [tokens]: sample index -> [length], 0 at the first token."""
+def unpack(batch: MicroBatch, values: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+    """Undo `pack` for per-position values [tokens]: sample index -> [length], 0 at the first token.
+
+    lengths: of all samples. 0 also where other context-parallel ranks have the value.
+    """
     bounds = batch.cu_seqlens.tolist()
     rows = {}
     for slot, index in enumerate(batch.sample_indices):
-        row = values[bounds[slot] : bounds[slot + 1]]
-        rows[index] = torch.cat([row.new_zeros(1), row[:-1]])
+        own, length = slice(bounds[slot], bounds[slot + 1]), lengths[index]
+        row = values.new_zeros(length + 1)  # one place more, for what nothing follows
+        row[(batch.position_ids[own] + 1).clamp(max=length)] = values[own]
+        rows[index] = row[:length]
     return rows
 
 
