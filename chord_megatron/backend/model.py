@@ -162,6 +162,9 @@ def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entrop
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
+            # TransformerEngine asks for them under context parallelism; our padding is part of its sequence.
+            cu_seqlens_q_padded=cu_seqlens if cp_size > 1 else None,
+            cu_seqlens_kv_padded=cu_seqlens if cp_size > 1 else None,
             max_seqlen_q=max_seqlen,
             max_seqlen_kv=max_seqlen,
         ),
