@@ -150,13 +150,14 @@ class MicroBatch:
     """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1.
 
     Where sequences share prompts (`token_of`), the model reads `input_ids` and `position_ids`, which are shorter; all
-    the rest has a row for each token of each sequence even so.
+    the rest has a row for each token of each sequence even so. Under context parallelism it is a rank's share of the
+    sequences (`batching/context_parallel.py`), and all fields speak of that.
     """
 
     input_ids: Tensor  # int64
     position_ids: Tensor  # int64, restarts at 0 in each sequence
     labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
-    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding is a sequence of its own
+    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding of the whole is a sequence of its own
     rollout_mask: Tensor  # bool, the tokens R of the objective; a weight or an advantage may be 0 inside it
     expert_mask: Tensor  # bool, the tokens E of the objective
     rollout_weights: Tensor  # float32, a_t of the objective; 0 outside the rollout tokens
@@ -203,7 +204,8 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar with gradient
     sums: dict[str, Tensor]  # float64 scalars, added over micro-batches and ranks
     maxima: dict[str, Tensor]  # float64 scalars, of which the largest of all micro-batches and ranks is kept
-    rows: dict[str, Tensor]  # [sequences] float64, of each sequence of the micro-batch; padding's are not read
+    # [sequences] float64, of each sequence of the micro-batch, added over ranks that share it; padding's are not read.
+    rows: dict[str, Tensor]
 
 
 class LossTotals(NamedTuple):
