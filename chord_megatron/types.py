@@ -178,6 +178,11 @@ class MicroBatch:
         """[tokens] bool: positions whose log-prob enters the objective; nobody needs the others'."""
         return self.rollout_mask | self.expert_mask
 
+    @property
+    def positions(self) -> Tensor:
+        """[tokens] where in its sequence each row is."""
+        return self.position_ids if self.token_of is None else self.position_ids[self.token_of]
+
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -174,7 +174,7 @@ def unpack(batch: MicroBatch, values: Tensor, lengths: Sequence[int]) -> dict[in
     for slot, index in enumerate(batch.sample_indices):
         own, length = slice(bounds[slot], bounds[slot + 1]), lengths[index]
         row = values.new_zeros(length + 1)  # one place more, for what nothing follows
-        row[(batch.position_ids[own] + 1).clamp(max=length)] = values[own]
+        row[(batch.positions[own] + 1).clamp(max=length)] = values[own]
         rows[index] = row[:length]
     return rows
 

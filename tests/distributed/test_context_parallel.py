@@ -11,7 +11,7 @@ import torch
 from forked import launch
 from torch import Tensor
 
-from chord_megatron.backend.attention import packed_attention
+from chord_megatron.backend.attention import packed_attention, segments_of
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +23,11 @@ Answers = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def alone() -> Answers:
     """What one process says."""
-    return worker.everything(worker.batch_of(), packed_attention)
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+        return packed_attention(query, key, value, segments_of(cu_seqlens), scale)
+
+    return worker.everything(worker.batch_of(), attention)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
