@@ -31,12 +31,11 @@ class Cohort:
         self._num_rows, self._limit, self._device = len(prompts), params.max_completion_length, device
         if not prompts:
             prompts, seeds = [[0]], [[0]]
-        rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        read, source = distinct(prompts)
         # [rows that are read, new tokens], and which of all their columns so far are padding.
-        self.tokens, self.padding = _left_pad([*rows], device)
+        self.tokens, self.padding = _left_pad(read, device)
         # Of each row that goes on: its place among the prompts, and the row that is read for it.
-        self.alive = torch.arange(len(prompts), device=device)
-        self.source = torch.tensor([rows[tuple(prompt)] for prompt in prompts], device=device)
+        self.alive, self.source = torch.arange(len(prompts), device=device), torch.tensor(source, device=device)
         # A cache for each chunk: layer numbers are only unique within one.
         length = self.tokens.shape[1] + self._limit
         self.contexts = [StaticInferenceContext(len(prompts), length) for _ in range(num_chunks)]
@@ -85,6 +84,12 @@ class Cohort:
             cache = context.key_value_memory_dict
             for layer in cache:
                 cache[layer] = tuple(cached.index_select(0, rows) for cached in cache[layer])
+
+
+def distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The prompts without repetitions, and where each one is among them."""
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    return [*places], [places[tuple(prompt)] for prompt in prompts]
 
 
 def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
