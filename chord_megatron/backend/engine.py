@@ -31,6 +31,7 @@ from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.planning.pipeline import attention_length
 from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
@@ -102,6 +103,8 @@ class MegatronEngine:
             pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
+            attention_length=attention_length(self.arch),
+            can_share_prompts=model.config.transformer_impl == "local",
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
