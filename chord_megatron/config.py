@@ -204,6 +204,7 @@ class GRPOConfig(_Group):
     overlong_filter: bool = False  # completions without an end token have no loss
     # Whether those still count in the denominators; None = as chord.semantics.
     filtered_count: Literal["drop", "keep"] | None = None
+    old_log_probs: Literal["trainer", "sampler"] = "trainer"  # whose are those of the clipped ratio
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs

@@ -142,20 +142,33 @@ class MegatronEngine:
             return log_probs.sum(), 0, dict(enumerate(rows))
 
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
-        kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
-        for kind, rows in enumerate(values.split(batch.lengths) for values in kinds):
-            for index, row in (item for output in outputs for item in output[kind].items()):
-                rows[index].copy_(row)
-        return [list(values.split(batch.lengths)) for values in self._gather(kinds).cpu()]
+        return [self._gather_rows(batch, [output[kind] for output in outputs]) for kind in range(1 + compute_entropy)]
 
-    def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
-        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""
+    def _gather_rows(self, batch: GlobalBatch, outputs: Sequence[dict[int, Tensor]]) -> list[Tensor]:
+        """[length] of each sample, on the host of every rank. outputs: those that a last stage has, by sample."""
+        values = torch.zeros(sum(batch.lengths), device=self.groups.device)
+        rows = values.split(batch.lengths)
+        for index, row in (item for output in outputs for item in output.items()):
+            rows[index].copy_(row)
+        return list(self._gather(values).cpu().split(batch.lengths))
+
+    def forward_backward(
+        self, batch: GlobalBatch, loss_fn: LossFunction, *, keep_log_probs: bool = False
+    ) -> LossTotals:
+        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
+
+        keep_log_probs: return those of this pass, too, as `compute_log_probs` would; 0 of samples that are not run.
+        """
         self._assert_here("model", "optimizer")
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
+        kept: list[dict[int, Tensor]] = []
+
         def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, LossResult]:
+            if keep_log_probs:
+                kept.append(unpack(micro_batch, log_probs.detach().float(), batch.lengths))
             result = loss_fn(log_probs, entropy, micro_batch)
             non_finite = (~torch.isfinite(result.loss.detach())).double()
             described = result._replace(loss=result.loss.detach(), sums={**result.sums, _NON_FINITE: non_finite})
@@ -166,7 +179,7 @@ class MegatronEngine:
         totals = self._reduce(batch, outputs)
         self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
-        return totals
+        return totals._replace(log_probs=self._gather_rows(batch, kept)) if keep_log_probs else totals
 
     def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
         """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.
@@ -330,7 +343,8 @@ class MegatronEngine:
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
             dist.all_reduce(rows, group=group)
             named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
-            totals = [LossTotals(*map(dict, named))]
+            of_sums, of_maxima, of_rows = map(dict, named)
+            totals = [LossTotals(of_sums, of_maxima, of_rows)]
         if self.groups.pp_size > 1:
             dist.broadcast_object_list(totals, self.groups.last_stage_rank, group=self.groups.pp_group)
         return totals[0]

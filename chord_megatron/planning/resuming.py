@@ -40,7 +40,8 @@ MAY_CHANGE = _keys(
     grpo="loss_type policy_loss importance_sampling_level epsilon epsilon_high delta tau_pos tau_neg vespo_k_pos "
     "vespo_lambda_pos vespo_k_neg vespo_lambda_neg off_policy_sequence_mask_delta entropy_coef top_entropy_quantile "
     "beta kl_estimator kl_in_reward advantage_estimator scale_rewards overlong_filter filtered_count "
-    "steps_per_generation num_iterations rollout_importance_sampling_mode rollout_importance_sampling_threshold",
+    "old_log_probs steps_per_generation num_iterations "
+    "rollout_importance_sampling_mode rollout_importance_sampling_threshold",
     chord="chord_sft_global_batch_size chord_sft_per_device_train_batch_size chord_mu_peak chord_mu_valley "
     "chord_mu_warmup_steps chord_mu_decay_steps mu_schedule mu_target mu_start mu_smoothing mu_update_steps "
     "chord_enable_phi_function expert_weight expert_weight_cutoff luffy_gamma",

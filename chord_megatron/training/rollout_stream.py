@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chord_megatron.algorithm.objective import Objective
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.batching.samples import most_uncertain, rollout_training_samples
 from chord_megatron.config import Config
@@ -17,7 +18,7 @@ from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.presets import keeps_filtered
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.training.advantages import advantages_of
-from chord_megatron.training.packing import pack_all
+from chord_megatron.training.packing import pack_all, pack_learnt
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams, ScoredRollouts, TrainingSample
@@ -29,6 +30,8 @@ class StepRollouts(NamedTuple):
     scored: ScoredRollouts | None  # None at mu = 1
     samples: list[TrainingSample]
     new_generation: ScoredRollouts | None  # the whole batch, where this step drew one
+    # The step's own forward pass finds them, and later passes over these completions need them: see `remember`.
+    lack_old_log_probs: bool = False
 
 
 class _GenerationBatch(NamedTuple):
@@ -59,6 +62,7 @@ class RolloutStream:
         self,
         config: Config,
         plan: Plan,
+        objective: Objective,
         prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
@@ -66,7 +70,8 @@ class RolloutStream:
         scorer: Scorer,
         seed: int,
     ) -> None:
-        self._config, self._plan, self._prompts, self._params = config, plan, prompts, params
+        self._config, self._plan, self._objective = config, plan, objective
+        self._prompts, self._params = prompts, params
         self._sampler, self._scorer = sampler, scorer
         self._cursor = ShuffledCursor(max(1, len(prompts)), seed)
         self._draws_at_1 = SEMANTICS[config.chord.semantics].draws_rollouts_at_1
@@ -77,17 +82,27 @@ class RolloutStream:
         """This step's completions and training samples; the steps of a generation batch come in order."""
         begins = step % self._plan.steps_per_rollout == 0
         if begins:
-            self._batch = self._generate(step) if self._needs_rollouts(step) else None
+            self._batch = self._generate(step, mu) if self._needs_rollouts(step) else None
         if self._batch is None:
             return StepRollouts(None, [], None)
         generation = self._batch.scored if begins else None
-        if mu == 1.0 and not self._draws_at_1:
+        if not self._learns_at(mu):
             return StepRollouts(None, [], generation)
         size = self._plan.completions_per_step
         start = (step % self._config.grpo.steps_per_generation) * size
-        return StepRollouts(
-            self._batch.scored.slice(start, start + size), self._batch.samples[start : start + size], generation
-        )
+        scored, samples = self._batch.scored.slice(start, start + size), self._batch.samples[start : start + size]
+        is_known = not self._needs_old or samples[0].old_log_probs is not None
+        return StepRollouts(scored, samples, generation, not is_known and self._config.grpo.num_iterations > 1)
+
+    def remember(self, log_probs: Sequence[Tensor]) -> None:
+        """The log-probs that the first step's own pass found: those of the policy that drew, for the passes to come.
+
+        log_probs: [length] of each of its samples, the completions first.
+        """
+        assert self._batch is not None
+        size = self._plan.completions_per_step
+        first = _with_old_log_probs(self._batch.samples[:size], log_probs[:size])
+        self._batch = self._batch._replace(samples=first + self._batch.samples[size:])
 
     @property
     def generation_seconds(self) -> float | None:
@@ -106,7 +121,15 @@ class RolloutStream:
     def _needs_rollouts(self, step: int) -> bool:
         return needs_rollouts(self._config, step, step + self._plan.steps_per_rollout)
 
-    def _generate(self, step: int) -> _GenerationBatch:
+    def _learns_at(self, mu: float) -> bool:
+        return mu < 1 or self._draws_at_1
+
+    @property
+    def _needs_old(self) -> bool:
+        """Whether the clipped ratio needs the trainer's old log-probs: the policy leaves the one that drew."""
+        return self._plan.steps_per_rollout > 1 and self._config.grpo.old_log_probs == "trainer"
+
+    def _generate(self, step: int, mu: float) -> _GenerationBatch:
         """A generation batch of scored completions, and the next one asked for where that is due."""
         drawn, self._ahead = self._ahead or self._draw(step), None
         rollouts = drawn.drawing.result()
@@ -114,7 +137,7 @@ class RolloutStream:
         if self._config.rollout.max_staleness and next_step < self._config.train.train_iters:
             self._ahead = self._draw(next_step) if self._needs_rollouts(next_step) else None
         scored = self._scorer.score(drawn.prompts, rollouts)
-        return _GenerationBatch(scored, self._to_samples(scored))
+        return _GenerationBatch(scored, self._to_samples(scored, learns_at_once=self._learns_at(mu)))
 
     def _draw(self, step: int) -> _Ahead:
         cursor = self._cursor.state_dict()
@@ -124,13 +147,18 @@ class RolloutStream:
         drawing = self._sampler.draw(prompts, self._params, num_generations=num_generations, step=step)
         return _Ahead(prompts, drawing, cursor)
 
-    def _to_samples(self, scored: ScoredRollouts) -> list[TrainingSample]:
-        """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
+    def _to_samples(self, scored: ScoredRollouts, *, learns_at_once: bool) -> list[TrainingSample]:
+        """Advantages, and the log-probs of the policy that drew the completions and of the reference.
+
+        learns_at_once: whether the batch's first step does.
+        """
         config, grpo = self._config, self._config.grpo
         old, ref, entropies = self._log_probs(scored.rollouts)
         if grpo.kl_in_reward:
-            assert old is not None and ref is not None
-            penalties = (grpo.beta * (a.double() - b.double()).sum().item() for a, b in zip(old, ref))
+            assert ref is not None
+            of_sampler = (_recorded(rollout, row) for rollout, row in zip(scored.rollouts, ref))
+            drawn_at = of_sampler if grpo.old_log_probs == "sampler" else old or ()
+            penalties = (grpo.beta * (a.double() - b.double()).sum().item() for a, b in zip(drawn_at, ref, strict=True))
             rewards = tuple(reward - penalty for reward, penalty in zip(scored.rewards, penalties))
             scored = dataclasses.replace(scored, rewards=rewards)
         samples = rollout_training_samples(
@@ -141,13 +169,32 @@ class RolloutStream:
             keeps_filtered=keeps_filtered(config),
             rewards=scored.rewards,
         )
-        if old is not None and self._plan.steps_per_rollout > 1:
-            samples = [dataclasses.replace(sample, old_log_probs=row) for sample, row in zip(samples, old)]
         if ref is not None:
             samples = [dataclasses.replace(sample, ref_log_probs=row) for sample, row in zip(samples, ref)]
         if entropies is not None:
             samples = self._most_uncertain(samples, entropies)
+        if self._needs_old:
+            samples = self._with_old(samples, old, learns_at_once=learns_at_once)
         return samples
+
+    def _with_old(
+        self, samples: list[TrainingSample], old: list[Tensor] | None, *, learns_at_once: bool
+    ) -> list[TrainingSample]:
+        """With old log-probs: those that are known, or of one more forward pass over what the first step leaves.
+
+        Its own completions get none: the ratio is 1 there, and its pass finds what later ones need. Where it learns
+        nothing, they are for later passes alone.
+        """
+        if old is not None:
+            return _with_old_log_probs(samples, old)
+        is_first_found = learns_at_once or self._config.grpo.num_iterations == 1
+        start = self._plan.completions_per_step if is_first_found else 0
+        if start == len(samples):
+            return samples
+        engine = self._sampler.engine
+        with self._sampler.timer("log_probs"):
+            batch = pack_learnt(samples[start:], engine.batch_layout, self._config, self._objective)
+            return samples[:start] + _with_old_log_probs(samples[start:], engine.compute_log_probs(batch))
 
     def _most_uncertain(self, samples: list[TrainingSample], entropies: list[Tensor]) -> list[TrainingSample]:
         """With an advantage on the tokens of the highest entropy only, those of each step by themselves."""
@@ -157,10 +204,10 @@ class RolloutStream:
         return [sample for step in kept for sample in step]
 
     def _log_probs(self, rollouts: Sequence[RolloutSample]) -> _LogProbs:
-        """What the objective needs of these. Filtered completions have theirs: their rewards are in the advantages."""
+        """What advantages and penalties need of these. Filtered completions have theirs: their rewards count, too."""
         grpo, engine = self._config.grpo, self._sampler.engine
         wants_entropies = grpo.top_entropy_quantile < 1
-        wants_old = self._plan.steps_per_rollout > 1 or grpo.kl_in_reward
+        wants_old = grpo.kl_in_reward and grpo.old_log_probs == "trainer"
         if not (wants_entropies or wants_old or grpo.beta):
             return _LogProbs(None, None, None)
         samples = rollout_training_samples(
@@ -175,3 +222,12 @@ class RolloutStream:
                 old = engine.compute_log_probs(batch)
             ref = engine.compute_log_probs(batch, reference=True) if grpo.beta else None
         return _LogProbs(old, ref, entropies)
+
+
+def _with_old_log_probs(samples: Sequence[TrainingSample], rows: Sequence[Tensor]) -> list[TrainingSample]:
+    return [dataclasses.replace(sample, old_log_probs=row) for sample, row in zip(samples, rows, strict=True)]
+
+
+def _recorded(rollout: RolloutSample, ref_log_probs: Tensor) -> Tensor:
+    """The sampler's log-probs; the reference's, which add no penalty, where it recorded no finite number."""
+    return torch.where(rollout.rollout_log_probs.isfinite(), rollout.rollout_log_probs, ref_log_probs)

@@ -248,7 +248,9 @@ def _build_trainer(
         means=build_means(config, plan),
         objective=objective,
         engine=sampler.engine,
-        rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
+        rollout_stream=RolloutStream(
+            config, plan, objective, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed
+        ),
         expert_stream=ExpertStream(config, data.experts, plan.expert_rows_per_step, seed + 1),
         mu=MuControl(config),
         timer=sampler.timer,

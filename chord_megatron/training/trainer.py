@@ -77,8 +77,10 @@ class ChordTrainer:
             )
             with self.timer("train"):
                 gradients = self.compare_gradients(batch) if self.is_diagnosed(step) else None
-                totals = self.engine.forward_backward(batch, self.loss(mu))
+                totals = self.engine.forward_backward(batch, self.loss(mu), keep_log_probs=rollouts.lack_old_log_probs)
                 update = self.engine.optimizer_step()
+        if totals.log_probs is not None:
+            self.rollout_stream.remember(totals.log_probs)
         described = self.describe(rollouts.scored)
         self.mu.observe(step, described["reward_mean"], gradients)
         metrics = {
