@@ -28,6 +28,7 @@ from chord_megatron.config_types import (
     PipelineLayout,
     Positive,
     PositiveNumber,
+    Recompute,
     Seconds,
     Sharpness,
     Temperature,
@@ -51,7 +52,10 @@ class _Group(BaseModel):
 class ModelConfig(_Group):
     path: PathName  # config.json and tokenizer, with safetensors or a Megatron checkpoint
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    recompute: bool = False  # full activation recomputation, layer by layer
+    # Activations that the backward pass computes again: true or full = whole layers; or parts of each layer.
+    recompute: Recompute = False
+    recompute_method: Literal["uniform", "block"] | None = None  # of whole layers; None = uniform
+    recompute_num_layers: Positive | None = None  # uniform: at a time; block: of a stage; None = 1
     export_bucket_megabytes: Positive = 512  # full weights gathered at a time, for saving and for rollout engines
     trust_remote_code: bool = False  # passed to the tokenizer only; models never run foreign code
 

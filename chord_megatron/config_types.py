@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WrapValidator
 
-from chord_megatron.system.sentences import one_line
+from chord_megatron.system.sentences import did_you_mean, one_line, shown
 
 _LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
 LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
@@ -60,6 +60,21 @@ def _pipeline_layout(value: Any, validate: Callable[[Any], Any]) -> Any:
         raise ValueError("must be auto or the layers of each stage, such as [3, 4, 4, 2]") from None
 
 
+def _recompute(value: Any) -> Any:
+    if isinstance(value, bool) or value == "full":
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(module, str) for module in value):
+        raise ValueError("must be true, false, full, or a list of modules such as [core_attn, mlp]")
+    for module in value:
+        if module not in RECOMPUTE_MODULES:
+            known = did_you_mean(module, RECOMPUTE_MODULES) or f"; choose among {', '.join(RECOMPUTE_MODULES)}"
+            raise ValueError(f"{shown(module)} is no module{known}")
+    return value
+
+
+# Megatron-Core's names of parts of a layer (TransformerConfig.recompute_modules), as far as models here have them.
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "mla_up_proj", "moe", "moe_act", "shared_experts")
+
 Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
 NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -77,3 +92,4 @@ Pattern = Annotated[Text, AfterValidator(_pattern)]
 PathName = Annotated[Text, AfterValidator(_path)]
 
 PipelineLayout = Annotated[Literal["auto"] | list[NonNegative] | None, WrapValidator(_pipeline_layout)]
+Recompute = Annotated[bool | str | list[str], PlainValidator(_recompute)]

@@ -157,4 +157,10 @@ def _experts(arch: ModelArchitecture, *, grouped_gemm: bool) -> dict[str, Any]:
 def _recomputation(model: ModelConfig) -> dict[str, Any]:
     if not model.recompute:
         return {}
-    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if isinstance(model.recompute, list):
+        return {"recompute_granularity": "selective", "recompute_modules": list(model.recompute)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": model.recompute_method or "uniform",
+        "recompute_num_layers": model.recompute_num_layers or 1,
+    }
