@@ -56,6 +56,8 @@ class ModelConfig(_Group):
     recompute: Recompute = False
     recompute_method: Literal["uniform", "block"] | None = None  # of whole layers; None = uniform
     recompute_num_layers: Positive | None = None  # uniform: at a time; block: of a stage; None = 1
+    # Fields of Megatron-Core's TransformerConfig, as they stand: backend/transformer_options.py says which.
+    transformer_config: dict[str, Any] = {}
     export_bucket_megabytes: Positive = 512  # full weights gathered at a time, for saving and for rollout engines
     trust_remote_code: bool = False  # passed to the tokenizer only; models never run foreign code
 

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, PlainValidator, ValidationError, Wra
 
 from chord_megatron.system.sentences import did_you_mean, one_line, shown
 
-_LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
+LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
 LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
 _LONGEST_WAIT = 1e6  # seconds; poll() takes 2^31 milliseconds
 _LONGEST_NAME = 255  # bytes of one part of a path
@@ -75,8 +75,8 @@ def _recompute(value: Any) -> Any:
 # Megatron-Core's names of parts of a layer (TransformerConfig.recompute_modules), as far as models here have them.
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "mla_up_proj", "moe", "moe_act", "shared_experts")
 
-Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
-NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST_INTEGER)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=LARGEST_NUMBER)]

@@ -25,6 +25,7 @@ from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
 from chord_megatron.backend.optimizer import build_optimizer, build_scheduler
+from chord_megatron.backend.transformer_options import refusals_named, token_multiple
 from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
@@ -68,7 +69,8 @@ class MegatronEngine:
             installed, data_parallel_size=groups.dp_size, overlap_grad_reduce=optimizer.overlap_grad_reduce
         )
         self.acceleration_note = describe(acceleration, installed)
-        chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
+        with refusals_named(model):
+            chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
             load_megatron_weights(chunks, self._model_dir, self.arch)
         else:
@@ -93,11 +95,12 @@ class MegatronEngine:
     @property
     def batch_layout(self) -> BatchLayout:
         """What this layout asks of a batch."""
-        model = unwrap(self._chunks[0])
+        config = unwrap(self._chunks[0]).config
+        tokens = self.groups.tp_size if config.sequence_parallel else 1
         return BatchLayout(
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
-            pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
+            pad_to_multiple=tokens * token_multiple(config),
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
         )

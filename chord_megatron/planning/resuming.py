@@ -26,7 +26,8 @@ STAYS = _keys(
 )
 # Said where it differs: how the steps to come are taken, checked and written down.
 MAY_CHANGE = _keys(
-    model="recompute recompute_method recompute_num_layers export_bucket_megabytes trust_remote_code",
+    model="recompute recompute_method recompute_num_layers transformer_config export_bucket_megabytes "
+    "trust_remote_code",
     parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "pipeline_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
     "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",

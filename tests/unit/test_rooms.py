@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "planning": "config algorithm weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
-    "backend": "checkpoints planning batching config ops weights types system",
+    "backend": "checkpoints planning batching config config_types ops weights types system",
     "rollout/updates": "weights system",
     "rollout/serving": "rollout/updates rollout weights system",
     "rollout/servers": "rollout/updates rollout types system",
