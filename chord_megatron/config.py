@@ -220,6 +220,7 @@ class TrainConfig(_Group):
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
+    async_save: bool = False  # a checkpoint's files are written while training goes on
     save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
 

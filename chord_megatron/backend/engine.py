@@ -30,6 +30,7 @@ from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.system.background import BackgroundFiles
 from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
@@ -223,8 +224,15 @@ class MegatronEngine:
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, scheduler, random state and `state` (plain JSON values) to `directory`."""
+        with self.saving(directory, state, in_background=False):
+            pass
+
+    def saving(
+        self, directory: Path, state: dict[str, Any], *, in_background: bool
+    ) -> contextlib.AbstractContextManager[BackgroundFiles]:
+        """The same as a context, at whose end it is there: checkpoint.saving."""
         self._assert_here("model", "optimizer")
-        checkpoint.save(
+        return checkpoint.saving(
             directory,
             self._chunks,
             self._optimizer,
@@ -233,6 +241,7 @@ class MegatronEngine:
             self.groups,
             model_dir=self._model_dir,
             arch=self.arch,
+            in_background=in_background,
         )
 
     def load(self, directory: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ MAY_CHANGE = _keys(
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
     train="output_dir micro_batch_size global_batch_size packing_order train_iters eval_steps eval_temperature "
-    "save_steps save_total_limit save_on_signal max_skipped_steps",
+    "save_steps save_total_limit async_save save_on_signal max_skipped_steps",
     tracking="report_to log_completions diagnose_steps",
 )
 
