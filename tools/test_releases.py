@@ -53,6 +53,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "resume": ("e2e/test_resume.py",),
     "offload": ("distributed/test_offload.py",),
+    "recomputation": ("distributed/test_recompute.py",),
     "head": ("distributed/test_head_memory.py", "distributed/test_linear_log_probs_sharded.py"),
     "bfloat16": ("e2e/test_bfloat16.py",),
     "diagnosis": ("distributed/test_diagnosis.py",),

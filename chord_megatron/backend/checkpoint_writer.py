@@ -3,35 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from torch.distributed import checkpoint
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from chord_megatron.system.atomic import os_error
+from chord_megatron.system.background import BackgroundFiles
 
 _FILES = 2  # of a rank, written at once: as many as Megatron-Core 0.16 has writers
 
 
-def save_sharded(state: dict[str, Any], directory: Path) -> None:
+def save_sharded(state: dict[str, Any], directory: Path, later: BackgroundFiles | None = None) -> None:
     """What dist_checkpointing.save does, but by `_InProcess`. Collective; an error is raised on all ranks.
 
-    It raises what kept a rank from writing, such as an OSError, in place of torch's CheckpointException of many lines.
+    later: takes the tensors' files, as they are now, in place of the disk. It raises what kept a rank from writing,
+    such as an OSError, in place of torch's CheckpointException of many lines.
     """
     try:
-        dist_checkpointing.save(state, str(directory), _InProcess())
+        dist_checkpointing.save(state, str(directory), _InProcess(later))
     except checkpoint.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
+
+
+def raise_on_all_ranks(error: Exception | None) -> None:
+    """The first rank's error, or that of the operating system behind it. Collective."""
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    known = os_error(error)
+    dist.all_gather_object(errors, known if known or error is None else RuntimeError(str(error)))
+    for one in errors:
+        if one is not None:
+            raise one from error
 
 
 class _InProcess(torch_dist.TorchDistSaveShardedStrategy):
@@ -41,8 +57,9 @@ class _InProcess(torch_dist.TorchDistSaveShardedStrategy):
     killed one without a limit, and SIGKILL of the rank leaves them behind, with its memory and its pipes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, later: BackgroundFiles | None) -> None:
         super().__init__("torch_dist", 1)
+        self._later = later
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
         """See save_sharded."""
@@ -51,7 +68,7 @@ class _InProcess(torch_dist.TorchDistSaveShardedStrategy):
         )
         checkpoint.save(
             torch_dist.mcore_to_pyt_state_dict(main_replicas, False),
-            storage_writer=_Writer(checkpoint_dir),
+            storage_writer=_Writer(checkpoint_dir, self._later),
             planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -59,9 +76,11 @@ class _InProcess(torch_dist.TorchDistSaveShardedStrategy):
 class _Writer(checkpoint.FileSystemWriter):
     """Writes several files at once; torch's own threads would lose their errors, and with them entries."""
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, later: BackgroundFiles | None) -> None:
         # Nothing is copied ahead of its writing: torch found that slow from several threads (filesystem.py).
-        super().__init__(directory, thread_count=1, per_thread_copy_ahead=0)
+        super().__init__(directory, thread_count=1, per_thread_copy_ahead=0, sync_files=later is None)
+        if later is not None:
+            self.fs = _Later(later)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         parts = [part for part in _split(plan.items) if part]
@@ -77,6 +96,7 @@ class _Writer(checkpoint.FileSystemWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        self.sync_files = True  # what it writes is a file in any case
         with _bare_os_errors():
             super().finish(metadata, results)
 
@@ -84,6 +104,30 @@ class _Writer(checkpoint.FileSystemWriter):
     def _prefix(storage_data: Any, index: int) -> Any:
         """__RANK_ -> __RANK_INDEX_, behind which torch counts the files of a plan."""
         return dataclasses.replace(storage_data, prefix=f"{storage_data.prefix}{index}_")
+
+
+class _Later(FileSystem):
+    """Keeps the tensors' files in memory, as bytes; their offsets and sizes are those that they will have."""
+
+    def __init__(self, files: BackgroundFiles) -> None:
+        self._files = files
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        if Path(path).suffix != DEFAULT_SUFFIX:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _Kept() as content:
+            yield content
+        self._files.add(Path(path), content)
+
+
+class _Kept(io.BytesIO):
+    """Still there when it is closed."""
+
+    def close(self) -> None:
+        pass
 
 
 @contextmanager

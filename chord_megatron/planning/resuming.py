@@ -26,7 +26,8 @@ STAYS = _keys(
 )
 # Said where it differs: how the steps to come are taken, checked and written down.
 MAY_CHANGE = _keys(
-    model="recompute export_bucket_megabytes trust_remote_code",
+    model="recompute recompute_method recompute_num_layers transformer_config export_bucket_megabytes "
+    "trust_remote_code",
     parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "pipeline_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
     "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
@@ -48,7 +49,7 @@ MAY_CHANGE = _keys(
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
     train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
-    "share_prompts train_iters eval_steps eval_temperature save_steps save_total_limit save_on_signal "
+    "share_prompts train_iters eval_steps eval_temperature save_steps save_total_limit async_save save_on_signal "
     "max_skipped_steps",
     tracking="report_to log_completions diagnose_steps",
 )
