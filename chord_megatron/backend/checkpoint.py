@@ -24,14 +24,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from chord_megatron.backend import releases
-from chord_megatron.backend.checkpoint_writer import raise_on_all_ranks, save_sharded
+from chord_megatron.backend.checkpoint_writer import Copies, begin_sharded
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
 from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
 from chord_megatron.system.atomic import failed_writes_named, partial_path, replaced_directory
-from chord_megatron.system.background import BackgroundFiles
+from chord_megatron.system.background import Background
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.model_files import copy_model_files
@@ -62,28 +62,27 @@ def saving(
     *,
     model_dir: Path,
     arch: ModelArchitecture,
-    in_background: bool = False,
-) -> Iterator[BackgroundFiles]:
+    copies: Copies | None = None,
+) -> Iterator[Background]:
     """Write a checkpoint beside `directory`; at the end of the context it is complete, and renamed into place.
 
-    Collective at both ends. In the background, what the context yields is still written within it, while the weights
-    may change; otherwise there is nothing left to write. The configuration and tokenizer of `model_dir` come along, so
-    that it can be converted by itself. Raises UserError, on all ranks, where the tensors cannot be written.
+    Collective at both ends. Within, a thread writes: the weights may change meanwhile if there are `copies`, memory of
+    the host that is kept for the next time. The configuration and tokenizer of `model_dir` come along, so that it can
+    be converted by itself. Raises UserError, on all ranks, where the tensors cannot be written.
     """
-    files = BackgroundFiles()
     with failed_writes_named(directory), _folder_of_all_ranks(directory, groups) as folder:
         _allocate_adam_state(optimizer)
-        sharded_state = _sharded_state(chunks, optimizer, is_loading=False)
-        save_sharded(sharded_state, folder, files if in_background else None)
+        tensors = begin_sharded(_sharded_state(chunks, optimizer, is_loading=False), folder, copies)
         (folder / _rng_file(groups)).write_bytes(safetensors_bytes(_rng_state()))
         if groups.rank == 0:
             document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": releases.installed()}
             (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
             copy_model_files([model_dir], folder, arch)
-        del sharded_state
-        with files.written():
-            yield files
-            raise_on_all_ranks(files.wait())
+        writing = Background(tensors.write)
+        with writing.running():
+            yield writing
+            error = writing.wait()
+        tensors.finish(error)
 
 
 def load(

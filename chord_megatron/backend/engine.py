@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chord_megatron.backend import checkpoint
 from chord_megatron.backend.acceleration import choose_acceleration, describe, find_installed
+from chord_megatron.backend.checkpoint_writer import Copies
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
@@ -31,7 +32,7 @@ from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.planning.pipeline import attention_length
-from chord_megatron.system.background import BackgroundFiles
+from chord_megatron.system.background import Background
 from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
@@ -96,6 +97,7 @@ class MegatronEngine:
         self._loss_is_finite = True
         self._has_gradients = False
         self._host_memory: dict[str, HostMemory] = {}  # of what is offloaded: "model", "optimizer"
+        self._copies: Copies = {}  # of what is saved in the background
         self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
@@ -252,8 +254,8 @@ class MegatronEngine:
 
     def saving(
         self, directory: Path, state: dict[str, Any], *, in_background: bool
-    ) -> contextlib.AbstractContextManager[BackgroundFiles]:
-        """The same as a context, at whose end it is there: checkpoint.saving."""
+    ) -> contextlib.AbstractContextManager[Background]:
+        """The same as a context, at whose end it is there; training may go on within it in the background alone."""
         self._assert_here("model", "optimizer")
         return checkpoint.saving(
             directory,
@@ -264,7 +266,7 @@ class MegatronEngine:
             self.groups,
             model_dir=self._model_dir,
             arch=self.arch,
-            in_background=in_background,
+            copies=self._copies if in_background else None,
         )
 
     def load(self, directory: Path) -> dict[str, Any]:

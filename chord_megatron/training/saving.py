@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from chord_megatron.backend.engine import MegatronEngine
-from chord_megatron.system.background import BackgroundFiles
+from chord_megatron.system.background import Background
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.training.export import exported_hf
 
@@ -36,7 +36,7 @@ class Saves:
         self._engine, self._run_dir, self._model_dir = engine, run_dir, model_dir
         self._keep, self._say = keep, say
         self._open = ExitStack()  # of the save that goes on
-        self._files: BackgroundFiles | None = None
+        self._writing: Background | None = None
 
     def begin(self, step: int, state: dict[str, Any], *, in_background: bool) -> None:
         """The weights as they are; in the background the checkpoint is there later: see `finish_if_written`."""
@@ -44,21 +44,21 @@ class Saves:
         with ExitStack() as opened:
             opened.enter_context(self._exported(step))
             directory = self._run_dir.checkpoint(step)
-            self._files = opened.enter_context(self._engine.saving(directory, state, in_background=in_background))
+            self._writing = opened.enter_context(self._engine.saving(directory, state, in_background=in_background))
             self._open = opened.pop_all()
         if not in_background:
             self.finish()
 
     def finish(self) -> None:
         """Wait for the save that goes on, if one does."""
-        self._files = None
+        self._writing = None
         self._open.close()
 
     def finish_if_written(self) -> None:
         """Where every rank has written its files; otherwise later."""
-        if self._files is None:
+        if self._writing is None:
             return
-        is_done = torch.tensor([self._files.is_done], dtype=torch.int32, device=self._engine.groups.device)
+        is_done = torch.tensor([self._writing.is_done], dtype=torch.int32, device=self._engine.groups.device)
         dist.all_reduce(is_done, op=dist.ReduceOp.MIN)
         if is_done.item():
             self.finish()

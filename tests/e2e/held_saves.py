@@ -1,30 +1,34 @@
 """A run whose background saves are held back: `held_saves.py HELD_STEP FILE ARGUMENTS-of-train`.
 
-The checkpoint of HELD_STEP is written by half, and then not on until FILE is there.
+Of the checkpoint of HELD_STEP eight tensors are written, and then no more until FILE is there.
 """
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from chord_megatron.system.background import BackgroundFiles
+from chord_megatron.backend.checkpoint_writer import ShardedWrite
+from chord_megatron.system.background import Check
 from chord_megatron.training.main import main
 
-write_one = BackgroundFiles._write_one
+write = ShardedWrite.write
 
 
 def hold(step: str, release: Path) -> None:
-    def write_by_half(files: BackgroundFiles, path: Path, content: io.BytesIO) -> None:
-        if path.parent.name == f"step_{step}.partial":
-            path.write_bytes(content.getvalue()[: len(content.getvalue()) // 2])
-            while not release.exists() and not files._is_unwanted:
-                time.sleep(0.01)
-        write_one(files, path, content)
+    def write_by_half(tensors: Any, check: Check) -> None:
+        parts = iter(range(10**6))
 
-    BackgroundFiles._write_one = write_by_half
+        def check_and_hold() -> None:
+            check()
+            while tensors._writer.path.name == f"step_{step}.partial" and next(parts) > 8 and not release.exists():
+                time.sleep(0.01)
+
+        write(tensors, check_and_hold)
+
+    ShardedWrite.write = write_by_half
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import signal
 import subprocess
@@ -26,7 +25,8 @@ from harness import (
     write_config,
 )
 
-from chord_megatron.system.background import BackgroundFiles
+from chord_megatron.backend.checkpoint_writer import ShardedWrite
+from chord_megatron.system.background import Background, Check
 from chord_megatron.training.trainer import ChordTrainer
 
 pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
@@ -66,20 +66,20 @@ def undisturbed(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hold_until_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every save in the background."""
-    waited: list[BackgroundFiles] = []
-    write, wait = BackgroundFiles._write, BackgroundFiles.wait
+    waited: list[Background] = []
+    run, wait = Background._run, Background.wait
 
-    def write_when_waited_for(files: BackgroundFiles) -> None:
-        while files not in waited and not files._is_unwanted:
+    def run_when_waited_for(background: Background) -> None:
+        while background not in waited and background._is_wanted:
             time.sleep(0.001)
-        write(files)
+        run(background)
 
-    def note_and_wait(files: BackgroundFiles) -> Exception | None:
-        waited.append(files)
-        return wait(files)
+    def note_and_wait(background: Background) -> Exception | None:
+        waited.append(background)
+        return wait(background)
 
-    monkeypatch.setattr(BackgroundFiles, "_write", write_when_waited_for)
-    monkeypatch.setattr(BackgroundFiles, "wait", note_and_wait)
+    monkeypatch.setattr(Background, "_run", run_when_waited_for)
+    monkeypatch.setattr(Background, "wait", note_and_wait)
 
 
 def test_a_checkpoint_has_the_weights_of_its_step_though_they_change_meanwhile(
@@ -150,14 +150,14 @@ def test_a_kill_while_it_is_written_leaves_the_one_before(
 
 def failing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The disk is full amid that checkpoint."""
-    write_one = BackgroundFiles._write_one
+    write = ShardedWrite.write
 
-    def write(files: BackgroundFiles, path: Path, content: io.BytesIO) -> None:
-        if path.parent.name == f"step_{step}.partial":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_one(files, path, content)
+    def write_until_it_is_full(tensors: ShardedWrite, check: Check) -> None:
+        write(tensors, check)
+        if tensors._writer.path.name == f"step_{step}.partial":
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(BackgroundFiles, "_write_one", write)
+    monkeypatch.setattr(ShardedWrite, "write", write_until_it_is_full)
 
 
 def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(
