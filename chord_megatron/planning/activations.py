@@ -1,7 +1,7 @@
 """What training keeps of a micro-batch between its forward and its backward pass, and what a backward pass adds.
 
 The tables below list the tensors that autograd saves in one layer, by the module that saves them. Those of "local",
-Megatron-Core's own layers with torch's attention on a CPU, are checked against autograd (tests/unit/test_planner.py);
+Megatron-Core's own layers with torch's attention on a CPU, tests/distributed/test_kept_tensors.py holds to autograd;
 those of "transformer_engine" were read from its sources (module/layernorm_linear.py, module/grouped_linear.py, dot
 product attention: each saves its inputs) and not measured.
 
@@ -14,7 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
+
+import torch
 
 from chord_megatron.config import ParallelConfig
 from chord_megatron.weights.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture
@@ -240,3 +243,9 @@ def backward_bytes(
             weight *= moe.num_experts / parallel.expert_model_parallel_size
     gathered = 2 * hidden if parallel.sequence_parallel and tp > 1 else 0
     return math.ceil(itemsize * (tokens * (2 * width + streams + gathered) + weight))
+
+
+def layers_here() -> Layers:
+    """Those that a run on this machine would have (backend/acceleration.py)."""
+    is_there = torch.cuda.is_available() and find_spec("transformer_engine") is not None
+    return "transformer_engine" if is_there else "local"

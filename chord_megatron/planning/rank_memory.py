@@ -16,6 +16,7 @@ from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.planning.workload import Workload, workload
+from chord_megatron.system.sentences import size
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.mapping import padded_vocab_size
 
@@ -51,6 +52,29 @@ class RankMemory:
     def peak(self) -> int:
         """The larger of the two."""
         return max(self.training, self.generating)
+
+    @property
+    def always(self) -> int:
+        """However short the rows are."""
+        training = self.state.on_device + self.sampler * self.sampler_stays
+        return max(training, self.beside_sampler + self.sampler)
+
+    @property
+    def state_in_words(self) -> str:
+        """The sum between two steps."""
+        state = self.state
+        parts = f"{size(state.weights)} weights + {size(state.gradients)} gradients + {size(state.optimizer)} optimizer"
+        return f"{size(state.on_device)} a process = {parts}"
+
+    @property
+    def step_in_words(self) -> str:
+        """What training and drawing add to it."""
+        phases = {"in training": (self.training, self._of_training), "in drawing": (self.generating, self._of_drawing)}
+        said = []
+        for phase, (total, parts) in phases.items():
+            added = " + ".join(f"{size(nbytes)} {name}" for name, nbytes in parts.items() if nbytes)
+            said += [f"{size(total)} {phase}, with {added}"] if added else []
+        return "; ".join(said)
 
     def parts(self) -> dict[str, int]:
         """By name, for tables."""

@@ -451,7 +451,7 @@ def write_model(folder: Path, model: str) -> Path:
 
 
 def run(*arguments: str | Path) -> Result:
-    result = CliRunner().invoke(app, [*map(str, arguments)])
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "400"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
 
@@ -532,3 +532,15 @@ def test_a_configuration_that_is_missing_or_would_be_overwritten(tmp_path: Path)
     same = run("plan", config, "--gpus", "8", "--output", config)
     assert same.exit_code == 2
     assert "is the configuration itself; name another file" in same.stderr
+
+
+def test_validate_says_what_a_process_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    config = write_model(tmp_path, "Qwen2.5-7B")
+    result = run("validate", config, "rollout.engine=replay", "rollout.replay_from=r.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert "137.1 GB a process = 15.2 GB weights + 30.5 GB gradients + 91.4 GB optimizer" in result.stdout
+    loaded = load_config(config, ["rollout.engine=replay", "rollout.replay_from=r.jsonl"])
+    arch = read_architecture(tmp_path / "model")
+    (rank,) = rank_memories(loaded, arch, make_plan(loaded, arch, 1), layers="local")
+    assert f"{rank.step_in_words} (Megatron-Core's own modules)" in result.stdout
