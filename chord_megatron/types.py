@@ -136,14 +136,28 @@ class TrainingSample:
         return int(self.loss_mask[1:].sum())
 
 
+class Segment(NamedTuple):
+    """A stretch of tokens that attend to one another causally, and to all of a prompt that stands elsewhere."""
+
+    start: int
+    length: int
+    prompt_start: int = 0
+    prompt_length: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1."""
+    """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1.
+
+    Where sequences share prompts (`token_of`), the model reads `input_ids` and `position_ids`, which are shorter; all
+    the rest has a row for each token of each sequence even so. Under context parallelism it is a rank's share of the
+    sequences (`batching/context_parallel.py`), and all fields speak of that.
+    """
 
     input_ids: Tensor  # int64
     position_ids: Tensor  # int64, restarts at 0 in each sequence
     labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
-    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding is a sequence of its own
+    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding of the whole is a sequence of its own
     rollout_mask: Tensor  # bool, the tokens R of the objective; a weight or an advantage may be 0 inside it
     expert_mask: Tensor  # bool, the tokens E of the objective
     rollout_weights: Tensor  # float32, a_t of the objective; 0 outside the rollout tokens
@@ -156,11 +170,18 @@ class MicroBatch:
     num_tokens: int  # without padding
     max_seqlen: int  # of the longest sequence, padding included
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
+    token_of: Tensor | None = None  # int64, [rows]: the token of `input_ids` that predicts the row; None: the same
+    segments: tuple[Segment, ...] | None = None  # of `input_ids`, in order; None: those of cu_seqlens
 
     @property
     def counts(self) -> Tensor:
         """[tokens] bool: positions whose log-prob enters the objective; nobody needs the others'."""
         return self.rollout_mask | self.expert_mask
+
+    @property
+    def positions(self) -> Tensor:
+        """[tokens] where in its sequence each row is."""
+        return self.position_ids if self.token_of is None else self.position_ids[self.token_of]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -175,8 +196,11 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_rollout_tokens: int  # R of the objective, over all ranks
     num_expert_tokens: int  # E of the objective, over all ranks
-    num_tokens: int  # every non-padding token of the step, over all ranks
+    num_tokens: int  # every non-padding token that is run in the step, over all ranks
     lengths: tuple[int, ...]  # of every sample of the step, over all ranks
+    num_run_rollout_tokens: int  # those of R in rows that are run
+    num_idle_rows: int  # samples that are not run, over all ranks
+    imbalance: float  # largest over mean cost of the data-parallel ranks
 
 
 class LossResult(NamedTuple):
@@ -185,7 +209,8 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar with gradient
     sums: dict[str, Tensor]  # float64 scalars, added over micro-batches and ranks
     maxima: dict[str, Tensor]  # float64 scalars, of which the largest of all micro-batches and ranks is kept
-    rows: dict[str, Tensor]  # [sequences] float64, of each sequence of the micro-batch; padding's are not read
+    # [sequences] float64, of each sequence of the micro-batch, added over ranks that share it; padding's are not read.
+    rows: dict[str, Tensor]
 
 
 class LossTotals(NamedTuple):

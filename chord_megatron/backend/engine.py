@@ -31,6 +31,7 @@ from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.planning.pipeline import attention_length
 from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
@@ -67,9 +68,13 @@ class MegatronEngine:
         check_weights(self._model_dir, self.arch)
         installed = find_installed()
         acceleration = choose_acceleration(
-            installed, data_parallel_size=groups.dp_size, overlap_grad_reduce=optimizer.overlap_grad_reduce
+            installed,
+            data_parallel_size=groups.dp_cp_group.size(),
+            context_parallel_size=groups.cp_size,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce,
         )
         self.acceleration_note = describe(acceleration, installed)
+        self._can_share_prompts = acceleration.share_prompts
         chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
             load_megatron_weights(chunks, self._model_dir, self.arch)
@@ -99,9 +104,13 @@ class MegatronEngine:
         return BatchLayout(
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
+            cp_rank=self.groups.cp_rank,
+            cp_size=self.groups.cp_size,
             pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
+            attention_length=attention_length(self.arch),
+            can_share_prompts=self._can_share_prompts,
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
@@ -129,7 +138,8 @@ class MegatronEngine:
 
         def collect(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
             kinds = [log_probs] if entropy is None else [log_probs, entropy]
-            return log_probs.sum(), 0, dict(enumerate(unpack(micro_batch, values.float()) for values in kinds))
+            rows = (unpack(micro_batch, values.float(), batch.lengths) for values in kinds)
+            return log_probs.sum(), 0, dict(enumerate(rows))
 
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
         kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
@@ -289,9 +299,9 @@ class MegatronEngine:
         )
 
     def _gather(self, values: Tensor) -> Tensor:
-        """On every rank what the last stages of the data-parallel ranks filled in, with zeros elsewhere. In place."""
+        """On every rank what the last stages filled in, each its own tokens, with zeros elsewhere. In place."""
         if self.groups.is_last_stage:
-            dist.all_reduce(values, group=self.groups.dp_group)
+            dist.all_reduce(values, group=self.groups.dp_cp_group)
         if self.groups.pp_size > 1:
             dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
         return values
@@ -318,7 +328,7 @@ class MegatronEngine:
                     row[indices] = values[: len(indices)]
             dist.all_reduce(sums, group=group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(rows, group=self.groups.dp_group)
+            dist.all_reduce(rows, group=group)
             named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
             totals = [LossTotals(*map(dict, named))]
         if self.groups.pp_size > 1:

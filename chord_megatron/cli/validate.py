@@ -59,15 +59,14 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
             f"{plan.completions_per_step} = {plan.prompts_per_step} prompts x {config.rollout.num_generations}",
         ),
         ("expert rows", f"{plan.expert_rows_per_step}"),
-        (
-            "micro-batches",
-            f"{plan.micro_batches_per_step} per data-parallel rank, of up to {train.micro_batch_size} packed sequences",
-        ),
+        ("micro-batches", _micro_batches(config, plan)),
         ("rollouts", f"{config.rollout.engine}, new ones every {plan.steps_per_rollout} step(s)"),
         (
             "layout",
             f"{plan.world_size} processes = TP {parallel.tensor_model_parallel_size}"
-            f" x PP {parallel.pipeline_model_parallel_size} x DP {plan.data_parallel_size}"
+            f" x PP {parallel.pipeline_model_parallel_size}"
+            + f" x CP {parallel.context_parallel_size}" * (parallel.context_parallel_size > 1)
+            + f" x DP {plan.data_parallel_size}"
             + (
                 f", VPP {parallel.virtual_pipeline_model_parallel_size}"
                 * bool(parallel.virtual_pipeline_model_parallel_size)
@@ -95,6 +94,14 @@ def _memory(config: Config, plan: Plan, arch: ModelArchitecture) -> list[tuple[s
     modules = {"local": "Megatron-Core's own modules", "transformer_engine": "TransformerEngine's modules"}[layers]
     beside = ", beside vLLM's share of the GPU" * (config.rollout.vllm_mode == "colocate")
     return [("memory", memory.state_in_words), ("longest rows", f"{memory.step_in_words}{beside} ({modules})")]
+
+
+def _micro_batches(config: Config, plan: Plan) -> str:
+    budget = config.train.max_tokens_per_micro_batch
+    if budget is not None:
+        return f"as many per data-parallel rank as the lengths need, of up to {budget} tokens"
+    size = config.train.micro_batch_size
+    return f"{plan.micro_batches_per_step} per data-parallel rank, of up to {size} packed sequences"
 
 
 def _layers(config: Config, arch: ModelArchitecture) -> str:

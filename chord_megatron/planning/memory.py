@@ -51,8 +51,7 @@ def model_states(config: Config, arch: ModelArchitecture, plan: Plan) -> list[Mo
 
     Bytes per parameter: weights 2 (float32: 4), gradient sums 4, Adam's two moments 8 and, unless the weights are
     float32, their float32 copy 4. The distributed optimizer divides these 12 (8) by the ranks that hold the same
-    parameters: the data-parallel ones (and those of context parallelism), or for experts all ranks of a pipeline
-    stage / EP.
+    parameters: the data-parallel and context-parallel ones, or for experts all ranks of a pipeline stage / EP.
     """
     parallel, rollout = config.parallel, config.rollout
     weight, optimizer = getattr(torch, config.model.dtype).itemsize, _optimizer_bytes(config)

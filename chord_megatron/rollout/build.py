@@ -37,7 +37,7 @@ def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups
 def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> EmbeddedRollout:
     """The engine that samples with the training weights."""
     return EmbeddedRollout(
-        engine, groups.dp_group, groups.device, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
+        engine, groups.dp_cp_group, groups.device, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
     )
 
 

@@ -15,7 +15,7 @@ from chord_megatron.types import RolloutRequest, RolloutSample, SamplingParams
 
 
 class Generator(Protocol):
-    """The part of MegatronEngine that decodes on one data-parallel rank."""
+    """The part of MegatronEngine that decodes on one replica of the model."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
@@ -23,15 +23,18 @@ class Generator(Protocol):
 
 
 class EmbeddedRollout:
-    """Splits the completions of a step over the data-parallel ranks and decodes them in batches."""
+    """Splits the completions of a step over the replicas of the model and decodes them in batches.
+
+    replicas: a rank of each, data-parallel and context-parallel ones: a sequence is decoded by one of them.
+    """
 
     generation_seconds: float | None = None
 
     def __init__(
-        self, engine: Generator, dp_group: dist.ProcessGroup, device: torch.device, *, seed: int, max_batch_size: int
+        self, engine: Generator, replicas: dist.ProcessGroup, device: torch.device, *, seed: int, max_batch_size: int
     ) -> None:
         self._engine = engine
-        self._dp_group, self._device = dp_group, device
+        self._replicas, self._device = replicas, device
         self._seed = seed
         self._max_batch_size = max_batch_size
         self.weights_version: int | None = None
@@ -39,10 +42,10 @@ class EmbeddedRollout:
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine."""
         repeated = request.repeated
-        mine = range(self._dp_group.rank(), len(repeated), self._dp_group.size())
+        mine = range(self._replicas.rank(), len(repeated), self._replicas.size())
         completions = []
         # All ranks call equally often: with experts on other ranks a call is a collective of the replicas.
-        largest_share = -(-len(repeated) // self._dp_group.size())
+        largest_share = -(-len(repeated) // self._replicas.size())
         for start in range(0, largest_share, self._max_batch_size):
             indices = mine[start : start + self._max_batch_size]
             outputs = self._engine.generate(
@@ -51,7 +54,7 @@ class EmbeddedRollout:
                 request.params,
             )
             completions += [Completion(i, *output) for i, output in zip(indices, outputs)]
-        return share_samples(request, completions, self._dp_group, self._device)
+        return share_samples(request, completions, self._replicas, self._device)
 
     def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """Nothing to do: the trainer's weights are the sampler's."""

@@ -12,7 +12,7 @@ import torch
 from forked import launch
 from safetensors.torch import load_file
 from selection import selected
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS
+from tiny_families import CP_2, EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS
 from tiny_families import MODELS as NAMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -34,6 +34,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 3, uneven": (3, {"pipeline_model_parallel_size": 3, "pipeline_layout": [1, 3, 0]}),
     "EP 2": (2, EP_2),
     "TP 2 + SP x EP 2": (2, TP_2 | EP_2),
+    "CP 2": (2, CP_2),
+    "CP 2 x EP 2": (2, CP_2 | EP_2),  # a sequence's tokens on both ranks, which serve each other's experts
 }
 
 
@@ -194,6 +196,17 @@ def test_a_training_step_is_the_same_under_every_layout(
     errors = [abs(here[key] - alone[key]) / alone[key] for key in ("loss", "grad_norm")]
     measure(f"loss and gradient norm of any family, {layout} from TP 1", max(errors))
     assert max(errors) <= 1e-5
+
+
+@each_case
+def test_a_prompt_read_once_changes_nothing(
+    layout: str, model: str, answers: Answers, measure: Callable[[str, float], None]
+) -> None:
+    """Log-probs and gradient norm of rows that share it, under every kind of attention."""
+    (shared, norm), (apart, norm_apart) = answers[layout, model]["shared"], answers[layout, model]["apart"]
+    error = max((ours - theirs).abs().max().item() for ours, theirs in zip(shared, apart, strict=True))
+    measure(f"log-probs of any family, shared prompts, {layout}", error)
+    assert error <= 1e-5 and norm == pytest.approx(norm_apart, rel=1e-5)
 
 
 @each_case

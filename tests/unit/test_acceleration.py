@@ -42,22 +42,26 @@ def test_the_choice(facts: tuple[bool, bool, bool], choice: tuple, adam: str, da
     installed = Installed(*facts, adam)
     chosen = choose_acceleration(installed, data_parallel_size=data_parallel_size, overlap_grad_reduce=asked)
     overlaps = data_parallel_size == 2 and (facts[0] if asked is None else asked)
-    assert chosen == Acceleration(*choice, overlaps)
+    assert chosen == Acceleration(*choice, overlaps, share_prompts=chosen.transformer_impl == "local")
+    assert not choose_acceleration(installed, context_parallel_size=2).share_prompts
 
 
 def test_the_line_of_a_run():
     bare, full = Installed(False, False, False, "torch"), Installed(True, True, True, "Apex")
     assert describe(choose_acceleration(bare), bare) == (
         "layers: Megatron local (TransformerEngine needs a GPU), Adam: torch, "
-        "gradient accumulation: unfused (Apex's kernel needs a GPU), gradient reduction: not overlapped"
+        "gradient accumulation: unfused (Apex's kernel needs a GPU), gradient reduction: not overlapped, "
+        "shared prompts: read once a micro-batch"
     )
     assert describe(choose_acceleration(full, data_parallel_size=2), full) == (
-        "layers: TransformerEngine, Adam: Apex, gradient accumulation: fused, gradient reduction: overlapped"
+        "layers: TransformerEngine, Adam: Apex, gradient accumulation: fused, gradient reduction: overlapped, "
+        "shared prompts: read by each row"
     )
     only_gpu = Installed(True, False, False, "torch")
     assert describe(choose_acceleration(only_gpu), only_gpu) == (
         "layers: Megatron local (TransformerEngine not installed), Adam: torch, "
-        "gradient accumulation: unfused (Apex's kernel not installed), gradient reduction: not overlapped"
+        "gradient accumulation: unfused (Apex's kernel not installed), gradient reduction: not overlapped, "
+        "shared prompts: read once a micro-batch"
     )
 
 
