@@ -12,10 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -27,6 +24,7 @@ from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
+from chord_megatron.backend.optimizer import build_optimizer, build_scheduler
 from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
@@ -82,8 +80,8 @@ class MegatronEngine:
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
             overlap_grad_reduce=acceleration.overlap_grad_reduce,
         )
-        self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
-        self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
+        self._optimizer = build_optimizer(optimizer, model, self._chunks)
+        self._scheduler = build_scheduler(self._optimizer, optimizer, train_iters)
         self._clip_grad = optimizer.clip_grad
         self._bucket_bytes = model.export_bucket_megabytes * 10**6
         self.policy_version = 0  # optimizer steps that the weights have taken
@@ -339,35 +337,3 @@ def _forward_step(
 ) -> tuple[Any, Callable]:
     batch = next(data_iterator)
     return run_micro_batch(model, batch, compute_entropy=compute_entropy), lambda result: loss_fn(*result, batch)
-
-
-def _optimizer_config(optimizer: OptimizerConfig, model: ModelConfig) -> MegatronOptimizerConfig:
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        bf16=model.dtype == "bfloat16",
-        params_dtype=torch.bfloat16 if model.dtype == "bfloat16" else torch.float32,
-        use_distributed_optimizer=optimizer.use_distributed_optimizer,
-        **{
-            key: getattr(optimizer, key)
-            for key in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
-        },
-    )
-
-
-def _build_scheduler(megatron_optimizer: Any, config: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        megatron_optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=max(train_iters, config.lr_warmup_iters + 1),
-        lr_decay_style=config.lr_decay_style,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # The configuration rules, so that a finished run goes on with a larger train_iters.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
