@@ -16,6 +16,7 @@ from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 Metrics = Mapping[str, float | int | None]  # a line of metrics.jsonl or a part of one; None: nothing to measure
+LIVE = -1  # in place of an expert's number: the router chooses, as it is in that pass
 
 
 def foreign_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
@@ -88,6 +89,7 @@ class RolloutSample:
     rollout_log_probs: Tensor  # float32, of the sampler, at its temperature; 0 outside the mask
     policy_version: int  # optimizer steps taken by the weights that sampled it
     finish_reason: FinishReason
+    routing: Tensor | None = None  # [length, layers with experts, top k] int16, of the sampler; LIVE where it has none
 
     @property
     def response_tokens(self) -> list[int]:
@@ -129,6 +131,7 @@ class TrainingSample:
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
     token_weights: float | Tensor = 1.0  # or [length]; they do not enter the denominator
     row: int | None = None  # number in its data set, of an expert's
+    routing: Tensor | None = None  # [length, layers with experts, top k] int16: the experts of its update, or LIVE
 
     @property
     def num_loss_tokens(self) -> int:
@@ -156,6 +159,8 @@ class MicroBatch:
     num_tokens: int  # without padding
     max_seqlen: int  # of the longest sequence, padding included
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
+    # [tokens, layers with experts, top k] int16: the experts of the token at the position itself, or LIVE
+    routing: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -194,6 +199,14 @@ class LossTotals(NamedTuple):
     sums: dict[str, float]
     maxima: dict[str, float]
     rows: dict[str, list[float]]  # by name, in the order of the step's samples
+
+
+class RoutingCounts(NamedTuple):
+    """What the routers of all layers and ranks did with the tokens of a step."""
+
+    load: Tensor  # [layers with experts, experts] int64: tokens that each expert served
+    replayed: int  # choices of an expert that were replayed
+    differing: int  # of these, what the router itself would not have chosen
 
 
 class GradientComparison(NamedTuple):

@@ -25,11 +25,21 @@ from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
 from chord_megatron.backend.optimizer import build_optimizer, build_scheduler
+from chord_megatron.backend.router_replay import ChunkRouters, count_routing, listening, of_samples
 from chord_megatron.batching.packing import BatchLayout, unpack
+from chord_megatron.batching.routing import routed_live
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
+from chord_megatron.types import (
+    GlobalBatch,
+    GradientComparison,
+    LossResult,
+    LossTotals,
+    MicroBatch,
+    RoutingCounts,
+    SamplingParams,
+)
 from chord_megatron.weights.hf_config import read_architecture
 
 
@@ -105,12 +115,12 @@ class MegatronEngine:
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
-        reference: of the frozen initial model instead of the current one.
+        reference: of the frozen initial model instead of the current one; its own routers choose.
         """
         self._assert_here("model")
         if reference:
             self._swap_reference()
-        (log_probs,) = self._of_each_token(batch, compute_entropy=False)
+        (log_probs,) = self._of_each_token(routed_live(batch) if reference else batch, compute_entropy=False)
         if reference:
             self._swap_reference()
         return log_probs
@@ -120,6 +130,18 @@ class MegatronEngine:
         self._assert_here("model")
         log_probs, entropies = self._of_each_token(batch, compute_entropy=True)
         return log_probs, entropies
+
+    @contextlib.contextmanager
+    def recorded_routing(self, batch: GlobalBatch) -> Iterator[list[Tensor]]:
+        """Of one pass over the batch within: the experts of each sample's tokens (TrainingSample.routing), at the end.
+
+        Of a model without experts the list stays empty.
+        """
+        rows: list[Tensor] = []
+        with listening(self._routers) as heard:
+            yield rows
+        if self.arch.moe is not None:
+            rows.extend(of_samples(heard, batch, self.arch, self.groups))
 
     @torch.no_grad()
     def _of_each_token(self, batch: GlobalBatch, *, compute_entropy: bool) -> list[list[Tensor]]:
@@ -142,6 +164,8 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        for routers in self._routers:
+            routers.take_counts()  # of other passes
 
         def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, LossResult]:
             result = loss_fn(log_probs, entropy, micro_batch)
@@ -155,6 +179,10 @@ class MegatronEngine:
         self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
         return totals
+
+    def count_routing(self) -> RoutingCounts | None:
+        """What the routers did in the last `forward_backward`; None of a model without experts."""
+        return count_routing(self._routers) if self.arch.moe is not None else None
 
     def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
         """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.
@@ -204,14 +232,20 @@ class MegatronEngine:
         return OptimizerStep(grad_norm, lr, stepped)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
-    ) -> list[tuple[Tensor, Tensor]]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        record_routing: bool = False,
+    ) -> list[tuple[Tensor, ...]]:
         """(completion tokens int32, their log-probs float32) of each prompt, on the host, by KV-cache decoding.
 
-        seeds: what each completion's random numbers are drawn from; nothing else influences them.
+        seeds: what each completion's random numbers are drawn from; nothing else influences them. record_routing: and,
+        as a third, the experts of the tokens of prompt and completion (RolloutSample.routing).
         """
         self._assert_here("model")
-        return generate_batch(self._chunks, prompts, seeds, params, self.groups)
+        return generate_batch(self._chunks, prompts, seeds, params, self.groups, record_routing=record_routing)
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of the current weights, in the order of `hf_tensors`; every rank must exhaust it."""
@@ -265,6 +299,10 @@ class MegatronEngine:
                     self._spare_host_memory[part] = self._host_memory.pop(part)
                     self._spare_host_memory[part].restore()
 
+    @property
+    def _routers(self) -> list[ChunkRouters]:
+        return [unwrap(chunk).routers for chunk in self._chunks]
+
     def _assert_here(self, *needed: str) -> None:
         missing = " and ".join(sorted(self._host_memory.keys() & set(needed)))
         assert not missing, f"the {missing} is offloaded: leave the `offloaded` context first"
@@ -276,7 +314,7 @@ class MegatronEngine:
         micro_batches = [micro_batch.to(self.groups.device) for micro_batch in batch.micro_batches]
         # Each model chunk of an interleaved pipeline walks through the same micro-batches.
         iterators = [iter(micro_batches) for _ in self._chunks]
-        return get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss_fn, compute_entropy),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
@@ -285,6 +323,9 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        for routers in self._routers:
+            routers.batch = None  # of the last layers that were run again
+        return outputs
 
     def _gather(self, values: Tensor) -> Tensor:
         """On every rank what the last stages of the data-parallel ranks filled in, with zeros elsewhere. In place."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.releases import inference_flag
+from chord_megatron.backend.router_replay import CompletionRouting, listening
 from chord_megatron.ops.sampling import sample_tokens, uniform_numbers
 from chord_megatron.types import SamplingParams
 
@@ -33,17 +34,21 @@ def generate_batch(
     seeds: Sequence[Sequence[int]],
     params: SamplingParams,
     groups: ParallelGroups,
-) -> list[tuple[Tensor, Tensor]]:
+    *,
+    record_routing: bool = False,
+) -> list[tuple[Tensor, ...]]:
     """(tokens int32, log-probs float32) of one completion for each prompt, on the host; an end token is part of it.
+
+    record_routing: and, as a third, which experts served the tokens of prompt and completion (RolloutSample.routing).
 
     A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches. Under
     expert parallelism replicas serve each other in every layer: all of them have to call it, some perhaps without
     prompts.
     """
     if prompts:
-        return _decode(chunks, prompts, seeds, params, groups, is_done=False)
+        return _decode(chunks, prompts, seeds, params, groups, is_done=False, record_routing=record_routing)
     if groups.ep_size > 1:
-        _decode(chunks, [[0]], [[0]], params, groups, is_done=True)
+        _decode(chunks, [[0]], [[0]], params, groups, is_done=True, record_routing=False)
     return []
 
 
@@ -55,7 +60,8 @@ def _decode(
     groups: ParallelGroups,
     *,
     is_done: bool,
-) -> list[tuple[Tensor, Tensor]]:
+    record_routing: bool,
+) -> list[tuple[Tensor, ...]]:
     """See generate_batch. A replica that is done, perhaps from the start, goes on with one row for the others."""
     device = groups.device
     tokens, hidden = _left_pad(prompts, device)
@@ -69,9 +75,12 @@ def _decode(
     # CUDA sums need not be the same twice; and an expert computes the tensor-parallel ranks' copies of a token as
     # other rows of one matrix. A token that then differs between the ranks would be a deadlock.
     may_differ = device.type == "cuda" or unwrap(chunks[0]).config.num_moe_experts is not None
-    with _inference_mode(chunks):
+    routers = [unwrap(chunk).routers for chunk in chunks]
+    with _inference_mode(chunks), listening(routers if record_routing else []) as heard:
+        routing = CompletionRouting(heard, routers[0].arch, groups)
         for position in range(params.max_completion_length):
             logits = decoder.forward(tokens, hidden)
+            routing.note(alive, hidden.shape[1])
             drawn, drawn_log_probs = _sample_on_last_stage(
                 logits, uniforms[alive, position], params, len(alive), groups, may_differ=may_differ
             )
@@ -90,8 +99,11 @@ def _decode(
                 decoder.keep_rows(going_on)
             tokens = drawn[:, None]
             hidden = torch.cat([hidden, hidden.new_zeros(len(alive), 1)], dim=1)
-    rows = zip(completions.cpu(), log_probs.cpu(), lengths.tolist())
-    return [(row[:length], row_log_probs[:length]) for row, row_log_probs, length in rows]
+    kept = lengths.tolist()
+    drawn_rows = [[row[:length] for row, length in zip(rows.cpu(), kept)] for rows in (completions, log_probs)]
+    if record_routing:
+        drawn_rows.append(routing.of_completions([len(prompt) for prompt in prompts], kept))
+    return [*zip(*drawn_rows, strict=True)]
 
 
 def _may_stop(is_done: bool, groups: ParallelGroups) -> bool:

@@ -20,6 +20,7 @@ from chord_megatron.backend.acceleration import Acceleration, choose_acceleratio
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.layer_specs import block_spec
 from chord_megatron.backend.rope import scaled_inverse_frequencies
+from chord_megatron.backend.router_replay import ChunkRouters
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.ops.linear_log_probs import linear_log_probs
@@ -45,6 +46,7 @@ class CausalLM(GPTModel):
     """GPTModel that returns (log_probs, entropy or None) of its Targets, [tokens] each; without Targets, logits."""
 
     real_vocab_size: int  # without the padding columns
+    routers: ChunkRouters
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
@@ -92,6 +94,7 @@ def build_model_chunks(
             vp_stage=stage,
         ).to(groups.device)
         chunk.real_vocab_size = arch.vocab_size
+        chunk.routers = ChunkRouters(chunk, arch, groups)
         if isinstance(arch.rope_scaling, LinearRope | Llama3Rope):
             _scale_rotary_embeddings(chunk, arch, arch.rope_scaling, groups.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
@@ -150,19 +153,20 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
 
 def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entropy: bool) -> Any:
     """What a chunk makes of packed sequences: (log_probs, entropy or None) on the last stage, else hidden states."""
-    return chunk(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=None,
-        labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=batch.cu_seqlens,
-            cu_seqlens_kv=batch.cu_seqlens,
-            max_seqlen_q=batch.max_seqlen,
-            max_seqlen_kv=batch.max_seqlen,
-        ),
-    )
+    with unwrap(chunk).routers.running(batch):
+        return chunk(
+            input_ids=batch.input_ids[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy),
+            packed_seq_params=PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=batch.cu_seqlens,
+                cu_seqlens_kv=batch.cu_seqlens,
+                max_seqlen_q=batch.max_seqlen,
+                max_seqlen_kv=batch.max_seqlen,
+            ),
+        )
 
 
 def unwrap(chunk: torch.nn.Module) -> CausalLM:

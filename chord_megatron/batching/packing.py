@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chord_megatron.algorithm.aggregation import Mean, aggregation_weights
+from chord_megatron.batching.routing import pack_routing
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 TOKEN_MEAN = Mean()
@@ -125,6 +126,7 @@ def pack(
         num_tokens=num_tokens,
         max_seqlen=max(boundaries),
         sample_indices=tuple(indices),
+        routing=pack_routing([sample.routing for sample in chosen], [*lengths, padding]),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ class _LogProbs(NamedTuple):
     old: list[Tensor] | None
     ref: list[Tensor] | None
     entropies: list[Tensor] | None
+    routing: list[Tensor] | None  # of the pass that old log-probs are from
 
 
 class RolloutStream:
@@ -127,7 +129,7 @@ class RolloutStream:
     def _to_samples(self, scored: ScoredRollouts) -> list[TrainingSample]:
         """Advantages, and the log-probs of the policy that drew the completions and of the reference."""
         config, grpo = self._config, self._config.grpo
-        old, ref, entropies = self._log_probs(scored.rollouts)
+        old, ref, entropies, routing = self._log_probs(scored.rollouts)
         if grpo.kl_in_reward:
             assert old is not None and ref is not None
             penalties = (grpo.beta * (a.double() - b.double()).sum().item() for a, b in zip(old, ref))
@@ -145,6 +147,8 @@ class RolloutStream:
             samples = [dataclasses.replace(sample, old_log_probs=row) for sample, row in zip(samples, old)]
         if ref is not None:
             samples = [dataclasses.replace(sample, ref_log_probs=row) for sample, row in zip(samples, ref)]
+        if routing is not None:
+            samples = [dataclasses.replace(sample, routing=row) for sample, row in zip(samples, routing)]
         if entropies is not None:
             samples = self._most_uncertain(samples, entropies)
         return samples
@@ -160,9 +164,10 @@ class RolloutStream:
         """What the objective needs of these. Filtered completions have theirs: their rewards are in the advantages."""
         grpo, engine = self._config.grpo, self._sampler.engine
         wants_entropies = grpo.top_entropy_quantile < 1
+        replays = self._config.rollout.router_replay == "trainer"  # planning: with more than one update a completion
         wants_old = self._plan.steps_per_rollout > 1 or grpo.kl_in_reward
         if not (wants_entropies or wants_old or grpo.beta):
-            return _LogProbs(None, None, None)
+            return _LogProbs(None, None, None, None)
         samples = rollout_training_samples(
             rollouts, torch.zeros(len(rollouts)), temperature=self._config.rollout.temperature, overlong_filter=False
         )
@@ -171,9 +176,10 @@ class RolloutStream:
                 samples, engine.batch_layout, micro_batch_size=self._config.train.micro_batch_size
             )
             old, entropies = None, None
-            if wants_entropies:
-                old, entropies = engine.compute_log_probs_and_entropies(batch)
-            elif wants_old:
-                old = engine.compute_log_probs(batch)
+            with engine.recorded_routing(batch) if replays else nullcontext() as routing:
+                if wants_entropies:
+                    old, entropies = engine.compute_log_probs_and_entropies(batch)
+                elif wants_old:
+                    old = engine.compute_log_probs(batch)
             ref = engine.compute_log_probs(batch, reference=True) if grpo.beta else None
-        return _LogProbs(old, ref, entropies)
+        return _LogProbs(old, ref, entropies, routing)

@@ -23,6 +23,7 @@ from chord_megatron.tracking.step_metrics import (
     idle_row_fraction,
     loss_metrics,
     rollout_metrics,
+    router_metrics,
 )
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream
@@ -72,12 +73,14 @@ class ChordTrainer:
             with self.timer("train"):
                 gradients = self.compare_gradients(batch) if self.is_diagnosed(step) else None
                 totals = self.engine.forward_backward(batch, self.loss(mu))
+                routing = self.engine.count_routing()
                 update = self.engine.optimizer_step()
         described = self.describe(rollouts.scored)
         self.mu.observe(step, described["reward_mean"], gradients)
         metrics = {
             **loss_metrics(totals, batch, self.objective, mu),
             "idle_row_fraction": idle_row_fraction(totals, len(rollouts.samples)),
+            **router_metrics(routing),
             "grad_norm": update.grad_norm,
             **(gradient_metrics(gradients, mu) if self.is_diagnosed(step) else {}),
             "lr": update.lr,
