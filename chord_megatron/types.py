@@ -139,12 +139,26 @@ class TrainingSample:
         return int(self.loss_mask[1:].sum())
 
 
+class Segment(NamedTuple):
+    """A stretch of tokens that attend to one another causally, and to all of a prompt that stands elsewhere."""
+
+    start: int
+    length: int
+    prompt_start: int = 0
+    prompt_length: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1."""
+    """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1.
+
+    Where sequences share prompts (`token_of`), what the model reads (`input_ids`, `position_ids`, `is_token`,
+    `routing`) is shorter; all the rest has a row for each token of each sequence even so.
+    """
 
     input_ids: Tensor  # int64
     position_ids: Tensor  # int64, restarts at 0 in each sequence
+    is_token: Tensor  # bool, of `input_ids`: False at padding
     labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
     cu_seqlens: Tensor  # [num_sequences + 1] int32, padding is a sequence of its own
     rollout_mask: Tensor  # bool, the tokens R of the objective; a weight or an advantage may be 0 inside it
@@ -159,6 +173,8 @@ class MicroBatch:
     num_tokens: int  # without padding
     max_seqlen: int  # of the longest sequence, padding included
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
+    token_of: Tensor | None = None  # int64, [rows]: the token of `input_ids` that predicts the row; None: the same
+    segments: tuple[Segment, ...] | None = None  # of `input_ids`, in order; None: those of cu_seqlens
     # [tokens, layers with experts, top k] int16: the experts of the token at the position itself, or LIVE
     routing: Tensor | None = None
 
@@ -180,8 +196,11 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_rollout_tokens: int  # R of the objective, over all ranks
     num_expert_tokens: int  # E of the objective, over all ranks
-    num_tokens: int  # every non-padding token of the step, over all ranks
+    num_tokens: int  # every non-padding token that is run in the step, over all ranks
     lengths: tuple[int, ...]  # of every sample of the step, over all ranks
+    num_run_rollout_tokens: int  # those of R in rows that are run
+    num_idle_rows: int  # samples that are not run, over all ranks
+    imbalance: float  # largest over mean cost of the data-parallel ranks
 
 
 class LossResult(NamedTuple):

@@ -31,6 +31,7 @@ from chord_megatron.batching.routing import routed_live
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.planning.pipeline import attention_length
 from chord_megatron.types import (
     GlobalBatch,
     GradientComparison,
@@ -110,6 +111,8 @@ class MegatronEngine:
             pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
+            attention_length=attention_length(self.arch),
+            can_share_prompts=model.config.transformer_impl == "local",
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
@@ -377,4 +380,6 @@ def _forward_step(
     loss_fn: Callable, compute_entropy: bool, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Any, Callable]:
     batch = next(data_iterator)
-    return run_micro_batch(model, batch, compute_entropy=compute_entropy), lambda result: loss_fn(*result, batch)
+    with unwrap(model).routers.running(batch):
+        output = run_micro_batch(model, batch, compute_entropy=compute_entropy)
+    return output, lambda result: loss_fn(*result, batch)

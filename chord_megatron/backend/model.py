@@ -11,15 +11,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from chord_megatron.backend.acceleration import Acceleration, choose_acceleration, find_installed
+from chord_megatron.backend.attention import SegmentedSequences
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.layer_specs import block_spec
-from chord_megatron.backend.rope import scaled_inverse_frequencies
+from chord_megatron.backend.rope import PositionsBelow, scaled_inverse_frequencies, take_positions
 from chord_megatron.backend.router_replay import ChunkRouters
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
@@ -40,6 +42,7 @@ class Targets:
     temperatures: Tensor
     valid: Tensor  # bool; elsewhere log-probs and entropy are 0
     compute_entropy: bool
+    token_of: Tensor | None = None  # int64, where each is predicted from; None: the hidden state in its place
 
 
 class CausalLM(GPTModel):
@@ -51,16 +54,32 @@ class CausalLM(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        if labels.token_of is None:
+            return self._log_probs(hidden_states.squeeze(1), labels, self.config.sequence_parallel)
+        return self._log_probs_of_rows(hidden_states.squeeze(1), labels, labels.token_of)
+
+    def _log_probs_of_rows(self, hidden_states: Tensor, labels: Targets, token_of: Tensor) -> Any:
+        """Of those Targets that count, each from its token's hidden state: one may predict several."""
+        if self.config.sequence_parallel:  # any rank may have it; the head sums the gradient over TP
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        rows = labels.valid.nonzero().squeeze(1)
+        targets = Targets(labels.tokens[rows], labels.temperatures[rows], labels.valid[rows], labels.compute_entropy)
+        found = self._log_probs(hidden_states[token_of[rows]], targets, sequence_parallel=False)
+        return [x if x is None else x.new_zeros(len(token_of)).index_copy(0, rows, x) for x in found]
+
+    def _log_probs(self, hidden_states: Tensor, labels: Targets, sequence_parallel: bool) -> Any:
         is_tied = self.share_embeddings_and_output_weights
         return linear_log_probs(
-            hidden_states.squeeze(1),
+            hidden_states,
             self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight,
             labels.tokens,
             tp_group=self.pg_collection.tp,
             vocab_size=self.real_vocab_size,
             temperature=labels.temperatures,
             valid=labels.valid,
-            sequence_parallel=self.config.sequence_parallel,
+            sequence_parallel=sequence_parallel,
             compute_entropy=labels.compute_entropy,
         )
 
@@ -97,6 +116,9 @@ def build_model_chunks(
         chunk.routers = ChunkRouters(chunk, arch, groups)
         if isinstance(arch.rope_scaling, LinearRope | Llama3Rope):
             _scale_rotary_embeddings(chunk, arch, arch.rope_scaling, groups.device)
+        for module in chunk.modules():
+            if isinstance(module, RotaryEmbedding):
+                module.register_forward_hook(take_positions)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
         _prepare_experts(chunk)
     return chunks
@@ -153,20 +175,24 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
 
 def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entropy: bool) -> Any:
     """What a chunk makes of packed sequences: (log_probs, entropy or None) on the last stage, else hidden states."""
-    with unwrap(chunk).routers.running(batch):
-        return chunk(
-            input_ids=batch.input_ids[None],
-            position_ids=batch.position_ids[None],
-            attention_mask=None,
-            labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy),
-            packed_seq_params=PackedSeqParams(
-                qkv_format="thd",
-                cu_seqlens_q=batch.cu_seqlens,
-                cu_seqlens_kv=batch.cu_seqlens,
-                max_seqlen_q=batch.max_seqlen,
-                max_seqlen_kv=batch.max_seqlen,
-            ),
-        )
+    return chunk(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        attention_mask=None,
+        labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy, batch.token_of),
+        packed_seq_params=_packed(batch),
+    )
+
+
+def _packed(batch: MicroBatch) -> PackedSeqParams:
+    if batch.segments is None:
+        bounds, longest = batch.cu_seqlens, batch.max_seqlen
+        return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    bounds = torch.tensor([0, len(batch.input_ids)], dtype=torch.int32)  # on the host, where RoPE reads it
+    longest = PositionsBelow(batch.max_seqlen, batch.position_ids)
+    return SegmentedSequences(
+        "thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, segments=batch.segments
+    )
 
 
 def unwrap(chunk: torch.nn.Module) -> CausalLM:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from chord_megatron.backend.groups import ParallelGroups
-from chord_megatron.batching.routing import places_in_step
+from chord_megatron.batching.routing import rows_in_step
 from chord_megatron.types import LIVE, GlobalBatch, MicroBatch, RoutingCounts
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -78,8 +79,7 @@ class ChunkRouters:
             self.heard.append(Heard(self.batch, layer, chosen.to(torch.int16)))
         # Once in each update: passes without a gradient are others, or will be run again for theirs.
         if self.batch is not None and torch.is_grad_enabled():
-            tokens = torch.arange(len(self.batch.input_ids), device=live.device)  # and padding behind them
-            is_token = self._of_this_rank(tokens < self.batch.num_tokens, len(live))
+            is_token = self._of_this_rank(self.batch.is_token, len(live))
             self._load[layer].index_add_(0, chosen.flatten(), is_token.repeat_interleave(chosen.shape[1]).long())
             if differs is not None:
                 self._replayed += torch.stack([is_given.expand_as(differs).sum(), differs.sum()])
@@ -144,13 +144,15 @@ def of_samples(
     A collective call of all ranks. Tokens that the pass did not have are LIVE.
     """
     table = _Table(sum(batch.lengths), arch, groups.device)
+    rows_of = cache(partial(rows_in_step, lengths=batch.lengths))
     for micro_batch, layer, experts in heard:
         assert micro_batch is not None
         is_slice = len(experts) < len(micro_batch.input_ids)  # else each tensor-parallel rank has them all
         if is_slice or groups.tp_rank == 0:
-            first = groups.tp_rank * len(experts) * is_slice
-            places = places_in_step(micro_batch, batch.lengths)[first:][: len(experts)]
-            table.write(layer, places, experts[: len(places)])
+            places, tokens = rows_of(micro_batch)
+            tokens = tokens - groups.tp_rank * len(experts) * is_slice
+            is_here = (tokens >= 0) & (tokens < len(experts))
+            table.write(layer, places[is_here], experts[tokens[is_here]])
     return [*table.merged([None]).split(batch.lengths)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,11 +30,14 @@ def routed_live(batch: GlobalBatch) -> GlobalBatch:
     return replace(batch, micro_batches=tuple(replace(each, routing=None) for each in batch.micro_batches))
 
 
-def places_in_step(batch: MicroBatch, lengths: Sequence[int]) -> Tensor:
-    """[tokens without padding] int64: each token's place among all tokens of the step, sample behind sample.
+def rows_in_step(batch: MicroBatch, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of each row but padding: its place among the tokens of the step's samples, and which of `input_ids` it is.
 
-    lengths: of the step's samples.
+    [rows] int64 both, on the host. lengths: of the samples, whose tokens stand one behind the other.
     """
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    parts = [torch.arange(starts[i], starts[i + 1]) for i in batch.sample_indices]
-    return torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+    bounds = batch.cu_seqlens.tolist()
+    rows = [torch.arange(start, stop) for start, stop in itertools.pairwise(bounds)][: len(batch.sample_indices)]
+    places = [starts[index] + row - row[0] for index, row in zip(batch.sample_indices, rows)]
+    own = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
+    return torch.cat([own[:0], *places]), own if batch.token_of is None else batch.token_of.cpu()[own]

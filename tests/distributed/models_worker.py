@@ -70,6 +70,7 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
     answers["greedy"] = [tokens for tokens, _ in generate(engine, prompts, seeds, greedy)]
 
+    answers["apart"], answers["shared"] = (rows_of_one_prompt(engine, questions, shares) for shares in (False, True))
     answers["loss"], answers["grad_norm"] = train_step(engine, samples)
     answers["trained_weights"] = copy_weights(engine)
     answers["trained_log_probs"] = log_probs(samples)
@@ -123,6 +124,21 @@ def train_step(engine: MegatronEngine, samples: list[TrainingSample]) -> tuple[f
     step = engine.optimizer_step()
     assert step.stepped
     return totals.sums["loss_expert"], step.grad_norm
+
+
+def rows_of_one_prompt(
+    engine: MegatronEngine, questions: dict[str, Any], shares_prompts: bool
+) -> tuple[list[Tensor], float]:
+    """(log-probs, gradient norm) of rows that begin alike, in micro-batches of all of them."""
+    prompt, *endings = sorted(questions["sequences"], key=len, reverse=True)
+    rows = [torch.tensor([*prompt, *ending]) for ending in endings]
+    samples = [TrainingSample(r, torch.arange(len(r)) >= len(prompt), is_expert=True, temperature=1.0) for r in rows]
+    batch = build_global_batch(samples, engine.batch_layout, micro_batch_size=len(rows), shares_prompts=shares_prompts)
+    assert (batch.micro_batches[0].token_of is not None) == shares_prompts
+    log_probs = engine.compute_log_probs(batch)
+    objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2))
+    engine.forward_backward(batch, partial(chord_loss, objective=objective, mu=1.0))
+    return log_probs, engine._gradient_norm()
 
 
 def copy_weights(engine: MegatronEngine) -> dict[str, Tensor]:

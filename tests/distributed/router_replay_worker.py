@@ -40,7 +40,8 @@ def main(questions: dict[str, Any], results: Path) -> None:
             for path in questions["models"][name]:  # as it was drawn from, and as it has become
                 model = ModelConfig(path=path, dtype="float32", recompute=settings["recompute"])
                 engine = MegatronEngine(model, parallel, OptimizerConfig(), groups, train_iters=2, keep_reference=True)
-                interviews.append(Interview(engine, questions, settings["micro_batch_size"]))
+                packing = {key: settings[key] for key in ("micro_batch_size", "shares_prompts")}
+                interviews.append(Interview(engine, questions, packing))
             answers[layout, name] = answer(*interviews)
     if groups.rank == 0:
         torch.save(answers, results)
@@ -75,7 +76,7 @@ class Interview:
 
     engine: MegatronEngine
     questions: dict[str, Any]
-    micro_batch_size: int
+    packing: dict[str, Any]
 
     def draw(self) -> list[tuple[list[int], Tensor, Tensor]]:
         """(prompt and completion, experts while it was drawn, and when it is scored) of each prompt."""
@@ -86,7 +87,7 @@ class Interview:
         assert all(torch.equal(row[0], other[0]) and len(other) == 2 for row, other in zip(drawn, unheard, strict=True))
         sequences = [[*prompt, *row[0].tolist()] for prompt, row in zip(prompts, drawn)]
         samples = [TrainingSample(torch.tensor(s), torch.ones(len(s)) > 0, True, 1.0) for s in sequences]
-        batch = build_global_batch(samples, self.engine.batch_layout, micro_batch_size=self.micro_batch_size)
+        batch = build_global_batch(samples, self.engine.batch_layout, **self.packing)
         with self.engine.recorded_routing(batch) as scored:
             self.engine.compute_log_probs(batch)
         return [(sequence, row[2], routing) for sequence, row, routing in zip(sequences, drawn, scored, strict=True)]
@@ -109,7 +110,7 @@ class Interview:
             for tokens in self.questions["experts"]
         ]
         samples = [sample for pair in zip(rollouts, experts, strict=True) for sample in pair]
-        return build_global_batch(samples, self.engine.batch_layout, micro_batch_size=self.micro_batch_size)
+        return build_global_batch(samples, self.engine.batch_layout, **self.packing)
 
     def choices(self, routing: Rows) -> list[Tensor]:
         """What the routers choose for the rollouts in a pass over them, where they may."""

@@ -197,6 +197,17 @@ def test_a_training_step_is_the_same_under_every_layout(
 
 
 @each_case
+def test_a_prompt_read_once_changes_nothing(
+    layout: str, model: str, answers: Answers, measure: Callable[[str, float], None]
+) -> None:
+    """Log-probs and gradient norm of rows that share it, under every kind of attention."""
+    (shared, norm), (apart, norm_apart) = answers[layout, model]["shared"], answers[layout, model]["apart"]
+    error = max((ours - theirs).abs().max().item() for ours, theirs in zip(shared, apart, strict=True))
+    measure(f"log-probs of any family, shared prompts, {layout}", error)
+    assert error <= 1e-5 and norm == pytest.approx(norm_apart, rel=1e-5)
+
+
+@each_case
 def test_the_reference_stays_frozen(layout: str, model: str, answers: Answers) -> None:
     """After a training step it has the log-probs from before, and asking for them changes no weight."""
     of_model = answers[layout, model]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chord_megatron.backend.router_replay import ChunkRouters, Heard, _LayerChoice, listening
 from chord_megatron.batching.packing import BatchLayout, build_global_batch
-from chord_megatron.batching.routing import pack_routing, places_in_step, routed_live
+from chord_megatron.batching.routing import pack_routing, routed_live, rows_in_step
 from chord_megatron.tracking.step_metrics import router_metrics
 from chord_megatron.types import LIVE, MicroBatch, RoutingCounts, TrainingSample
 from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
@@ -56,8 +56,10 @@ def routing(*rows: Any) -> Tensor:
     return torch.tensor(rows, dtype=torch.int16)
 
 
-def sample(length: int, given: Tensor | None = None, *, is_expert: bool = False) -> TrainingSample:
-    mask = torch.ones(length, dtype=torch.bool)
+def sample(
+    length: int, given: Tensor | None = None, *, is_expert: bool = False, learnt_from: int = 1
+) -> TrainingSample:
+    mask = torch.arange(length) >= learnt_from
     return TrainingSample(torch.arange(length), mask, is_expert, temperature=1.0, routing=given)
 
 
@@ -93,12 +95,32 @@ def test_a_batch_may_be_routed_live():
     assert [each.routing for each in routed_live(batch).micro_batches] == [None]
 
 
-def test_the_places_of_a_micro_batch_in_its_step():
+def test_the_rows_of_a_micro_batch_in_its_step():
     samples = [sample(length) for length in (3, 1, 2, 4)]
-    batch = build_global_batch(samples, BatchLayout(dp_rank=1, dp_size=2), micro_batch_size=4)
+    batch = build_global_batch(samples, BatchLayout(dp_rank=1, dp_size=2, pad_to_multiple=4), micro_batch_size=4)
     assert batch.micro_batches[0].sample_indices == (1, 3)
-    assert places_in_step(batch.micro_batches[0], batch.lengths).tolist() == [3, 6, 7, 8, 9]
-    assert places_in_step(micro_batch(), ()).tolist() == []
+    places, tokens = rows_in_step(batch.micro_batches[0], batch.lengths)
+    assert (places.tolist(), tokens.tolist()) == ([3, 6, 7, 8, 9], [0, 1, 2, 3, 4])
+    assert [found.tolist() for found in rows_in_step(micro_batch(), ())] == [[], []]
+
+
+def test_a_prompt_that_is_read_once_has_one_routing():
+    """That of the first of its completions; an expert row of the same prompt reads it by itself."""
+    prompt, first, second = routing(NONE, [[0, 1], [0, 1]]), routing([[1, 2], [2, 3]]), routing([[3, 0], [3, 1]], NONE)
+    other = routing([[2, 3], [2, 3]], [[2, 3], [2, 3]])
+    samples = [
+        sample(3, torch.cat([prompt, first]), learnt_from=2),
+        sample(4, torch.cat([other, second]), learnt_from=2),
+        sample(3, is_expert=True, learnt_from=2),
+    ]
+    batch = build_global_batch(samples, BatchLayout(pad_to_multiple=4), micro_batch_size=3, shares_prompts=True)
+    (shared,) = batch.micro_batches
+    assert shared.input_ids.tolist() == [0, 1, 2, 2, 3, 0, 1, 2]
+    assert shared.routing is not None and shared.is_token.all()
+    assert shared.routing.equal(torch.cat([prompt, first, second, routing(NONE, NONE, NONE)]))
+    places, tokens = rows_in_step(shared, batch.lengths)
+    assert places.tolist() == [*range(10)]
+    assert tokens.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
