@@ -65,6 +65,11 @@ DIFFERENCES = (
         since="0.19",
     ),
     Difference(
+        "a router's top k is in no order where there is no gradient",
+        "backend/router_replay.py, choose",
+        since="0.18",
+    ),
+    Difference(
         "`megatron.core.__version__` ends with the commit of whichever Git repository the package lies in",
         "backend/releases.py, installed",
         since="0.18",
