@@ -173,7 +173,8 @@ class Reference:
     """A model whose routers do as they are told."""
 
     def __init__(self, path: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, experts_implementation="eager")
+        self.model = model.double()  # newer releases of transformers keep routers in float32
         self.gates: list[Gate] = []
         for layer in self.model.model.layers:
             if hasattr(layer.mlp, "gate"):
