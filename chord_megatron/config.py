@@ -115,8 +115,8 @@ class ParallelConfig(_Group):
     num_layers_in_first_pipeline_stage: Positive | None = None
     num_layers_in_last_pipeline_stage: Positive | None = None
     sequence_parallel: bool = False
-    context_parallel_size: Literal[1] = 1
-    expert_model_parallel_size: Positive = 1  # splits each layer's experts over TP x DP ranks
+    context_parallel_size: Positive = 1  # splits each sequence
+    expert_model_parallel_size: Positive = 1  # splits each layer's experts over TP x CP x DP ranks
     distributed_timeout_minutes: Minutes = 30.0  # how long a rank waits for another
 
 

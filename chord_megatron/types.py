@@ -153,14 +153,15 @@ class MicroBatch:
     """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1.
 
     Where sequences share prompts (`token_of`), what the model reads (`input_ids`, `position_ids`, `is_token`,
-    `routing`) is shorter; all the rest has a row for each token of each sequence even so.
+    `routing`) is shorter; all the rest has a row for each token of each sequence even so. Under context parallelism it
+    is a rank's share of the sequences (`batching/context_parallel.py`), and all fields speak of that.
     """
 
     input_ids: Tensor  # int64
     position_ids: Tensor  # int64, restarts at 0 in each sequence
     is_token: Tensor  # bool, of `input_ids`: False at padding
     labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
-    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding is a sequence of its own
+    cu_seqlens: Tensor  # [num_sequences + 1] int32, padding of the whole is a sequence of its own
     rollout_mask: Tensor  # bool, the tokens R of the objective; a weight or an advantage may be 0 inside it
     expert_mask: Tensor  # bool, the tokens E of the objective
     rollout_weights: Tensor  # float32, a_t of the objective; 0 outside the rollout tokens
@@ -182,6 +183,11 @@ class MicroBatch:
     def counts(self) -> Tensor:
         """[tokens] bool: positions whose log-prob enters the objective; nobody needs the others'."""
         return self.rollout_mask | self.expert_mask
+
+    @property
+    def positions(self) -> Tensor:
+        """[tokens] where in its sequence each row is."""
+        return self.position_ids if self.token_of is None else self.position_ids[self.token_of]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -209,7 +215,8 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar with gradient
     sums: dict[str, Tensor]  # float64 scalars, added over micro-batches and ranks
     maxima: dict[str, Tensor]  # float64 scalars, of which the largest of all micro-batches and ranks is kept
-    rows: dict[str, Tensor]  # [sequences] float64, of each sequence of the micro-batch; padding's are not read
+    # [sequences] float64, of each sequence of the micro-batch, added over ranks that share it; padding's are not read.
+    rows: dict[str, Tensor]
 
 
 class LossTotals(NamedTuple):

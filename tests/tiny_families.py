@@ -97,6 +97,7 @@ TP_2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP_2 = {"pipeline_model_parallel_size": 2}
 VPP_2 = {"virtual_pipeline_model_parallel_size": 2}
 EP_2 = {"expert_model_parallel_size": 2}
+CP_2 = {"context_parallel_size": 2}
 
 
 def make_model(name: str, *, tied: bool = False, **changes: Any) -> PreTrainedModel:

@@ -21,7 +21,6 @@ def in_deciles(name: str) -> list[str]:
 def stream_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
     """Of the expert tokens: how many lie in each decile of p, their phi by decile, all phi, all entropy.
 
-    active_rows: rollouts of which some token has a weight and an advantage; the others teach nothing.
     log_probs, entropy: [tokens].
     """
     mask, log_probs = batch.expert_mask, log_probs.detach()
@@ -30,18 +29,23 @@ def stream_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> dict[s
     place = torch.where(mask, decile, NUM_DECILES)  # tokens of no expert behind the others
     empty = of_phi.new_zeros(NUM_DECILES + 1)
     tokens, masses = empty.index_add(0, place, mask.double()), empty.index_add(0, place, of_phi)
-    teaches = (batch.rollout_weights * batch.advantages != 0).double()
     return {
         "phi": of_phi.sum(),
         "expert_entropy": torch.where(mask, entropy.detach().double(), 0.0).sum(),
-        "active_rows": (Sequences(batch.cu_seqlens).totals(teaches) > 0).double().sum(),
         **dict(zip(in_deciles(EXPERT_TOKENS), tokens)),
         **dict(zip(in_deciles(EXPERT_PHI), masses)),
     }
 
 
-def expert_row_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
-    """log_prob, phi: [sequences] float64, summed over the expert tokens of each; 0 for other sequences."""
-    mask, log_probs, sequences = batch.expert_mask, log_probs.detach(), Sequences(batch.cu_seqlens)
-    values = {"log_prob": log_probs, "phi": phi(log_probs, entropy)}
-    return {name: sequences.totals(torch.where(mask, value.double(), 0.0)) for name, value in values.items()}
+def row_sums(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, sequences: Sequences) -> dict[str, Tensor]:
+    """[sequences] float64 each: log_prob and phi, summed over the expert tokens, and the number of teaching tokens.
+
+    Those are a rollout's that have a weight and an advantage; a completion without one teaches nothing.
+    """
+    mask, log_probs = batch.expert_mask, log_probs.detach()
+    values = {
+        "log_prob": torch.where(mask, log_probs.double(), 0.0),
+        "phi": torch.where(mask, phi(log_probs, entropy).double(), 0.0),
+        "teaching_tokens": (batch.rollout_weights * batch.advantages != 0).double(),
+    }
+    return {name: sequences.totals(value) for name, value in values.items()}

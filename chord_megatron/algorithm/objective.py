@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from chord_megatron.algorithm.diagnosis import expert_row_sums, stream_sums
+from chord_megatron.algorithm.diagnosis import row_sums, stream_sums
 from chord_megatron.algorithm.expert_weights import ExpertWeight, uniform
 from chord_megatron.algorithm.importance import (
     ImportanceCorrection,
@@ -59,13 +60,23 @@ class Objective:
         return penalizes or self.entropy_coef > 0 or not self.is_scaled_by_advantage
 
 
-def chord_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, *, objective: Objective, mu: float) -> LossResult:
+def chord_loss(
+    log_probs: Tensor,
+    entropy: Tensor,
+    batch: MicroBatch,
+    *,
+    objective: Objective,
+    mu: float,
+    cp_group: dist.ProcessGroup | None = None,
+) -> LossResult:
     """The CHORD loss of one micro-batch, attached to the graph even where both streams are empty.
 
-    log_probs, entropy: [tokens], of each position's label, at the token's own temperature.
+    log_probs, entropy: [tokens], of each position's label, at the token's own temperature. cp_group: the ranks that
+    have other tokens of the same sequences; it is then a collective call of them, and the loss is the sum of theirs.
     """
+    sequences = Sequences(batch.cu_seqlens, cp_group)
     # float64 sums: their rounding must not depend on how the step was cut into micro-batches.
-    policy_losses, sums, maxima = _policy_losses(log_probs, batch, objective)
+    policy_losses, sums, maxima = _policy_losses(log_probs, batch, sequences, objective)
     if objective.entropy_coef:
         policy_losses = policy_losses - objective.entropy_coef * torch.where(batch.rollout_mask, entropy, 0.0)
     loss_rollout = (batch.rollout_weights * policy_losses).sum(dtype=torch.float64)
@@ -82,15 +93,15 @@ def chord_loss(log_probs: Tensor, entropy: Tensor, batch: MicroBatch, *, objecti
             **sums,
         },
         maxima=maxima,
-        rows=expert_row_sums(log_probs, entropy, batch),
+        rows=row_sums(log_probs, entropy, batch, sequences),
     )
 
 
 def _policy_losses(
-    log_probs: Tensor, batch: MicroBatch, objective: Objective
+    log_probs: Tensor, batch: MicroBatch, sequences: Sequences, objective: Objective
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The loss of each token as if it were a rollout's, and the sums and maxima that describe the rollout tokens."""
-    mask, sequences, detached = batch.rollout_mask, Sequences(batch.cu_seqlens), log_probs.detach()
+    mask, detached = batch.rollout_mask, log_probs.detach()
     # Outside its mask a stream sees its own log-probs, so that exp() never overflows into 0 * inf.
     old_log_probs = detached if batch.old_log_probs is None else torch.where(mask, batch.old_log_probs, detached)
     log_ratios = objective.ratio_level(log_probs, old_log_probs, mask, sequences)

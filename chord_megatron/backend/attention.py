@@ -5,7 +5,7 @@ Megatron-Core's own DotProductAttention materialises the scores and refuses pack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,7 +48,12 @@ class SDPACoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert attention_mask is not None
             return cached_attention(query, key, value, attention_mask, self._softmax_scale)
-        return packed_attention(query, key, value, _segments(packed_seq_params), self._softmax_scale)
+        return self._packed(query, key, value, packed_seq_params)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        is_plain = not isinstance(packed, SegmentedSequences)
+        segments = segments_of(packed.cu_seqlens_q) if is_plain else packed.segments
+        return packed_attention(query, key, value, segments, self._softmax_scale)
 
 
 @dataclass
@@ -58,26 +63,17 @@ class SegmentedSequences(PackedSeqParams):
     segments: Sequence[Segment] = ()
 
 
-def _segments(packed: PackedSeqParams) -> Sequence[Segment]:
-    if isinstance(packed, SegmentedSequences):
-        return packed.segments
-    return [Segment(start, end - start) for start, end in pairwise(packed.cu_seqlens_q.tolist())]
+def segments_of(cu_seqlens: Tensor) -> list[Segment]:
+    """Whole sequences."""
+    return [Segment(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
 
 
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None = None
 ) -> Tensor:
-    """Causal attention of each segment and its prompt. [tokens, heads, head] -> [tokens, heads * value's head].
-
-    Segments of one form are one SDPA call: short ones would otherwise spend their time in call overhead.
-    """
-    alike: dict[tuple[int, int], list[Segment]] = {}
-    for segment in segments:
-        alike.setdefault((segment.length, segment.prompt_length), []).append(segment)
+    """Causal attention of each segment and its prompt. [tokens, heads, head] -> [tokens, heads * value's head]."""
     rows, outputs = [], []
-    for (length, prompt_length), members in alike.items():
-        row = _places([segment.start for segment in members], length, query.device)
-        prompt = _places([segment.prompt_start for segment in members], prompt_length, query.device)
+    for row, prompt in places_by_form(segments, query.device):
         seen = torch.cat([prompt, row], dim=1)
         q, k, v = (x[places].transpose(1, 2) for x, places in ((query, row), (key, seen), (value, seen)))
         output = _causal_attention(q, k, v, scale)
@@ -86,9 +82,19 @@ def packed_attention(
     return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
-def _places(starts: list[int], length: int, device: torch.device) -> Tensor:
-    """[starts, length]"""
-    return torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+def places_by_form(segments: Sequence[Segment], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The places of the tokens of segments of one form, and of their prompts, [segments, length] each; for each form.
+
+    They are one SDPA call: short segments would otherwise spend their time in call overhead.
+    """
+    alike: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        alike.setdefault((segment.length, segment.prompt_length), []).append(segment)
+    for (length, prompt_length), members in alike.items():
+        starts = torch.tensor([(segment.start, segment.prompt_start) for segment in members], device=device)
+        yield tuple(
+            first[:, None] + torch.arange(n, device=device) for first, n in zip(starts.T, (length, prompt_length))
+        )
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -53,6 +53,7 @@ def enable_cpu_support() -> None:
     _use_cpu_random_state()
     _use_local_results_queue()
     _use_host_splits()
+    _cut_angles_without_pinned_memory()
 
 
 def _replace_cuda_functions() -> None:
@@ -159,3 +160,14 @@ def _use_host_splits() -> None:
 
     MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = take_splits
     MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = "none"  # its constructor makes one where there is none
+
+
+def _cut_angles_without_pinned_memory() -> None:
+    """YarnRotaryEmbedding cuts angles for a context-parallel rank when it is built, by a tensor in pinned memory."""
+    from megatron.core.models.common.embeddings import yarn_rotary_pos_embedding
+
+    def of_rank(angles: torch.Tensor, dim: int, cp_group: Any) -> torch.Tensor:
+        chunks = angles.chunk(2 * cp_group.size(), dim)
+        return torch.cat([chunks[cp_group.rank()], chunks[-1 - cp_group.rank()]], dim)
+
+    yarn_rotary_pos_embedding.get_pos_emb_on_this_cp_rank = of_rank

@@ -76,9 +76,13 @@ class MegatronEngine:
         check_weights(self._model_dir, self.arch)
         installed = find_installed()
         acceleration = choose_acceleration(
-            installed, data_parallel_size=groups.dp_size, overlap_grad_reduce=optimizer.overlap_grad_reduce
+            installed,
+            data_parallel_size=groups.dp_cp_group.size(),
+            context_parallel_size=groups.cp_size,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce,
         )
         self.acceleration_note = describe(acceleration, installed)
+        self._can_share_prompts = acceleration.share_prompts
         chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
             load_megatron_weights(chunks, self._model_dir, self.arch)
@@ -108,11 +112,13 @@ class MegatronEngine:
         return BatchLayout(
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
+            cp_rank=self.groups.cp_rank,
+            cp_size=self.groups.cp_size,
             pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
             attention_length=attention_length(self.arch),
-            can_share_prompts=model.config.transformer_impl == "local",
+            can_share_prompts=self._can_share_prompts,
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
@@ -152,7 +158,8 @@ class MegatronEngine:
 
         def collect(log_probs: Tensor, entropy: Tensor | None, micro_batch: MicroBatch) -> tuple[Tensor, int, dict]:
             kinds = [log_probs] if entropy is None else [log_probs, entropy]
-            return log_probs.sum(), 0, dict(enumerate(unpack(micro_batch, values.float()) for values in kinds))
+            rows = (unpack(micro_batch, values.float(), batch.lengths) for values in kinds)
+            return log_probs.sum(), 0, dict(enumerate(rows))
 
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
         kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
@@ -331,9 +338,9 @@ class MegatronEngine:
         return outputs
 
     def _gather(self, values: Tensor) -> Tensor:
-        """On every rank what the last stages of the data-parallel ranks filled in, with zeros elsewhere. In place."""
+        """On every rank what the last stages filled in, each its own tokens, with zeros elsewhere. In place."""
         if self.groups.is_last_stage:
-            dist.all_reduce(values, group=self.groups.dp_group)
+            dist.all_reduce(values, group=self.groups.dp_cp_group)
         if self.groups.pp_size > 1:
             dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
         return values
@@ -360,7 +367,7 @@ class MegatronEngine:
                     row[indices] = values[: len(indices)]
             dist.all_reduce(sums, group=group)
             dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(rows, group=self.groups.dp_group)
+            dist.all_reduce(rows, group=group)
             named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
             totals = [LossTotals(*map(dict, named))]
         if self.groups.pp_size > 1:

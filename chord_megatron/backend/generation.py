@@ -41,9 +41,9 @@ def generate_batch(
 
     record_routing: and, as a third, which experts served the tokens of prompt and completion (RolloutSample.routing).
 
-    A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches. Under
-    expert parallelism replicas serve each other in every layer: all of them have to call it, some perhaps without
-    prompts.
+    A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches, and so do
+    context-parallel ranks. Under expert parallelism replicas serve each other in every layer: all of them have to call
+    it, some perhaps without prompts.
     """
     if prompts:
         return _decode(chunks, prompts, seeds, params, groups, is_done=False, record_routing=record_routing)
@@ -107,11 +107,11 @@ def _decode(
 
 
 def _may_stop(is_done: bool, groups: ParallelGroups) -> bool:
-    """Whether this data-parallel replica may stop: when it is done, and so are those that need its experts."""
+    """Whether this replica of the model may stop: when it is done, and so are those that need its experts."""
     if groups.ep_size == 1:
         return is_done
     done = torch.tensor([int(is_done)], device=groups.device)
-    dist.all_reduce(done, op=dist.ReduceOp.MIN, group=groups.dp_group)
+    dist.all_reduce(done, op=dist.ReduceOp.MIN, group=groups.dp_cp_group)
     return bool(done.item())
 
 

@@ -27,6 +27,7 @@ class ParallelGroups:
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup | None  # None without context parallelism
     dp_cp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     vpp_size: int | None
@@ -54,6 +55,14 @@ class ParallelGroups:
     @property
     def dp_size(self) -> int:
         return self.dp_group.size()
+
+    @property
+    def cp_rank(self) -> int:
+        return self.cp_group.rank() if self.cp_group else 0
+
+    @property
+    def cp_size(self) -> int:
+        return self.cp_group.size() if self.cp_group else 1
 
     @property
     def ep_rank(self) -> int:
@@ -97,6 +106,7 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             # Experts are small: whole ones on more ranks compute faster than slices of them, and send less.
             expert_tensor_parallel_size=1,
@@ -110,6 +120,7 @@ def initialize_distributed(parallel: ParallelConfig, seed: int) -> ParallelGroup
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
         dp_group=parallel_state.get_data_parallel_group(),
+        cp_group=parallel_state.get_context_parallel_group() if parallel.context_parallel_size > 1 else None,
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         ep_group=parallel_state.get_expert_model_parallel_group(),
         vpp_size=parallel.virtual_pipeline_model_parallel_size,

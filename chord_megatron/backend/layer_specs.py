@@ -24,6 +24,7 @@ from chord_megatron.backend.attention import (
     cached_attention,
     mark_sequence_parallel,
 )
+from chord_megatron.backend.context_attention import ContextCoreAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -67,7 +68,8 @@ def _local_layer_spec(config: TransformerConfig, *, is_moe: bool) -> Any:
     spec.submodules.sharded_state_dict_keys_map = _te_checkpoint_keys(is_latent=is_latent, is_moe=is_moe)
     attention = spec.submodules.self_attention
     attention.module = LocalLatentAttention if is_latent else CachedSelfAttention
-    attention.submodules.core_attention = SDPACoreAttention
+    is_alone = config.context_parallel_size == 1
+    attention.submodules.core_attention = SDPACoreAttention if is_alone else ContextCoreAttention
     if config.qk_layernorm:
         for norm in ("q_layernorm", "kv_layernorm" if is_latent else "k_layernorm"):
             setattr(attention.submodules, norm, RMSNorm)

@@ -114,11 +114,7 @@ def build_model_chunks(
         ).to(groups.device)
         chunk.real_vocab_size = arch.vocab_size
         chunk.routers = ChunkRouters(chunk, arch, groups)
-        if isinstance(arch.rope_scaling, LinearRope | Llama3Rope):
-            _scale_rotary_embeddings(chunk, arch, arch.rope_scaling, groups.device)
-        for module in chunk.modules():
-            if isinstance(module, RotaryEmbedding):
-                module.register_forward_hook(take_positions)
+        _prepare_rotary_embeddings(chunk, arch, groups.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
         _prepare_experts(chunk)
     return chunks
@@ -144,19 +140,22 @@ def wrap_data_parallel(
     return wrapped
 
 
-def _scale_rotary_embeddings(
-    chunk: CausalLM, arch: ModelArchitecture, scaling: LinearRope | Llama3Rope, device: torch.device
-) -> None:
-    """Give every rotary embedding the scaled frequencies.
+def _prepare_rotary_embeddings(chunk: CausalLM, arch: ModelArchitecture, device: torch.device) -> None:
+    """Give every rotary embedding the model's frequencies, and have it return the angles of whole sequences.
+
+    Under context parallelism it would cut them for a rank's share where sequences are not packed
+    (RotaryEmbedding.forward), but a rank decodes whole ones so. Of packed ones the share is taken at their rotation.
 
     To be called before the first forward pass: RotaryEmbedding.get_emb remembers the angles of each length. The
     frequencies are no buffer, so nothing moves or casts them later.
     """
-    dim = arch.head_dim if arch.mla is None else arch.mla.qk_rope_head_dim
-    frequencies = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
+    dim, scaling = arch.head_dim if arch.mla is None else arch.mla.qk_rope_head_dim, arch.rope_scaling
     for module in chunk.modules():
         if isinstance(module, RotaryEmbedding):
-            module.inv_freq = frequencies
+            module.cp_group = None
+            if isinstance(scaling, LinearRope | Llama3Rope):
+                module.inv_freq = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
+            module.register_forward_hook(take_positions)
 
 
 def _prepare_experts(chunk: torch.nn.Module) -> None:
@@ -180,19 +179,21 @@ def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entrop
         position_ids=batch.position_ids[None],
         attention_mask=None,
         labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy, batch.token_of),
-        packed_seq_params=_packed(batch),
+        packed_seq_params=_packed(batch, unwrap(chunk).config.context_parallel_size),
     )
 
 
-def _packed(batch: MicroBatch) -> PackedSeqParams:
-    if batch.segments is None:
-        bounds, longest = batch.cu_seqlens, batch.max_seqlen
-        return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-    bounds = torch.tensor([0, len(batch.input_ids)], dtype=torch.int32)  # on the host, where RoPE reads it
-    longest = PositionsBelow(batch.max_seqlen, batch.position_ids)
-    return SegmentedSequences(
-        "thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, segments=batch.segments
-    )
+def _packed(batch: MicroBatch, cp_size: int) -> PackedSeqParams:
+    if batch.segments is not None:
+        bounds = torch.tensor([0, len(batch.input_ids)], dtype=torch.int32)  # on the host, where RoPE reads it
+        longest = PositionsBelow(batch.max_seqlen, batch.position_ids)
+        return SegmentedSequences(
+            "thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, segments=batch.segments
+        )
+    bounds, length = batch.cu_seqlens * cp_size, batch.max_seqlen * cp_size  # of whole sequences
+    # TransformerEngine asks for these under context parallelism; our padding is part of its sequence.
+    padded = bounds if cp_size > 1 else None
+    return PackedSeqParams("thd", bounds, bounds, padded, padded, max_seqlen_q=length, max_seqlen_kv=length)
 
 
 def unwrap(chunk: torch.nn.Module) -> CausalLM:

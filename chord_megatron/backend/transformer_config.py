@@ -68,6 +68,7 @@ def _layout(parallel: ParallelConfig, arch: ModelArchitecture) -> dict[str, Any]
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "pipeline_model_parallel_layout": _pipeline_layout(parallel, arch),
+        "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": 1,  # see groups.py
         # Without other ranks there is nothing to scatter to.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from chord_megatron.algorithm.aggregation import Mean, aggregation_weights
 from chord_megatron.batching.assignment import Cost, by_cost, by_count, imbalance, round_up
+from chord_megatron.batching.context_parallel import share_of_rank
 from chord_megatron.batching.routing import pack_routing
 from chord_megatron.batching.shared_prompts import share_prompts
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
@@ -28,6 +30,8 @@ class BatchLayout:
 
     dp_rank: int = 0
     dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
     pad_to_multiple: int = 1  # of each micro-batch's token count (TP under sequence parallelism)
     # Of the number of micro-batches (interleaved pipelines). Every rank gets as many, filled up with empty ones.
     micro_batch_multiple: int = 1
@@ -47,7 +51,7 @@ def build_global_batch(
     rollout_mean: Mean = TOKEN_MEAN,
     expert_mean: Mean = TOKEN_MEAN,
 ) -> GlobalBatch:
-    """A data-parallel rank's micro-batches of a step.
+    """A rank's micro-batches of a step.
 
     samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch, in their
     order; shuffle_seed: None keeps it. max_tokens: of a micro-batch, with rows spread by what they cost, in place of
@@ -66,6 +70,9 @@ def build_global_batch(
     else:
         ranks = by_cost(samples, order, layout.dp_size, max_tokens, layout.micro_batch_multiple, cost)
     micro_batches = [pack(samples, rows, weights, layout.pad_to_multiple) for rows in ranks[layout.dp_rank]]
+    if layout.cp_size > 1:
+        share = partial(share_of_rank, rank=layout.cp_rank, size=layout.cp_size, pad_to_multiple=layout.pad_to_multiple)
+        micro_batches = [*map(share, micro_batches)]
     if shares_prompts:
         micro_batches = [share_prompts(batch, samples, layout.pad_to_multiple) for batch in micro_batches]
     return GlobalBatch(
@@ -160,13 +167,18 @@ def pack(
     )
 
 
-def unpack(batch: MicroBatch, values: Tensor) -> dict[int, Tensor]:
-    """Undo `pack` for per-position values [tokens]: sample index -> [length], 0 at the first token."""
+def unpack(batch: MicroBatch, values: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+    """Undo `pack` for per-position values [tokens]: sample index -> [length], 0 at the first token.
+
+    lengths: of all samples. 0 also where other context-parallel ranks have the value.
+    """
     bounds = batch.cu_seqlens.tolist()
     rows = {}
     for slot, index in enumerate(batch.sample_indices):
-        row = values[bounds[slot] : bounds[slot + 1]]
-        rows[index] = torch.cat([row.new_zeros(1), row[:-1]])
+        own, length = slice(bounds[slot], bounds[slot + 1]), lengths[index]
+        row = values.new_zeros(length + 1)  # one place more, for what nothing follows
+        row[(batch.positions[own] + 1).clamp(max=length)] = values[own]
+        rows[index] = row[:length]
     return rows
 
 

@@ -36,8 +36,13 @@ def rows_in_step(batch: MicroBatch, lengths: Sequence[int]) -> tuple[Tensor, Ten
     [rows] int64 both, on the host. lengths: of the samples, whose tokens stand one behind the other.
     """
     starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    bounds = batch.cu_seqlens.tolist()
-    rows = [torch.arange(start, stop) for start, stop in itertools.pairwise(bounds)][: len(batch.sample_indices)]
-    places = [starts[index] + row - row[0] for index, row in zip(batch.sample_indices, rows)]
-    own = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
-    return torch.cat([own[:0], *places]), own if batch.token_of is None else batch.token_of.cpu()[own]
+    bounds, positions = batch.cu_seqlens.tolist(), batch.positions.cpu()
+    empty = torch.empty(0, dtype=torch.int64)
+    places, rows = [empty], [empty]
+    for index, (start, stop) in zip(batch.sample_indices, itertools.pairwise(bounds)):
+        of_sample = positions[start:stop]
+        is_token = of_sample < lengths[index]  # else padding, in a context-parallel rank's share of the sequence
+        places.append(starts[index] + of_sample[is_token])
+        rows.append(torch.arange(start, stop)[is_token])
+    own = torch.cat(rows)
+    return torch.cat(places), own if batch.token_of is None else batch.token_of.cpu()[own]

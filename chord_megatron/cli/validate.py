@@ -64,7 +64,9 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
         (
             "layout",
             f"{plan.world_size} processes = TP {parallel.tensor_model_parallel_size}"
-            f" x PP {parallel.pipeline_model_parallel_size} x DP {plan.data_parallel_size}"
+            f" x PP {parallel.pipeline_model_parallel_size}"
+            + f" x CP {parallel.context_parallel_size}" * (parallel.context_parallel_size > 1)
+            + f" x DP {plan.data_parallel_size}"
             + (
                 f", VPP {parallel.virtual_pipeline_model_parallel_size}"
                 * bool(parallel.virtual_pipeline_model_parallel_size)

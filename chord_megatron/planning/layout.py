@@ -12,15 +12,20 @@ def check_layout(config: Config, arch: ModelArchitecture, world_size: int) -> in
     """The data-parallel size. Raises UserError."""
     parallel = config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
     _check_tensor_parallel(parallel, arch)
     _check_pipeline_parallel(parallel, arch)
-    if world_size % (tp * pp):
+    ranks = tp * pp * cp
+    if world_size % ranks:
+        kinds, sizes = "tensor x pipeline", f"{tp} x {pp}"
+        if cp > 1:
+            kinds, sizes = f"{kinds} x context", f"{sizes} x {cp}"
         raise UserError(
-            f"{world_size} process{'es' * (world_size > 1)} cannot hold tensor x pipeline = {tp} x {pp} = {tp * pp} "
-            f"ranks a model; start a multiple of {tp * pp} processes (--nproc-per-node, --nnodes)"
+            f"{world_size} process{'es' * (world_size > 1)} cannot hold {kinds} = {sizes} = {ranks} ranks a model; "
+            f"start a multiple of {ranks} processes (--nproc-per-node, --nnodes)"
         )
     _check_expert_parallel(parallel, arch, ranks_per_stage=world_size // pp)
-    return world_size // (tp * pp)
+    return world_size // ranks
 
 
 def _check_tensor_parallel(parallel: ParallelConfig, arch: ModelArchitecture) -> None:
@@ -70,8 +75,9 @@ def _check_expert_parallel(parallel: ParallelConfig, arch: ModelArchitecture, *,
             f"{key} does not divide the model's {moe.num_experts} experts; choose a divisor of {moe.num_experts}"
         )
     if ranks_per_stage % ep:
+        kinds = "context x data" if parallel.context_parallel_size > 1 else "data"
         raise UserError(
-            f"{key} does not divide the tensor x data = {ranks_per_stage} ranks of a pipeline stage; "
+            f"{key} does not divide the tensor x {kinds} = {ranks_per_stage} ranks of a pipeline stage; "
             f"choose a divisor of {ranks_per_stage} or start more processes"
         )
 

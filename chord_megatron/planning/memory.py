@@ -45,7 +45,7 @@ def model_state(config: Config, arch: ModelArchitecture, plan: Plan) -> ModelSta
 
     Bytes per parameter: weights 2 (float32: 4), gradient sums 4, Adam's two moments 8 and, unless the weights are
     float32, their float32 copy 4. The distributed optimizer divides these 12 (8) by the ranks that hold the same
-    parameters: the data-parallel ones, or for experts all ranks of a pipeline stage / EP.
+    parameters: the data-parallel and context-parallel ones, or for experts all ranks of a pipeline stage / EP.
     """
     weight = getattr(torch, config.model.dtype).itemsize
     optimizer = _optimizer_bytes(config)
@@ -53,7 +53,8 @@ def model_state(config: Config, arch: ModelArchitecture, plan: Plan) -> ModelSta
         config.parallel.pipeline_model_parallel_size * config.parallel.expert_model_parallel_size
     )
     is_sharded = config.optimizer.use_distributed_optimizer
-    dense_shards, expert_shards = (plan.data_parallel_size, expert_copies) if is_sharded else (1, 1)
+    dense_copies = plan.data_parallel_size * config.parallel.context_parallel_size
+    dense_shards, expert_shards = (dense_copies, expert_copies) if is_sharded else (1, 1)
     stages = []
     for held in stage_parameters(arch, config.parallel):
         count = held.dense + held.expert

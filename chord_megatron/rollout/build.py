@@ -41,7 +41,7 @@ def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroup
     """The engine that samples with the training weights."""
     return EmbeddedRollout(
         engine,
-        groups.dp_group,
+        groups.dp_cp_group,
         groups.device,
         seed=config.train.seed,
         max_batch_size=config.rollout.max_batch_size,

@@ -16,7 +16,7 @@ from chord_megatron.types import RolloutRequest, RolloutSample, SamplingParams
 
 
 class Generator(Protocol):
-    """The part of MegatronEngine that decodes on one data-parallel rank."""
+    """The part of MegatronEngine that decodes on one replica of the model."""
 
     def generate(
         self,
@@ -29,14 +29,17 @@ class Generator(Protocol):
 
 
 class EmbeddedRollout:
-    """Splits the completions of a step over the data-parallel ranks and decodes them in batches."""
+    """Splits the completions of a step over the replicas of the model and decodes them in batches.
+
+    replicas: a rank of each, data-parallel and context-parallel ones: a sequence is decoded by one of them.
+    """
 
     generation_seconds: float | None = None
 
     def __init__(
         self,
         engine: Generator,
-        dp_group: dist.ProcessGroup,
+        replicas: dist.ProcessGroup,
         device: torch.device,
         *,
         seed: int,
@@ -45,7 +48,7 @@ class EmbeddedRollout:
     ) -> None:
         """routing: where completions are to say which experts served them."""
         self._engine = engine
-        self._dp_group, self._device = dp_group, device
+        self._replicas, self._device = replicas, device
         self._seed = seed
         self._max_batch_size = max_batch_size
         self._routing = routing
@@ -54,10 +57,10 @@ class EmbeddedRollout:
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine."""
         repeated = request.repeated
-        mine = range(self._dp_group.rank(), len(repeated), self._dp_group.size())
+        mine = range(self._replicas.rank(), len(repeated), self._replicas.size())
         completions = []
         # All ranks call equally often: with experts on other ranks a call is a collective of the replicas.
-        largest_share = -(-len(repeated) // self._dp_group.size())
+        largest_share = -(-len(repeated) // self._replicas.size())
         for start in range(0, largest_share, self._max_batch_size):
             indices = mine[start : start + self._max_batch_size]
             outputs = self._engine.generate(
@@ -67,7 +70,7 @@ class EmbeddedRollout:
                 record_routing=self._routing is not None,
             )
             completions += [Completion(i, *output) for i, output in zip(indices, outputs)]
-        return share_samples(request, completions, self._dp_group, self._device, routing=self._routing)
+        return share_samples(request, completions, self._replicas, self._device, routing=self._routing)
 
     def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """Nothing to do: the trainer's weights are the sampler's."""

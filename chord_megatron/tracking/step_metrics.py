@@ -77,7 +77,8 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
 
 def idle_row_fraction(totals: LossTotals, num_rollouts: int) -> float | None:
     """The share of a step's completions that teach nothing; None without completions."""
-    return 1 - totals.sums["active_rows"] / num_rollouts if num_rollouts else None
+    active = sum(tokens > 0 for tokens in totals.rows["teaching_tokens"])
+    return 1 - active / num_rollouts if num_rollouts else None
 
 
 def router_metrics(counts: RoutingCounts | None) -> Metrics:

@@ -97,7 +97,7 @@ class ChordTrainer:
 
     def loss(self, mu: float) -> Callable[[Tensor, Tensor, MicroBatch], LossResult]:
         """What the engine minimises; at 0 and 1 one stream alone."""
-        return partial(chord_loss, objective=self.objective, mu=mu)
+        return partial(chord_loss, objective=self.objective, mu=mu, cp_group=self.engine.groups.cp_group)
 
     def is_diagnosed(self, step: int) -> bool:
         """Whether the gradients of the two streams are compared at this step."""

@@ -1,4 +1,5 @@
-"""A checkpoint of a run goes from one cut of the layers to the next: weights and both moments bitwise, and on."""
+"""A checkpoint of a run goes from one cut of the layers, or of the sequences, to the next: weights and both moments
+bitwise, and on."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from forked import launch
 from selection import selected
-from tiny_families import PP_2, VOCAB_SIZE, VPP_2
+from tiny_families import CP_2, PP_2, VOCAB_SIZE, VPP_2
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -25,6 +26,7 @@ HERE = Path(__file__).parent
 # Processes and settings; each loads what the one before it has saved. The models have four layers.
 CUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2": (2, PP_2),
+    "CP 2": (2, CP_2),
     "PP 3": (3, {"pipeline_model_parallel_size": 3}),
     "PP 2 x VPP 2, uneven": (2, {**PP_2, **VPP_2, "pipeline_layout": [0, 2, 1, 1]}),
     "PP 2, last stage of 1": (2, {**PP_2, "num_layers_in_last_pipeline_stage": 1}),

@@ -175,7 +175,8 @@ def test_rows_are_those_of_each_sample(
     layout: str, model: str, answers: Answers, references: dict[str, tuple[Tensor, Tensor, list[float]]]
 ) -> None:
     rows = answers[layout, model]["diagnosed"]["rows"][0]
-    assert {name: len(values) for name, values in rows.items()} == {"log_prob": 7, "phi": 7}
+    assert {name: len(values) for name, values in rows.items()} == {"log_prob": 7, "phi": 7, "teaching_tokens": 7}
+    assert rows["teaching_tokens"] == [9, 5, 11, 0, 0, 0, 0]
     lengths = [len(sample["tokens"]) - sample["prompt_length"] for sample in EXPERTS]
     means = [total / length for total, length in zip(rows["log_prob"][4:], lengths)]
     assert means == pytest.approx(references[model][2], rel=1e-5)

@@ -168,6 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
 TP_2 = {"parallel.tensor_model_parallel_size": 2}
 PP_2 = {"parallel.pipeline_model_parallel_size": 2}
 VPP_2 = {"parallel.virtual_pipeline_model_parallel_size": 2}
+CP_2 = {"parallel.context_parallel_size": 2}
 SHUFFLED = {"train.packing_order": "shuffled"}
 
 
@@ -210,27 +211,51 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP 2, distributed optimizer": (2, {"optimizer.use_distributed_optimizer": True}),
     "DP 2, overlapped gradient sums": (2, {"optimizer.overlap_grad_reduce": True, **micro_batch(1)}),
     "TP 2 x PP 2": (4, {**TP_2, **PP_2}),
+    # Packs of sequences of any length: chunks that end in padding, and chunks of padding alone.
+    "CP 2": (2, {**CP_2, **micro_batch(4)}),
+    "CP 2 x TP 2 + SP": (4, {**CP_2, **TP_2, "parallel.sequence_parallel": True}),
+    "CP 2 x PP 2": (4, {**CP_2, **PP_2}),
+    "CP 2 x DP 2, distributed optimizer": (4, {**CP_2, "optimizer.use_distributed_optimizer": True}),
+    "CP 4": (4, {"parallel.context_parallel_size": 4}),
+    "CP 2 x TP 2 x PP 2 x VPP 2": (8, {**CP_2, **TP_2, **PP_2, **VPP_2}),
 }
+LONG_LAYOUTS = ("CP 2 x DP 2, distributed optimizer", "CP 4", "CP 2 x TP 2 x PP 2 x VPP 2")
 # Where completions are sampled too; the other settings do not reach the sampler.
 SAMPLING_LAYOUTS = (
     *(BASELINE, "TP 2", "TP 2 + SP", "PP 2", "PP 2 x VPP 2", "PP 3", "PP 2 x VPP 2, uneven", "DP 2", "TP 2 x PP 2"),
+    *("CP 2", "CP 2 x PP 2"),
 )
 SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
 
 # Every case runs at two layouts, and three under all that they are for, which between them have all terms of the loss,
-# both kinds of head and uneven pipelines. `make test-all` adds the others, but this one, where the other layouts would
-# add nothing.
+# both kinds of head and uneven pipelines; but for LONG_LAYOUTS. `make test-all` adds the others, except where they
+# would add nothing.
 EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2", "five layers"), (BASELINE, "DP 2, micro-batch 4, shuffled")
-MATRIX = (*EVERY_CASE_AT, "TP 1, micro-batch 1", "TP 1, micro-batch 4", "TP 1, shuffled", "TP 2", "PP 2", "DP 2")
+MATRIX = (
+    *EVERY_CASE_AT,
+    "TP 1, micro-batch 1",
+    "TP 1, micro-batch 4",
+    "TP 1, shuffled",
+    "TP 2",
+    "PP 2",
+    "DP 2",
+    "CP 2",
+)
 LAYOUTS_OF = {
-    "sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2"),
+    "sequence mask": (*EVERY_CASE_AT, "TP 2", "PP 2", "DP 2", "CP 2"),
     **dict.fromkeys(POLICY_LOSSES, MATRIX),
     **dict.fromkeys(ADVANTAGES_AND_WEIGHTS, MATRIX),
     "no rewards": (*EVERY_CASE_AT, "DP 2"),
     "five layers": (BASELINE, "PP 3", "PP 2 x VPP 2"),
 }
+
+
+def in_short(layout: str, case: str) -> bool:
+    return layout in EVERY_CASE_AT or (case in EVERYWHERE and layout not in LONG_LAYOUTS)
+
+
 PAIRS = [
-    pytest.param(layout, case, marks=() if layout in EVERY_CASE_AT or case in EVERYWHERE else pytest.mark.slow)
+    pytest.param(layout, case, marks=() if in_short(layout, case) else pytest.mark.slow)
     for layout in LAYOUTS
     for case in CASES
     if layout in LAYOUTS_OF.get(case, LAYOUTS)
@@ -346,12 +371,14 @@ def runs(assets: Path, request: pytest.FixtureRequest) -> Configs:
     """Every run that the selected tests ask for, done. Layouts of as many processes share a launch."""
     wanted = selected(request, "layout", "case")
     runs: Configs = {}
-    for processes in (1, 2, 3, 4):
+    for processes in sorted({count for count, _ in LAYOUTS.values()}):
         configs: Configs = {}
         for layout in LAYOUTS:
             if LAYOUTS[layout][0] == processes:
                 cases = list(CASES) if layout == BASELINE else [case for case in CASES if (layout, case) in wanted]
                 configs |= make_configs(assets, layout, cases)
+        if not configs:
+            continue
         path = assets / f"{processes}.json"
         path.write_text(json.dumps([config.model_dump() for config in configs.values()]), encoding="utf-8")
         launch(HERE / "exactness_worker.py", path, processes=processes)

@@ -12,7 +12,7 @@ import torch
 from forked import launch
 from safetensors.torch import load_file
 from selection import selected
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS
+from tiny_families import CP_2, EP_2, PP_2, TP_2, VOCAB_SIZE, WITH_EXPERTS
 from tiny_families import MODELS as NAMES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -34,6 +34,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 3, uneven": (3, {"pipeline_model_parallel_size": 3, "pipeline_layout": [1, 3, 0]}),
     "EP 2": (2, EP_2),
     "TP 2 + SP x EP 2": (2, TP_2 | EP_2),
+    "CP 2": (2, CP_2),
+    "CP 2 x EP 2": (2, CP_2 | EP_2),  # a sequence's tokens on both ranks, which serve each other's experts
 }
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from forked import launch
 from router_replay_worker import MU
 from selection import selected
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, VPP_2
+from tiny_families import CP_2, EP_2, PP_2, TP_2, VOCAB_SIZE, VPP_2
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -44,6 +44,7 @@ LAYOUTS = {
     "PP 2, recomputed": layout(2, micro_batch_size=1, recompute=True, parallel=PP_2),
     "PP 2 x VPP 2, recomputed": layout(2, micro_batch_size=1, recompute=True, parallel=PP_2 | VPP_2),
     "EP 2": layout(2, parallel=EP_2),
+    "CP 2": layout(2, parallel=CP_2),
     "TP 2 + SP x EP 2": layout(2, micro_batch_size=1, parallel=TP_2 | EP_2),
 }
 IN_SHORT = (

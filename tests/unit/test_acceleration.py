@@ -42,7 +42,8 @@ def test_the_choice(facts: tuple[bool, bool, bool], choice: tuple, adam: str, da
     installed = Installed(*facts, adam)
     chosen = choose_acceleration(installed, data_parallel_size=data_parallel_size, overlap_grad_reduce=asked)
     overlaps = data_parallel_size == 2 and (facts[0] if asked is None else asked)
-    assert chosen == Acceleration(*choice, overlaps)
+    assert chosen == Acceleration(*choice, overlaps, share_prompts=chosen.transformer_impl == "local")
+    assert not choose_acceleration(installed, context_parallel_size=2).share_prompts
 
 
 def test_the_line_of_a_run():

@@ -36,7 +36,7 @@ METRIC_SUMS = {
         "phi",
         "log_prob_diff",
     ),
-    *("expert_entropy", "active_rows", *in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)),
+    *("expert_entropy", *in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)),
     *("importance_ratio", "importance_ratio_squared", "importance_clipped"),
     "non_finite_rollout_log_probs",
 }
@@ -561,7 +561,7 @@ def test_metric_sums_by_hand():
     log_probs = torch.tensor([a, b, -9.0, y, -9.0], dtype=torch.float64, requires_grad=True)
     entropy = torch.tensor([0.5, 0.125, 64.0, 16.0, 64.0], dtype=torch.float64)
     objective = make_objective(beta=0.5, use_phi=True, epsilon=0.2, epsilon_high=0.28)
-    loss, sums, maxima, _ = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
+    loss, sums, maxima, rows = chord_loss(log_probs, entropy, batch, objective=objective, mu=0.25)
     kl = [math.exp(-0.5 - a) - (-0.5 - a) - 1, math.exp(-2 - b) - (-2 - b) - 1]
     loss_rollout = (-2 * 1.28 - 2 * 0.5 + 0.5 * sum(kl)) / 2
     loss_expert = 0.1875 * math.log(4)
@@ -575,7 +575,6 @@ def test_metric_sums_by_hand():
         "clipped_high": 1.0,
         "phi": 0.1875,
         "expert_entropy": 16.0,
-        "active_rows": 1.0,
         **dict.fromkeys((*in_deciles(EXPERT_TOKENS), *in_deciles(EXPERT_PHI)), 0.0),
         "expert_tokens_2": 1.0,  # 0.2 <= 1/4 < 0.3
         "expert_phi_2": 0.1875,
@@ -589,7 +588,11 @@ def test_metric_sums_by_hand():
     assert {name: value.item() for name, value in sums.items()} == pytest.approx(expected, abs=1e-14)
     assert loss.item() == pytest.approx(0.75 * loss_rollout + 0.25 * loss_expert, abs=1e-14)
     assert maxima["log_prob_diff"].item() == pytest.approx(abs(b + 0.25), abs=1e-15) and len(maxima) == 1
-    assert not any(value.requires_grad for value in (*sums.values(), *maxima.values()))
+    of_rows = {"log_prob": [0.0, y], "phi": [0.0, 0.1875], "teaching_tokens": [2.0, 0.0]}
+    assert {name: value.tolist() for name, value in rows.items()} == {
+        name: pytest.approx(values, abs=1e-14) for name, values in of_rows.items()
+    }
+    assert not any(value.requires_grad for value in (*sums.values(), *maxima.values(), *rows.values()))
 
 
 def test_phi_is_reported_where_it_does_not_weigh():
@@ -612,9 +615,8 @@ def test_a_token_may_count_and_weigh_nothing():
         chord_loss(values, values.detach().abs(), each, objective=objective, mu=0.5) for each in (batch, silent)
     )
     assert muted.sums["loss_rollout"].item() == 0.0
-    of_weights = {"loss_rollout", "active_rows"}
-    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - of_weights)
-    assert plain.sums["active_rows"].item() == 4 and muted.sums["active_rows"].item() == 0
+    assert all(torch.equal(muted.sums[name], plain.sums[name]) for name in METRIC_SUMS - {"loss_rollout"})
+    assert plain.rows["teaching_tokens"].tolist() == [2, 0, 2, 4, 0, 0, 8] and not muted.rows["teaching_tokens"].any()
     assert torch.equal(silent.counts, batch.counts)
 
 

@@ -183,7 +183,7 @@ def test_a_malformed_override_is_explained(minimal: Path, override: str, expecte
         ("optimizer.lr=.nan", "optimizer.lr=nan: "),
         ("train.train_iters=2.5", "train.train_iters=2.5: "),
         ("rewards.reward_funcs=[]", "rewards.reward_funcs=[]: "),
-        ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: "),
+        ("parallel.context_parallel_size=0", "parallel.context_parallel_size=0: "),
         ("parallel.expert_model_parallel_size=0", "parallel.expert_model_parallel_size=0: "),
     ],
 )

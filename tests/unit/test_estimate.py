@@ -112,6 +112,9 @@ def test_the_distributed_optimizer_divides_its_state_over_the_ranks_that_hold_th
     )
     assert state.weights + state.gradients == 6 * (dense + expert)
     assert state.optimizer == 12 * dense // 16 + 12 * expert // 4
+    # They hold the same weights, whatever share of a sequence they run.
+    spread = {"parallel__expert_model_parallel_size": 4, "parallel__context_parallel_size": 8}
+    assert state_of(QWEN3_30B_A3B, 16, optimizer__use_distributed_optimizer=True, **spread) == state
     plain = state_of(QWEN3_30B_A3B, 16, parallel__expert_model_parallel_size=4)
     assert plain.optimizer == 12 * (dense + expert)
 

@@ -122,13 +122,14 @@ def test_the_token_count_is_the_next_multiple(pad_to_multiple: int):
 def test_unpack_undoes_pack():
     samples = step(3)
     batch = pack(samples, [2, 0, 1], [1.0] * 3, pad_to_multiple=8)
-    tokens = unpack(batch, batch.labels)
-    masks = unpack(batch, batch.rollout_weights + batch.expert_weights)
+    lengths = [len(original.tokens) for original in samples]
+    tokens = unpack(batch, batch.labels, lengths)
+    masks = unpack(batch, batch.rollout_weights + batch.expert_weights, lengths)
     assert set(tokens) == {0, 1, 2}
     for i, original in enumerate(samples):
         assert tokens[i].tolist() == [0, *original.tokens.tolist()[1:]]  # the first token is never predicted
         assert masks[i].tolist() == original.loss_mask.float().tolist()
-    assert unpack(pack([], [], [], pad_to_multiple=4), torch.ones(4)) == {}
+    assert unpack(pack([], [], [], pad_to_multiple=4), torch.ones(4), []) == {}
 
 
 def test_moving_to_a_device_keeps_every_field():
@@ -163,15 +164,14 @@ def test_the_rollout_mean_does_not_touch_the_expert_mean(aggregation: Aggregatio
         sample([0] * 7, [0, 1, 1, 1, 1, 1, 1]),
         sample([0] * 4, [0, 0, 0, 0]),  # filtered: no token, no sequence
     ]
-    (batch,) = build_global_batch(
-        samples, BatchLayout(), micro_batch_size=4, rollout_mean=Mean(aggregation, 16)
-    ).micro_batches
-    weights = unpack(batch, batch.rollout_weights)
+    whole = build_global_batch(samples, BatchLayout(), micro_batch_size=4, rollout_mean=Mean(aggregation, 16))
+    (batch,) = whole.micro_batches
+    weights = unpack(batch, batch.rollout_weights, whole.lengths)
     as_float32 = torch.tensor([first, second])
     assert weights[0].tolist() == [0, *[as_float32[0].item()] * 2]
     assert weights[2].tolist() == [0, *[as_float32[1].item()] * 6]
     assert not weights[3].any() and not weights[1].any()
-    assert unpack(batch, batch.expert_weights)[1].tolist() == [0, 0.25, 0.25, 0.25, 0.25]
+    assert unpack(batch, batch.expert_weights, whole.lengths)[1].tolist() == [0, 0.25, 0.25, 0.25, 0.25]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -196,7 +196,7 @@ def test_ranks_partition_the_step(dp_size, micro_batch_size, shuffle_seed, micro
     assert [len(rank.micro_batches) for rank in ranks] == [expected] * dp_size
 
     for batch in batches:  # the packed rows are the named samples
-        for i, labels in unpack(batch, batch.labels).items():
+        for i, labels in unpack(batch, batch.labels, ranks[0].lengths).items():
             assert labels[1:].tolist() == samples[i].tokens[1:].tolist()
 
 

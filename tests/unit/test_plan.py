@@ -146,6 +146,20 @@ def test_validate_says_how_the_layers_are_cut(model_dir: Path, settings: tuple[s
     assert [line.strip("│ ").split("│")[1].strip() for line in lines if "layers" in line] == [row]
 
 
+@pytest.mark.parametrize(
+    ("settings", "layout"),
+    [
+        ((), "8 processes = TP 2 x PP 1 x DP 4"),
+        (("parallel.context_parallel_size=2",), "8 processes = TP 2 x PP 1 x CP 2 x DP 2"),
+    ],
+)
+def test_validate_names_the_layout(model_dir: Path, settings: tuple[str, ...], layout: str):
+    arguments = ["validate", str(EXAMPLES / "gsm8k/gsm8k.yaml"), f"model.path={model_dir}", "--nproc-per-node", "8"]
+    result = CliRunner().invoke(app, [*arguments, *settings], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.stderr
+    assert f"{layout}, sequence parallel" in result.stdout
+
+
 def test_pipelines_and_virtual_stages_divide_the_layers(model_dir: Path):
     plan = plan_of(
         model_dir,
@@ -329,6 +343,18 @@ def test_the_number_of_processes_holds_whole_models(model_dir: Path, world_size:
     ) == (message + "start a multiple of 8 processes (--nproc-per-node, --nnodes)")
 
 
+@pytest.mark.parametrize("world_size", [2, 6, 8])
+def test_context_parallel_ranks_share_a_model_too(model_dir: Path, world_size: int):
+    layout = {"parallel__tensor_model_parallel_size": 2, "parallel__context_parallel_size": 3}
+    if world_size == 6:
+        assert plan_of(model_dir, world_size, **layout).data_parallel_size == 1
+    else:
+        assert refusal(model_dir, world_size, **layout) == (
+            f"{world_size} processes cannot hold tensor x pipeline x context = 2 x 1 x 3 = 6 ranks a model; "
+            "start a multiple of 6 processes (--nproc-per-node, --nnodes)"
+        )
+
+
 @pytest.mark.parametrize(
     ("features", "changes", "message"),
     [
@@ -364,6 +390,16 @@ def test_the_number_of_processes_holds_whole_models(model_dir: Path, world_size:
             {"parallel__expert_model_parallel_size": 4, "parallel__pipeline_model_parallel_size": 4},
             "parallel.expert_model_parallel_size=4 does not divide the tensor x data = 2 ranks of a pipeline stage; "
             "choose a divisor of 2 or start more processes",
+        ),
+        (
+            {"moe": EXPERTS},
+            {
+                "parallel__expert_model_parallel_size": 4,
+                "parallel__context_parallel_size": 2,
+                "parallel__pipeline_model_parallel_size": 4,
+            },
+            "parallel.expert_model_parallel_size=4 does not divide the tensor x context x data = 2 ranks of a pipeline "
+            "stage; choose a divisor of 2 or start more processes",
         ),
         (
             {"moe": EXPERTS},
@@ -417,7 +453,8 @@ def test_routing_is_replayed_where_there_is_any(model_dir: Path, changes: dict[s
     assert plan_of(model_dir, 8, arch, **changes).steps_per_rollout == updates
 
 
-def test_experts_are_spread_over_tensor_and_data_parallel_ranks(model_dir: Path):
+@pytest.mark.parametrize("context_parallel", [1, 2])
+def test_experts_are_spread_over_the_ranks_of_a_stage(model_dir: Path, context_parallel: int):
     """Without shared experts, dense layers and query groups TP divides the attention heads only."""
     arch = replace(read_architecture(model_dir), moe=EXPERTS, mla=LATENT, ffn_hidden_size=1001, num_query_groups=1)
     plan = plan_of(
@@ -428,8 +465,9 @@ def test_experts_are_spread_over_tensor_and_data_parallel_ranks(model_dir: Path)
         parallel__pipeline_model_parallel_size=4,
         parallel__sequence_parallel=True,
         parallel__expert_model_parallel_size=4,
+        parallel__context_parallel_size=context_parallel,
     )
-    assert plan.data_parallel_size == 2
+    assert plan.data_parallel_size == 2 // context_parallel
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,22 @@ def test_a_prompt_that_is_read_once_has_one_routing():
     assert tokens.tolist() == [0, 1, 2, 0, 1, 3, 4, 5, 6, 7]
 
 
+def test_a_rank_has_its_chunks_of_each_sequence():
+    """Chunks of one token of the first, which the second sequence does not fill: its first and its third are there."""
+    long = routing(*([[k, k + 1], [3, 0]] for k in (0, 1, 2)), NONE)
+    samples = [sample(4, long), sample(3, GIVEN, is_expert=False)]
+    expected = {0: ([0, 3, 4], [0, 1, 2]), 1: ([1, 2, 5, 6], [0, 1, 2, 3])}
+    for rank, (places, tokens) in expected.items():
+        layout = BatchLayout(cp_rank=rank, cp_size=2)
+        batch = build_global_batch(samples, layout, micro_batch_size=2)
+        (share,) = batch.micro_batches
+        found = rows_in_step(share, batch.lengths)
+        assert [values.tolist() for values in found] == [places, tokens]
+        assert share.routing is not None
+        assert share.routing[found[1]].equal(torch.cat([long, GIVEN])[found[0]])
+        assert (share.routing[~share.is_token] == LIVE).all() and int(share.is_token.sum()) == len(places)
+
+
 # --- choosing ---------------------------------------------------------------------------------------------------------
 
 
