@@ -476,6 +476,7 @@ def test_a_proposal_passes_validate(
         "parallel.virtual_pipeline_model_parallel_size",
         "parallel.pipeline_layout",
         "parallel.expert_model_parallel_size",
+        "parallel.context_parallel_size",
         "parallel.sequence_parallel",
         "optimizer.use_distributed_optimizer",
         "model.recompute",
