@@ -255,7 +255,11 @@ class TrainConfig(_Group):
     output_dir: PathName
     micro_batch_size: Positive = 1  # sequences packed into one micro-batch
     global_batch_size: Positive  # completions per optimizer step
+    # In place of micro_batch_size: rows are spread over ranks and micro-batches by their cost; the same loss.
+    max_tokens_per_micro_batch: Positive | None = None
     packing_order: Literal["arrival", "shuffled"] = "arrival"  # shuffled spreads long rows over ranks; same loss
+    skip_idle_rows: bool = True  # rows whose loss has no gradient are not run
+    share_prompts: bool = True  # the prompt of several rows of a micro-batch is read once, where the attention can
     train_iters: Positive
     seed: NonNegative = 0
     eval_steps: Positive | None = None

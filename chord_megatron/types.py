@@ -136,11 +136,22 @@ class TrainingSample:
         return int(self.loss_mask[1:].sum())
 
 
+class Segment(NamedTuple):
+    """A stretch of tokens that attend to one another causally, and to all of a prompt that stands elsewhere."""
+
+    start: int
+    length: int
+    prompt_start: int = 0
+    prompt_length: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1.
 
-    Under context parallelism a rank's share of them (`batching/context_parallel.py`), and all fields speak of that.
+    Where sequences share prompts (`token_of`), the model reads `input_ids` and `position_ids`, which are shorter; all
+    the rest has a row for each token of each sequence even so. Under context parallelism it is a rank's share of them
+    (batching/context_parallel.py), and all fields speak of that.
     """
 
     input_ids: Tensor  # int64
@@ -159,6 +170,13 @@ class MicroBatch:
     num_tokens: int  # without padding
     max_seqlen: int  # of the longest sequence, padding included
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
+    token_of: Tensor | None = None  # int64, [rows]: the token of `input_ids` that predicts the row; None: the same
+    segments: tuple[Segment, ...] | None = None  # of `input_ids`, in order; None: those of cu_seqlens
+
+    @property
+    def places(self) -> Tensor:
+        """[tokens] int64: where in its sequence each row is; padding may lie behind the end."""
+        return self.position_ids if self.token_of is None else self.position_ids[self.token_of]
 
     @property
     def counts(self) -> Tensor:
@@ -178,8 +196,11 @@ class GlobalBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_rollout_tokens: int  # R of the objective, over all ranks
     num_expert_tokens: int  # E of the objective, over all ranks
-    num_tokens: int  # every non-padding token of the step, over all ranks
+    num_tokens: int  # every non-padding token that is run in the step, over all ranks
     lengths: tuple[int, ...]  # of every sample of the step, over all ranks
+    num_run_rollout_tokens: int  # those of R in rows that are run
+    num_idle_rows: int  # samples that are not run, over all ranks
+    imbalance: float  # largest over mean cost of the data-parallel ranks
 
 
 class LossResult(NamedTuple):

@@ -51,6 +51,13 @@ class Objective:
     log_ratio_bound: float | None = None  # log(pi / pi_old) is kept within +-this
     weighs_kl: bool = False  # by the importance weights
     off_policy_delta: float | None = None  # of `off_policy_sequences`, which lose their policy loss
+    is_scaled_by_advantage: bool = True  # the policy loss: where the advantage is 0, so are it and its gradient
+
+    @property
+    def needs_idle_rows(self) -> bool:
+        """Whether a rollout token whose advantage is 0 has a gradient: by a penalty, a bonus, or a loss of its own."""
+        penalizes = self.beta > 0 and not self.kl_in_reward
+        return penalizes or self.entropy_coef > 0 or not self.is_scaled_by_advantage
 
 
 def chord_loss(

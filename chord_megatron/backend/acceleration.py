@@ -30,6 +30,7 @@ class Acceleration:
     transformer_impl: Literal["transformer_engine", "local"]  # Megatron-Core's name for the kind of layers
     fuse_gradient_accumulation: bool  # weight gradients are added to the float32 sums by their matrix multiplication
     overlap_grad_reduce: bool  # gradients are summed over data-parallel ranks while others are computed
+    shares_prompts: bool  # one of several sequences is read once: the attention finds it elsewhere, on this rank
 
 
 def find_installed() -> Installed:
@@ -43,18 +44,26 @@ def find_installed() -> Installed:
 
 
 def choose_acceleration(
-    installed: Installed, *, data_parallel_size: int = 1, overlap_grad_reduce: bool | None = None
+    installed: Installed,
+    *,
+    data_parallel_size: int = 1,
+    context_parallel_size: int = 1,
+    overlap_grad_reduce: bool | None = None,
 ) -> Acceleration:
-    """overlap_grad_reduce: the user's decision, None = on CUDA. Without other data-parallel ranks there is none.
+    """data_parallel_size: of the ranks with the same parameters, context-parallel ones among them.
+
+    overlap_grad_reduce: the user's decision, None = on CUDA. Without such ranks there is none.
 
     Parameters are never gathered while the next forward pass runs: that pass would wait for a layer's parameters
     when the layer is called, but the head reads its weight, and sampling and saving read all of them, without that.
     """
     wants_overlap = installed.cuda if overlap_grad_reduce is None else overlap_grad_reduce
+    on_te = installed.cuda and installed.transformer_engine
     return Acceleration(
-        transformer_impl="transformer_engine" if installed.cuda and installed.transformer_engine else "local",
+        transformer_impl="transformer_engine" if on_te else "local",
         fuse_gradient_accumulation=installed.cuda and installed.fused_weight_gradient,
         overlap_grad_reduce=wants_overlap and data_parallel_size > 1,
+        shares_prompts=not on_te and context_parallel_size == 1,
     )
 
 
@@ -66,4 +75,8 @@ def describe(chosen: Acceleration, installed: Installed) -> str:
         kind = f"Megatron local (TransformerEngine {missing})"
     fusion = "fused" if chosen.fuse_gradient_accumulation else f"unfused (Apex's kernel {missing})"
     overlap = "overlapped" if chosen.overlap_grad_reduce else "not overlapped"
-    return f"layers: {kind}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}"
+    prompts = "read once a micro-batch" if chosen.shares_prompts else "read by each row"
+    return (
+        f"layers: {kind}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}, "
+        f"shared prompts: {prompts}"
+    )

@@ -5,7 +5,8 @@ Megatron-Core's own DotProductAttention materialises the scores and refuses pack
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,8 +19,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from chord_megatron.backend import releases
+from chord_megatron.types import Segment
 
 
 class SDPACoreAttention(MegatronModule):
@@ -46,46 +49,76 @@ class SDPACoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert attention_mask is not None
             return cached_attention(query, key, value, attention_mask, self._softmax_scale)
-        return self._packed(query, key, value, packed_seq_params.cu_seqlens_q)
+        return self._packed(query, key, value, packed_seq_params)
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        return packed_attention(query, key, value, cu_seqlens, self._softmax_scale)
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        return packed_attention(query, key, value, _segments(packed), self._softmax_scale)
+
+
+@dataclass
+class SegmentedSequences(PackedSeqParams):
+    """Packed tokens of which some attend to a prompt that stands elsewhere."""
+
+    segments: Sequence[Segment] = ()
+
+
+def _segments(packed: PackedSeqParams) -> Sequence[Segment]:
+    if isinstance(packed, SegmentedSequences):
+        return packed.segments
+    return [Segment(start, end - start) for start, end in pairwise(packed.cu_seqlens_q.tolist())]
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float | None = None
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None = None
 ) -> Tensor:
-    """Causal attention within each sequence. [tokens, heads, head] -> [tokens, heads * value's head]."""
+    """Causal attention of each segment and its prompt. [tokens, heads, head] -> [tokens, heads * value's head].
+
+    Segments of one form are one SDPA call: short ones would otherwise spend their time in call overhead.
+    """
+    alike: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        alike.setdefault((segment.length, segment.prompt_length), []).append(segment)
     rows, outputs = [], []
-    for row in rows_by_length(cu_seqlens, query.device):
-        q, k, v = (x[row].transpose(1, 2) for x in (query, key, value))
-        output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    for (length, prompt_length), members in alike.items():
+        row = places_from([segment.start for segment in members], length, query.device)
+        prompt = places_from([segment.prompt_start for segment in members], prompt_length, query.device)
+        seen = torch.cat([prompt, row], dim=1)
+        q, k, v = (x[places].transpose(1, 2) for x, places in ((query, row), (key, seen), (value, seen)))
+        output = causal_attention(q, k, v, scale)
         rows.append(row.flatten())
         outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
-def rows_by_length(cu_seqlens: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """[sequences, length] places of the tokens of all sequences of one length, for each length.
+def places_from(starts: list[int], length: int, device: torch.device) -> Tensor:
+    """[starts, length]"""
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
 
-    They are one SDPA call: short sequences would otherwise spend their time in call overhead.
-    """
-    starts_of: dict[int, list[int]] = {}
-    for start, end in pairwise(cu_seqlens.tolist()):
-        starts_of.setdefault(end - start, []).append(start)
-    for length, starts in starts_of.items():
-        yield torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[batch, heads, length, head] each; the queries are the last of the keys' tokens."""
+    length, attended = query.shape[2], key.shape[2]
+    if length == attended:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
+    key, value = _whole_heads(query, key, value)
+    mask = causal_lower_right(length, attended)  # no tensor, where a fused CUDA kernel takes it
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _whole_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of each head, on CUDA: the fused kernel that takes a mask takes no grouped heads there."""
+    if not key.is_cuda:
+        return key, value
+    heads_per_group = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(heads_per_group, dim=1), value.repeat_interleave(heads_per_group, dim=1)
 
 
 def cached_attention(query: Tensor, keys: Tensor, values: Tensor, masked: Tensor, scale: float | None = None) -> Tensor:
     """query [length, batch, heads, head]; keys, values [batch, groups, cached, head]; masked [batch, 1, length,
     cached] with True = hidden (Megatron's convention). Returns [length, batch, heads * value's head]."""
-    if keys.is_cuda:  # the fused CUDA kernel that takes a mask takes no grouped heads
-        heads_per_group = query.shape[2] // keys.shape[1]
-        keys, values = (x.repeat_interleave(heads_per_group, dim=1) for x in (keys, values))
-    output = F.scaled_dot_product_attention(
-        query.permute(1, 2, 0, 3), keys, values, attn_mask=~masked, scale=scale, enable_gqa=True
-    )
+    query = query.permute(1, 2, 0, 3)
+    keys, values = _whole_heads(query, keys, values)
+    output = F.scaled_dot_product_attention(query, keys, values, attn_mask=~masked, scale=scale, enable_gqa=True)
     return output.permute(2, 0, 1, 3).flatten(2)
 
 

@@ -6,16 +6,16 @@ attention and their gradients summed and scattered after it, as Llama 3 does (ar
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
-from chord_megatron.backend.attention import SDPACoreAttention, rows_by_length
+from chord_megatron.backend.attention import SDPACoreAttention, causal_attention, places_from
 
 
 class ContextCoreAttention(SDPACoreAttention):
@@ -25,8 +25,8 @@ class ContextCoreAttention(SDPACoreAttention):
         super().__init__(*args, **kwargs)
         self._group: dist.ProcessGroup = pg_collection.cp
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
-        bounds = cu_seqlens // self._group.size()  # Megatron-Core is told those of the whole sequences
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
+        bounds = packed.cu_seqlens_q // self._group.size()  # Megatron-Core is told those of the whole sequences
         return context_attention(query, key, value, bounds, self._group, self._softmax_scale)
 
 
@@ -41,26 +41,20 @@ def context_attention(
     rank, size = group.rank(), group.size()
     both = torch.cat([key, value], dim=-1)  # one message instead of two
     gathered = gather_from_sequence_parallel_region(both, group=group)  # [size * tokens, ...]
-    if query.is_cuda:  # the fused CUDA kernels of this mask take no grouped heads
-        gathered = gathered.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     keys, values = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
     of_rank = len(query) * torch.arange(size, device=query.device)[:, None, None]
+    starts_of: dict[int, list[int]] = {}  # by length, as in packed_attention
+    for start, end in pairwise(cu_seqlens.tolist()):
+        starts_of.setdefault(end - start, []).append(start)
     rows, outputs = [], []
-    for row in rows_by_length(cu_seqlens, query.device):
+    for length, starts in starts_of.items():
+        row = places_from(starts, length, query.device)
         early, late = (of_rank + row).chunk(2, dim=-1)  # [size, sequences, chunk]
         whole = torch.cat([*early, *late.flip(0)], dim=-1)  # [sequences, length]: the places in the order of the tokens
         k, v = keys[whole].transpose(1, 2), values[whole].transpose(1, 2)
         for number, own in zip((rank, 2 * size - 1 - rank), row.chunk(2, dim=-1)):
-            length = own.shape[-1]
-            end = (number + 1) * length
-            output = F.scaled_dot_product_attention(
-                query[own].transpose(1, 2),
-                k[:, :, :end],
-                v[:, :, :end],
-                attn_mask=causal_lower_right(length, end),
-                scale=scale,
-                enable_gqa=True,
-            )
+            end = (number + 1) * own.shape[-1]
+            output = causal_attention(query[own].transpose(1, 2), k[:, :, :end], v[:, :, :end], scale)
             rows.append(own.flatten())
             outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)[torch.cat(rows).argsort()]

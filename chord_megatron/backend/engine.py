@@ -31,6 +31,7 @@ from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.planning.pipeline import attention_length
 from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 
@@ -67,8 +68,12 @@ class MegatronEngine:
         check_weights(self._model_dir, self.arch)
         installed = find_installed()
         acceleration = choose_acceleration(
-            installed, data_parallel_size=groups.dp_cp_group.size(), overlap_grad_reduce=optimizer.overlap_grad_reduce
+            installed,
+            data_parallel_size=groups.dp_cp_group.size(),
+            context_parallel_size=groups.cp_size,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce,
         )
+        self._shares_prompts = acceleration.shares_prompts
         self.acceleration_note = describe(acceleration, installed)
         chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
@@ -104,6 +109,8 @@ class MegatronEngine:
             pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
+            attention_length=attention_length(self.arch),
+            can_share_prompts=self._shares_prompts,
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:

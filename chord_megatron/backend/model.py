@@ -11,15 +11,17 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from chord_megatron.backend.acceleration import Acceleration, choose_acceleration, find_installed
+from chord_megatron.backend.attention import SegmentedSequences
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.layer_specs import block_spec
-from chord_megatron.backend.rope import scaled_inverse_frequencies
+from chord_megatron.backend.rope import PositionsBelow, scaled_inverse_frequencies, take_positions
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.ops.linear_log_probs import linear_log_probs
@@ -39,6 +41,7 @@ class Targets:
     temperatures: Tensor
     valid: Tensor  # bool; elsewhere log-probs and entropy are 0
     compute_entropy: bool
+    token_of: Tensor | None = None  # int64, where each is predicted from; None: the hidden state in its place
 
 
 class CausalLM(GPTModel):
@@ -49,16 +52,32 @@ class CausalLM(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        if labels.token_of is None:
+            return self._log_probs(hidden_states.squeeze(1), labels, self.config.sequence_parallel)
+        return self._log_probs_of_rows(hidden_states.squeeze(1), labels, labels.token_of)
+
+    def _log_probs_of_rows(self, hidden_states: Tensor, labels: Targets, token_of: Tensor) -> Any:
+        """Of those Targets that count, each from its token's hidden state: one may predict several."""
+        if self.config.sequence_parallel:  # any rank may have it; the head sums the gradient over TP
+            hidden_states = gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        rows = labels.valid.nonzero().squeeze(1)
+        targets = Targets(labels.tokens[rows], labels.temperatures[rows], labels.valid[rows], labels.compute_entropy)
+        found = self._log_probs(hidden_states[token_of[rows]], targets, sequence_parallel=False)
+        return [x if x is None else x.new_zeros(len(token_of)).index_copy(0, rows, x) for x in found]
+
+    def _log_probs(self, hidden_states: Tensor, labels: Targets, sequence_parallel: bool) -> Any:
         is_tied = self.share_embeddings_and_output_weights
         return linear_log_probs(
-            hidden_states.squeeze(1),
+            hidden_states,
             self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight,
             labels.tokens,
             tp_group=self.pg_collection.tp,
             vocab_size=self.real_vocab_size,
             temperature=labels.temperatures,
             valid=labels.valid,
-            sequence_parallel=self.config.sequence_parallel,
+            sequence_parallel=sequence_parallel,
             compute_entropy=labels.compute_entropy,
         )
 
@@ -119,7 +138,7 @@ def wrap_data_parallel(
 
 
 def _prepare_rotary_embeddings(chunk: CausalLM, arch: ModelArchitecture, device: torch.device) -> None:
-    """Give every rotary embedding the model's frequencies, and have it return the angles of whole sequences.
+    """Give every rotary embedding the model's frequencies, and have it return the angles of what it is asked for.
 
     Under context parallelism it would cut them for a rank's share where sequences are not packed
     (RotaryEmbedding.forward), but a rank decodes whole ones so. Of packed ones the share is taken at their rotation.
@@ -131,6 +150,7 @@ def _prepare_rotary_embeddings(chunk: CausalLM, arch: ModelArchitecture, device:
     for module in chunk.modules():
         if isinstance(module, RotaryEmbedding):
             module.cp_group = None
+            module.register_forward_hook(take_positions)
             if isinstance(scaling, LinearRope | Llama3Rope):
                 module.inv_freq = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
 
@@ -151,23 +171,26 @@ def _prepare_experts(chunk: torch.nn.Module) -> None:
 
 def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entropy: bool) -> Any:
     """What a chunk makes of packed sequences: (log_probs, entropy or None) on the last stage, else hidden states."""
-    cp_size = unwrap(chunk).config.context_parallel_size
-    cu_seqlens, max_seqlen = batch.cu_seqlens * cp_size, batch.max_seqlen * cp_size  # of whole sequences
     return chunk(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         attention_mask=None,
-        labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy),
-        packed_seq_params=PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            # TransformerEngine asks for them under context parallelism; our padding is part of its sequence.
-            cu_seqlens_q_padded=cu_seqlens if cp_size > 1 else None,
-            cu_seqlens_kv_padded=cu_seqlens if cp_size > 1 else None,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_kv=max_seqlen,
-        ),
+        labels=Targets(batch.labels, batch.temperatures, batch.counts, compute_entropy, batch.token_of),
+        packed_seq_params=_packed(batch, unwrap(chunk).config.context_parallel_size),
+    )
+
+
+def _packed(batch: MicroBatch, cp_size: int) -> PackedSeqParams:
+    if cp_size > 1:  # Megatron-Core wants the bounds of whole sequences, TransformerEngine those with padding, too
+        bounds, longest = batch.cu_seqlens * cp_size, batch.max_seqlen * cp_size
+        return PackedSeqParams("thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    if batch.segments is None:
+        bounds, longest = batch.cu_seqlens, batch.max_seqlen
+        return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    bounds = torch.tensor([0, len(batch.input_ids)], dtype=torch.int32)  # on the host, where RoPE reads it
+    longest = PositionsBelow(batch.max_seqlen, batch.position_ids)
+    return SegmentedSequences(
+        "thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, segments=batch.segments
     )
 
 

@@ -6,6 +6,7 @@ sample lands in changes nothing but rounding: its loss weight already carries th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 
 from chord_megatron.algorithm.aggregation import Mean, aggregation_weights
+from chord_megatron.batching.assignment import Cost, by_cost, by_count, imbalance, round_up
 from chord_megatron.batching.context_parallel import share_of_rank
+from chord_megatron.batching.shared_prompts import share_prompts
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
 TOKEN_MEAN = Mean()
@@ -22,7 +25,7 @@ TOKEN_MEAN = Mean()
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """What the parallel layout asks of a batch."""
+    """What the parallel layout and the model ask of a batch."""
 
     dp_rank: int = 0
     dp_size: int = 1
@@ -31,6 +34,8 @@ class BatchLayout:
     pad_to_multiple: int = 1  # of each micro-batch's token count (TP under sequence parallelism)
     # Of the number of micro-batches (interleaved pipelines). Every rank gets as many, filled up with empty ones.
     micro_batch_multiple: int = 1
+    attention_length: float = math.inf  # at which attention costs as much as all the rest of a layer
+    can_share_prompts: bool = True  # whether the attention takes a prompt that stands elsewhere
 
 
 def build_global_batch(
@@ -38,44 +43,69 @@ def build_global_batch(
     layout: BatchLayout,
     *,
     micro_batch_size: int,
+    max_tokens: int | None = None,
     shuffle_seed: int | None = None,
+    shares_prompts: bool = False,
+    skips_idle_rows: bool = False,
     rollout_mean: Mean = TOKEN_MEAN,
     expert_mean: Mean = TOKEN_MEAN,
 ) -> GlobalBatch:
     """A rank's micro-batches of a step.
 
-    samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch.
-    shuffle_seed: None keeps the order.
+    samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch, in their
+    order; shuffle_seed: None keeps it. max_tokens: of a micro-batch, with rows spread by what they cost, in place of
+    both. shares_prompts: see share_prompts. skips_idle_rows: rows whose loss has no gradient are not run; the
+    denominators stay those of all rows.
     """
+    weights, num_tokens = _weights(samples, rollout_mean, expert_mean)
     order = list(range(len(samples)))
     if shuffle_seed is not None:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
-    weights = [0.0] * len(samples)
-    num_tokens = {}
+    if skips_idle_rows:
+        order = [i for i in order if not _is_idle(samples[i], weights[i])]
+    cost = Cost(layout.attention_length, shares_prompts)
+    if max_tokens is None:
+        ranks = by_count(order, layout.dp_size, micro_batch_size, layout.micro_batch_multiple)
+    else:
+        ranks = by_cost(samples, order, layout.dp_size, max_tokens, layout.micro_batch_multiple, cost)
+    micro_batches = [pack(samples, rows, weights, layout.pad_to_multiple) for rows in ranks[layout.dp_rank]]
+    if layout.cp_size > 1:
+        assert not shares_prompts, "a prompt that is read once, and sequences that are spread over ranks"
+        share = partial(share_of_rank, rank=layout.cp_rank, size=layout.cp_size, pad_to_multiple=layout.pad_to_multiple)
+        micro_batches = [*map(share, micro_batches)]
+    if shares_prompts:
+        micro_batches = [share_prompts(batch, samples, layout.pad_to_multiple) for batch in micro_batches]
+    return GlobalBatch(
+        micro_batches=tuple(micro_batches),
+        num_rollout_tokens=num_tokens[False],
+        num_expert_tokens=num_tokens[True],
+        num_run_rollout_tokens=sum(samples[i].num_loss_tokens for i in order if not samples[i].is_expert),
+        num_tokens=sum(len(samples[i].tokens) for i in order),
+        lengths=tuple(len(sample.tokens) for sample in samples),
+        num_idle_rows=len(samples) - len(order),
+        imbalance=imbalance(samples, ranks, cost),
+    )
+
+
+def _weights(
+    samples: Sequence[TrainingSample], rollout_mean: Mean, expert_mean: Mean
+) -> tuple[list[float], dict[bool, int]]:
+    """What a loss token of each sample counts, and the loss tokens of the rollouts (False) and experts (True)."""
+    weights, num_tokens = [0.0] * len(samples), {}
     for is_expert, mean in ((False, rollout_mean), (True, expert_mean)):
         rows = [i for i, sample in enumerate(samples) if sample.is_expert == is_expert]
         lengths = [samples[i].num_loss_tokens for i in rows]
         num_tokens[is_expert] = sum(lengths)
         for i, weight in zip(rows, aggregation_weights(lengths, mean)):
             weights[i] = weight
+    return weights, num_tokens
 
-    mine = order[layout.dp_rank :: layout.dp_size]
-    largest_share = -(-len(samples) // layout.dp_size)
-    num_micro_batches = _round_up(max(1, -(-largest_share // micro_batch_size)), layout.micro_batch_multiple)
-    micro_batches = tuple(
-        pack(samples, mine[start : start + micro_batch_size], weights, layout.pad_to_multiple)
-        for start in range(0, num_micro_batches * micro_batch_size, micro_batch_size)
-    )
-    if layout.cp_size > 1:
-        share = partial(share_of_rank, rank=layout.cp_rank, size=layout.cp_size, pad_to_multiple=layout.pad_to_multiple)
-        micro_batches = tuple(map(share, micro_batches))
-    return GlobalBatch(
-        micro_batches=micro_batches,
-        num_rollout_tokens=num_tokens[False],
-        num_expert_tokens=num_tokens[True],
-        num_tokens=sum(len(sample.tokens) for sample in samples),
-        lengths=tuple(len(sample.tokens) for sample in samples),
-    )
+
+def _is_idle(sample: TrainingSample, weight: float) -> bool:
+    """Whether every token has the weight 0, or, of a rollout, the advantage 0."""
+    advantage = 1.0 if sample.is_expert else sample.advantage
+    teaches = sample.loss_mask * weight * sample.token_weights * advantage
+    return not teaches[1:].any()
 
 
 def pack(
@@ -90,7 +120,7 @@ def pack(
     lengths = [len(sample.tokens) for sample in chosen]
     num_tokens = sum(lengths)
     # A micro-batch is never empty, so that every rank runs the model in every slot of the schedule.
-    padding = _round_up(max(num_tokens, 1), pad_to_multiple) - num_tokens
+    padding = round_up(max(num_tokens, 1), pad_to_multiple) - num_tokens
     boundaries = [0, *lengths, *([padding] if padding else [])]
 
     def packed(dtype: torch.dtype, rows: list[Tensor]) -> Tensor:
@@ -140,12 +170,11 @@ def unpack(batch: MicroBatch, values: Tensor, lengths: Sequence[int]) -> dict[in
 
     lengths: of all samples. 0 also where other context-parallel ranks have the value.
     """
-    bounds = batch.cu_seqlens.tolist()
-    rows = {}
+    bounds, places, rows = batch.cu_seqlens.tolist(), batch.places, {}
     for slot, index in enumerate(batch.sample_indices):
         own, length = slice(bounds[slot], bounds[slot + 1]), lengths[index]
         row = values.new_zeros(length + 1)  # one place more, for what nothing follows
-        row[(batch.position_ids[own] + 1).clamp(max=length)] = values[own]
+        row[(places[own] + 1).clamp(max=length)] = values[own]
         rows[index] = row[:length]
     return rows
 
@@ -158,7 +187,3 @@ def _per_token(value: float | Tensor) -> float | Tensor:
 def _shift(values: Tensor) -> Tensor:
     """Move what concerns token t + 1 to position t; nothing follows the last token."""
     return torch.cat([values[1:], values.new_zeros(1)])
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -59,10 +59,7 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
             f"{plan.completions_per_step} = {plan.prompts_per_step} prompts x {config.rollout.num_generations}",
         ),
         ("expert rows", f"{plan.expert_rows_per_step}"),
-        (
-            "micro-batches",
-            f"{plan.micro_batches_per_step} per data-parallel rank, of up to {train.micro_batch_size} packed sequences",
-        ),
+        ("micro-batches", _micro_batches(config, plan)),
         ("rollouts", f"{config.rollout.engine}, new ones every {plan.steps_per_rollout} step(s)"),
         (
             "layout",
@@ -84,6 +81,14 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def _micro_batches(config: Config, plan: Plan) -> str:
+    budget = config.train.max_tokens_per_micro_batch
+    if budget is not None:
+        return f"as many per data-parallel rank as the lengths need, of up to {budget} tokens"
+    size = config.train.micro_batch_size
+    return f"{plan.micro_batches_per_step} per data-parallel rank, of up to {size} packed sequences"
 
 
 def _layers(config: Config, arch: ModelArchitecture) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import Config
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.system.errors import UserError
@@ -11,10 +12,10 @@ from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:
-    """That groups are whole and micro-batches full."""
+    """That groups are whole and micro-batches full, where they are counted in rows."""
     size, micro_batch_size = config.train.global_batch_size, config.train.micro_batch_size
     num_generations = config.rollout.num_generations
-    share = micro_batch_size * data_parallel_size
+    share = micro_batch_size * data_parallel_size if counts_rows(config) else 1
     remedy = f"set train.global_batch_size to {_multiples_around(size, math.lcm(num_generations, share))}"
     if size % num_generations:
         raise UserError(
@@ -28,8 +29,34 @@ def check_batches(config: Config, data_parallel_size: int) -> None:
         )
 
 
+def counts_rows(config: Config) -> bool:
+    """Whether something depends on how many rows a micro-batch has."""
+    is_cut_by_rows = config.train.max_tokens_per_micro_batch is None
+    has_means_of_rows = SEMANTICS[config.chord.semantics].micro_batches is not None
+    return is_cut_by_rows or has_means_of_rows or config.chord.chord_sft_per_device_train_batch_size is not None
+
+
 def check_lengths(config: Config, arch: ModelArchitecture) -> None:
-    """That the model reads as many tokens as prompts, completions and experts have."""
+    """That the model, and a micro-batch, hold as many tokens as prompts, completions and experts have."""
+    _check_lengths_of_model(config, arch)
+    budget, chord = config.train.max_tokens_per_micro_batch, config.chord
+    if budget is None:
+        return
+    longest = {}
+    if needs_rollouts(config):
+        prompt, completion = config.data.max_prompt_length, config.rollout.max_completion_length
+        keys = "data.max_prompt_length + rollout.max_completion_length"
+        longest[f"{keys} = {prompt} + {completion} = {prompt + completion}"] = prompt + completion
+    if chord.chord_sft_dataset is not None and chord.chord_sft_max_length is not None:
+        longest[f"chord.chord_sft_max_length = {chord.chord_sft_max_length}"] = chord.chord_sft_max_length
+    for what, tokens in longest.items():
+        if tokens > budget:
+            raise UserError(
+                f"train.max_tokens_per_micro_batch={budget} holds no row of {what} tokens; set it to at least {tokens}"
+            )
+
+
+def _check_lengths_of_model(config: Config, arch: ModelArchitecture) -> None:
     limit = arch.max_position_embeddings
     if config.chord.chord_sft_dataset is not None and expert_max_length(config, arch) > limit:
         raise UserError(

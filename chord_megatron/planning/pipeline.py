@@ -38,6 +38,18 @@ def part_costs(arch: ModelArchitecture) -> PartCosts:
     return PartCosts(arch.hidden_size, of_layers / arch.num_layers, arch.hidden_size * arch.vocab_size)
 
 
+def attention_length(arch: ModelArchitecture) -> float:
+    """Tokens of a sequence at which attention between them costs as much as all the weights of a layer.
+
+    A token meets half of the sequence before it: a multiplication for each number of its queries, and of its values.
+    """
+    heads, mla = arch.num_attention_heads, arch.mla
+    query, value = (
+        (arch.head_dim, arch.head_dim) if mla is None else (mla.qk_nope_head_dim + mla.qk_rope_head_dim, mla.v_head_dim)
+    )
+    return part_costs(arch).layer / (heads * (query + value) / 2)
+
+
 def stage_layers(parallel: ParallelConfig, arch: ModelArchitecture) -> list[int]:
     """How many layers each stage holds, [PP x VPP], in the order of the layers.
 

@@ -46,8 +46,9 @@ MAY_CHANGE = _keys(
     "chord_enable_phi_function expert_weight expert_weight_cutoff luffy_gamma",
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
-    train="output_dir micro_batch_size global_batch_size packing_order train_iters eval_steps eval_temperature "
-    "save_steps save_total_limit save_on_signal max_skipped_steps",
+    train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
+    "share_prompts train_iters eval_steps eval_temperature save_steps save_total_limit save_on_signal "
+    "max_skipped_steps",
     tracking="report_to log_completions diagnose_steps",
 )
 

@@ -24,13 +24,13 @@ class ExpertRow(NamedTuple):
 def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, mu: float) -> Metrics:
     """Means from the metric sums of a step; None where a stream was empty."""
     sums = {**totals.sums, "clipped": totals.sums["clipped_low"] + totals.sums["clipped_high"]}
-    rollout_tokens, expert_tokens = batch.num_rollout_tokens, batch.num_expert_tokens
+    run_tokens, expert_tokens = batch.num_run_rollout_tokens, batch.num_expert_tokens
     masks_sequences = objective.off_policy_delta is not None
     non_finite = int(sums["non_finite_rollout_log_probs"])
-    compared_tokens = rollout_tokens - non_finite
+    compared_tokens = run_tokens - non_finite
 
     def rollout_mean(name: str) -> float | None:
-        return sums[name] / rollout_tokens if rollout_tokens else None
+        return sums[name] / run_tokens if run_tokens else None
 
     def expert_mean(name: str) -> float | None:
         return sums[name] / expert_tokens if expert_tokens else None
@@ -57,8 +57,10 @@ def loss_metrics(totals: LossTotals, batch: GlobalBatch, objective: Objective, m
         "importance_weight_mean": compared_mean("importance_ratio"),
         "effective_sample_size": _effective_sample_size(sums, compared_tokens),
         "importance_clipped_fraction": rollout_mean("importance_clipped") if objective.importance is not None else None,
-        "num_rollout_tokens": rollout_tokens,
+        "num_rollout_tokens": batch.num_rollout_tokens,
         "num_expert_tokens": expert_tokens,
+        "skipped_rows": batch.num_idle_rows,
+        "rank_imbalance": batch.imbalance,
         "non_finite_rollout_log_probs": non_finite,
         **_shares("expert_p", sums, EXPERT_TOKENS),
         **_shares("expert_phi", sums, EXPERT_PHI),

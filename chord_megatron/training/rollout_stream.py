@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from chord_megatron.algorithm.presets import SEMANTICS
-from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.batching.samples import most_uncertain, rollout_training_samples
 from chord_megatron.config import Config
 from chord_megatron.data.cursor import ShuffledCursor
@@ -18,6 +17,7 @@ from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.presets import keeps_filtered
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.training.advantages import advantages_of
+from chord_megatron.training.packing import pack_all
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.types import Prompt, RolloutSample, SamplingParams, ScoredRollouts, TrainingSample
@@ -167,9 +167,7 @@ class RolloutStream:
             rollouts, torch.zeros(len(rollouts)), temperature=self._config.rollout.temperature, overlong_filter=False
         )
         with self._sampler.timer("log_probs"):
-            batch = build_global_batch(
-                samples, engine.batch_layout, micro_batch_size=self._config.train.micro_batch_size
-            )
+            batch = pack_all(samples, engine.batch_layout, self._config)
             old, entropies = None, None
             if wants_entropies:
                 old, entropies = engine.compute_log_probs_and_entropies(batch)

@@ -37,6 +37,7 @@ from chord_megatron.training.export import exported_hf
 from chord_megatron.training.mu_control import MuControl
 from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.training.outputs import RunOutputs
+from chord_megatron.training.packing import expert_name, refuse_longer_rows
 from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
 from chord_megatron.training.scorer import Scorer
@@ -68,6 +69,8 @@ class Run:
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
+        expert_lengths = ((expert_name(expert.id), len(expert.tokens)) for expert in data.experts)
+        refuse_longer_rows(expert_lengths, config.train.max_tokens_per_micro_batch)
         self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ from chord_megatron.algorithm.advantages import zero_std_fraction
 from chord_megatron.algorithm.aggregation import Mean
 from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.backend.engine import MegatronEngine
-from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import Config
 from chord_megatron.tracking.step_metrics import (
     ExpertRow,
@@ -27,6 +26,7 @@ from chord_megatron.tracking.step_metrics import (
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.mu_control import MuControl
+from chord_megatron.training.packing import pack_step
 from chord_megatron.training.rollout_stream import RolloutStream, StepRollouts
 from chord_megatron.types import (
     GlobalBatch,
@@ -35,7 +35,6 @@ from chord_megatron.types import (
     Metrics,
     MicroBatch,
     ScoredRollouts,
-    TrainingSample,
 )
 
 
@@ -68,7 +67,14 @@ class ChordTrainer:
             mu = self.mu.at(step)
             rollouts = self.rollout_stream.next(step, mu)
             experts = self.expert_stream.next(mu)
-            batch = self.pack([*rollouts.samples, *experts], step)
+            batch = pack_step(
+                [*rollouts.samples, *experts],
+                self.engine.batch_layout,
+                self.config,
+                step=step,
+                objective=self.objective,
+                means=self.means,
+            )
             with self.timer("train"):
                 gradients = self.compare_gradients(batch) if self.is_diagnosed(step) else None
                 totals = self.engine.forward_backward(batch, self.loss(mu))
@@ -101,18 +107,6 @@ class ChordTrainer:
         if not batch.num_rollout_tokens or not batch.num_expert_tokens:
             return None
         return self.engine.compare_gradients(batch, self.loss(0.0), self.loss(1.0))
-
-    def pack(self, samples: Sequence[TrainingSample], step: int) -> GlobalBatch:
-        """This rank's micro-batches of the step."""
-        train = self.config.train
-        return build_global_batch(
-            samples,
-            self.engine.batch_layout,
-            micro_batch_size=train.micro_batch_size,
-            shuffle_seed=train.seed + step if train.packing_order == "shuffled" else None,
-            rollout_mean=self.means[0],
-            expert_mean=self.means[1],
-        )
 
     def describe(self, scored: ScoredRollouts | None) -> Metrics:
         """Rewards and lengths of the step's completions."""

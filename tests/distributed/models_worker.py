@@ -65,11 +65,17 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     )
     if groups.tp_size > 1 and engine.arch.moe is not None:
         answers["sampled_astray"] = generate_astray(engine, prompts, seeds, params)
+    if groups.cp_size > 1:
+        answers["sampled_in_shares"] = generate_in_shares(engine, prompts, seeds, params)
     completed = [as_sample([*p, *c], params.temperature) for p, (c, _) in zip(prompts, answers["sampled"])]
     answers["log_probs_of_sampled"] = log_probs(completed)
     greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
     answers["greedy"] = [tokens for tokens, _ in generate(engine, prompts, seeds, greedy)]
 
+    if engine.batch_layout.can_share_prompts:
+        answers["apart"], answers["shared"] = (
+            rows_of_one_prompt(engine, questions, shares) for shares in (False, True)
+        )
     answers["loss"], answers["grad_norm"] = train_step(engine, samples)
     answers["trained_weights"] = copy_weights(engine)
     answers["trained_log_probs"] = log_probs(samples)
@@ -101,6 +107,16 @@ def generate_astray(engine: MegatronEngine, prompts: list, seeds: list, params: 
     return everyone
 
 
+def generate_in_shares(engine: MegatronEngine, prompts: list, seeds: list, params: SamplingParams) -> list:
+    """The completions of which each replica generates some: all but the last one, that one, and then none more."""
+    group = engine.groups.dp_cp_group
+    bounds = [0, len(prompts) - 1, *[len(prompts)] * (group.size() - 1)]
+    mine = slice(bounds[group.rank()], bounds[group.rank() + 1])
+    everyone: list = [None] * group.size()
+    dist.all_gather_object(everyone, generate(engine, prompts[mine], seeds[mine], params), group=group)
+    return [completion for share in everyone for completion in share]
+
+
 def count_parameters(engine: MegatronEngine) -> list[tuple[int, int]]:
     """(pipeline rank, number of parameters) of every rank."""
     mine = engine.groups.pp_rank, sum(p.numel() for chunk in engine._chunks for p in chunk.parameters())
@@ -123,6 +139,21 @@ def train_step(engine: MegatronEngine, samples: list[TrainingSample]) -> tuple[f
     step = engine.optimizer_step()
     assert step.stepped
     return totals.sums["loss_expert"], step.grad_norm
+
+
+def rows_of_one_prompt(
+    engine: MegatronEngine, questions: dict[str, Any], shares_prompts: bool
+) -> tuple[list[Tensor], float]:
+    """(log-probs, gradient norm) of rows that begin alike, in micro-batches of all of them."""
+    prompt, *endings = sorted(questions["sequences"], key=len, reverse=True)
+    rows = [torch.tensor([*prompt, *ending]) for ending in endings]
+    samples = [TrainingSample(r, torch.arange(len(r)) >= len(prompt), is_expert=True, temperature=1.0) for r in rows]
+    batch = build_global_batch(samples, engine.batch_layout, micro_batch_size=len(rows), shares_prompts=shares_prompts)
+    assert (batch.micro_batches[0].token_of is not None) == shares_prompts
+    log_probs = engine.compute_log_probs(batch)
+    objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2))
+    engine.forward_backward(batch, partial(chord_loss, objective=objective, mu=1.0))
+    return log_probs, engine._gradient_norm()
 
 
 def copy_weights(engine: MegatronEngine) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import context_parallel_worker as worker
@@ -12,6 +13,7 @@ from forked import launch
 from torch import Tensor
 
 from chord_megatron.backend.attention import packed_attention
+from chord_megatron.types import Segment
 
 pytestmark = pytest.mark.distributed
 
@@ -23,7 +25,13 @@ Answers = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def alone() -> Answers:
     """What one process says."""
-    return worker.everything(worker.batch_of(), packed_attention)
+    return worker.everything(worker.batch_of(), attention)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Of whole sequences."""
+    segments = [Segment(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
+    return packed_attention(query, key, value, segments, scale)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])

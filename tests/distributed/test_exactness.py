@@ -172,6 +172,13 @@ CP_2 = {"parallel.context_parallel_size": 2}
 SHUFFLED = {"train.packing_order": "shuffled"}
 
 
+BY_ITSELF = {"train.share_prompts": False}
+
+
+def budget(tokens: int) -> dict[str, Any]:
+    return {"train.max_tokens_per_micro_batch": tokens}
+
+
 def micro_batch(size: int) -> dict[str, Any]:
     return {"train.micro_batch_size": size}
 
@@ -183,8 +190,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 1, micro-batch 1": (1, micro_batch(1)),
     "TP 1, micro-batch 4": (1, micro_batch(4)),
     "TP 1, shuffled": (1, SHUFFLED),
+    "TP 1, 64 tokens": (1, budget(64)),
+    "TP 1, 1000 tokens": (1, budget(1000)),
+    "TP 1, idle rows run": (1, {"train.skip_idle_rows": False}),
+    "TP 1, micro-batch 8": (1, micro_batch(8)),
+    "TP 1, micro-batch 8, each row by itself": (1, {**BY_ITSELF, **micro_batch(8)}),
     "TP 2": (2, TP_2),
     "TP 2 + SP": (2, {**TP_2, "parallel.sequence_parallel": True}),
+    "TP 2 + SP, micro-batch 8": (2, {**TP_2, "parallel.sequence_parallel": True, **micro_batch(8)}),
     "PP 2": (2, PP_2),
     "PP 2 x VPP 2": (2, {**PP_2, **VPP_2}),
     # Four layers, or five, cut by what they cost; and a first chunk that is the embedding alone.
@@ -192,6 +205,9 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP 2 x VPP 2, uneven": (2, {**PP_2, **VPP_2, "parallel.pipeline_layout": [0, 2, 1, 1]}),
     "DP 2": (2, {}),
     "DP 2, micro-batch 4, shuffled": (2, {**micro_batch(4), **SHUFFLED}),
+    "DP 2, 100 tokens": (2, budget(100)),
+    "DP 2, 100 tokens, each row by itself": (2, {**BY_ITSELF, **budget(100)}),
+    "PP 2 x VPP 2, 100 tokens": (2, {**PP_2, **VPP_2, **budget(100)}),
     "DP 2, distributed optimizer": (2, {"optimizer.use_distributed_optimizer": True}),
     "DP 2, overlapped gradient sums": (2, {"optimizer.overlap_grad_reduce": True, **micro_batch(1)}),
     "TP 2 x PP 2": (4, {**TP_2, **PP_2}),
@@ -212,8 +228,8 @@ SAMPLING_LAYOUTS = (
 SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
 
 # Every case runs at two layouts, and three under all that they are for, which between them have all terms of the loss,
-# both kinds of head and uneven pipelines; but for LONG_LAYOUTS. `make test-all` adds the others, except where they would
-# add nothing.
+# both kinds of head and uneven pipelines; but for LONG_LAYOUTS. `make test-all` adds the others, except where they
+# would add nothing.
 EVERYWHERE, EVERY_CASE_AT = ("off-policy", "tied Qwen2", "five layers"), (BASELINE, "DP 2, micro-batch 4, shuffled")
 MATRIX = (
     *EVERY_CASE_AT,

@@ -37,27 +37,38 @@ def test_every_combination_is_here():
 @pytest.mark.parametrize(("facts", "choice"), CHOICES.items())
 @pytest.mark.parametrize("adam", ["TransformerEngine", "Apex", "torch"])
 @pytest.mark.parametrize("data_parallel_size", [1, 2])
+@pytest.mark.parametrize("context_parallel_size", [1, 2])
 @pytest.mark.parametrize("asked", [None, False, True])
-def test_the_choice(facts: tuple[bool, bool, bool], choice: tuple, adam: str, data_parallel_size: int, asked):
+def test_the_choice(
+    facts: tuple[bool, bool, bool], choice: tuple, adam: str, data_parallel_size: int, context_parallel_size: int, asked
+):
     installed = Installed(*facts, adam)
-    chosen = choose_acceleration(installed, data_parallel_size=data_parallel_size, overlap_grad_reduce=asked)
+    chosen = choose_acceleration(
+        installed,
+        data_parallel_size=data_parallel_size,
+        context_parallel_size=context_parallel_size,
+        overlap_grad_reduce=asked,
+    )
     overlaps = data_parallel_size == 2 and (facts[0] if asked is None else asked)
-    assert chosen == Acceleration(*choice, overlaps)
+    assert chosen == Acceleration(*choice, overlaps, choice[0] == "local" and context_parallel_size == 1)
 
 
 def test_the_line_of_a_run():
     bare, full = Installed(False, False, False, "torch"), Installed(True, True, True, "Apex")
     assert describe(choose_acceleration(bare), bare) == (
         "layers: Megatron local (TransformerEngine needs a GPU), Adam: torch, "
-        "gradient accumulation: unfused (Apex's kernel needs a GPU), gradient reduction: not overlapped"
+        "gradient accumulation: unfused (Apex's kernel needs a GPU), gradient reduction: not overlapped, "
+        "shared prompts: read once a micro-batch"
     )
     assert describe(choose_acceleration(full, data_parallel_size=2), full) == (
-        "layers: TransformerEngine, Adam: Apex, gradient accumulation: fused, gradient reduction: overlapped"
+        "layers: TransformerEngine, Adam: Apex, gradient accumulation: fused, gradient reduction: overlapped, "
+        "shared prompts: read by each row"
     )
     only_gpu = Installed(True, False, False, "torch")
     assert describe(choose_acceleration(only_gpu), only_gpu) == (
         "layers: Megatron local (TransformerEngine not installed), Adam: torch, "
-        "gradient accumulation: unfused (Apex's kernel not installed), gradient reduction: not overlapped"
+        "gradient accumulation: unfused (Apex's kernel not installed), gradient reduction: not overlapped, "
+        "shared prompts: read once a micro-batch"
     )
 
 

@@ -568,3 +568,35 @@ def test_validate_looks_at_the_names_of_reward_functions(model_dir: Path):
         2,
         "error: rewards.reward_weights has 2 values for 1 rewards.reward_funcs; give one for each, or null\n",
     )
+
+
+def test_a_budget_of_tokens_needs_no_full_micro_batches(model_dir: Path):
+    """6 prompts x 8 over 5 ranks: neither 4 rows a micro-batch nor the ranks divide 48."""
+    changes = {"train__global_batch_size": 48, "train__max_tokens_per_micro_batch": 4096}
+    assert plan_of(model_dir, 5, **changes).completions_per_step == 48
+    assert refusal(model_dir, 5, **{**changes, "train__max_tokens_per_micro_batch": None}).startswith(
+        "train.global_batch_size=48 is not a multiple of train.micro_batch_size x data-parallel size = 4 x 5 = 20; "
+    )
+    # What counts rows of micro-batches needs them full even so.
+    assert "= 4 x 5 = 20; " in refusal(model_dir, 5, **changes, chord__semantics="trinity")
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "tokens"),
+    [
+        (
+            {},
+            "data.max_prompt_length + rollout.max_completion_length = 1024 + 256 = 1280",
+            1280,
+        ),
+        (
+            {"data__max_prompt_length": 100, "chord__chord_sft_max_length": 1001},
+            "chord.chord_sft_max_length = 1001",
+            1001,
+        ),
+    ],
+)
+def test_a_budget_below_the_longest_row(changes: dict[str, Any], what: str, tokens: int, model_dir: Path):
+    assert refusal(model_dir, train__max_tokens_per_micro_batch=1000, **changes) == (
+        f"train.max_tokens_per_micro_batch=1000 holds no row of {what} tokens; set it to at least {tokens}"
+    )
