@@ -225,6 +225,7 @@ class LossTotals(NamedTuple):
     sums: dict[str, float]
     maxima: dict[str, float]
     rows: dict[str, list[float]]  # by name, in the order of the step's samples
+    log_probs: list[Tensor] | None = None  # [length] of each sample's tokens, where they are asked for
 
 
 class RoutingCounts(NamedTuple):

@@ -18,20 +18,24 @@ from torch import Tensor
 
 from chord_megatron.backend import checkpoint
 from chord_megatron.backend.acceleration import choose_acceleration, describe, find_installed
+from chord_megatron.backend.checkpoint_writer import Copies
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
+from chord_megatron.backend.last_stages import gather_rows, reduce_results
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
 from chord_megatron.backend.optimizer import build_optimizer, build_scheduler
 from chord_megatron.backend.router_replay import ChunkRouters, count_routing, listening, of_samples
+from chord_megatron.backend.transformer_options import refusals_named, token_multiple
 from chord_megatron.batching.packing import BatchLayout, unpack
 from chord_megatron.batching.routing import routed_live
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.planning.pipeline import attention_length
+from chord_megatron.system.background import Background
 from chord_megatron.types import (
     GlobalBatch,
     GradientComparison,
@@ -83,7 +87,8 @@ class MegatronEngine:
         )
         self.acceleration_note = describe(acceleration, installed)
         self._can_share_prompts = acceleration.share_prompts
-        chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
+        with refusals_named(model):
+            chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
             load_megatron_weights(chunks, self._model_dir, self.arch)
         else:
@@ -103,18 +108,20 @@ class MegatronEngine:
         self._loss_is_finite = True
         self._has_gradients = False
         self._host_memory: dict[str, HostMemory] = {}  # of what is offloaded: "model", "optimizer"
+        self._copies: Copies = {}  # of what is saved in the background
         self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
     def batch_layout(self) -> BatchLayout:
         """What this layout asks of a batch."""
-        model = unwrap(self._chunks[0])
+        config = unwrap(self._chunks[0]).config
+        tokens = self.groups.tp_size if config.sequence_parallel else 1
         return BatchLayout(
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
             cp_rank=self.groups.cp_rank,
             cp_size=self.groups.cp_size,
-            pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
+            pad_to_multiple=tokens * token_multiple(config),
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
             attention_length=attention_length(self.arch),
@@ -162,14 +169,16 @@ class MegatronEngine:
             return log_probs.sum(), 0, dict(enumerate(rows))
 
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
-        kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
-        for kind, rows in enumerate(values.split(batch.lengths) for values in kinds):
-            for index, row in (item for output in outputs for item in output[kind].items()):
-                rows[index].copy_(row)
-        return [list(values.split(batch.lengths)) for values in self._gather(kinds).cpu()]
+        kinds = range(1 + compute_entropy)
+        return [gather_rows(batch, [output[kind] for output in outputs], self.groups) for kind in kinds]
 
-    def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
-        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""
+    def forward_backward(
+        self, batch: GlobalBatch, loss_fn: LossFunction, *, keep_log_probs: bool = False
+    ) -> LossTotals:
+        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
+
+        keep_log_probs: return those of this pass, too, as `compute_log_probs` would; 0 of samples that are not run.
+        """
         self._assert_here("model", "optimizer")
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
@@ -177,7 +186,11 @@ class MegatronEngine:
         for routers in self._routers:
             routers.take_counts()  # of other passes
 
+        kept: list[dict[int, Tensor]] = []
+
         def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, LossResult]:
+            if keep_log_probs:
+                kept.append(unpack(micro_batch, log_probs.detach().float(), batch.lengths))
             result = loss_fn(log_probs, entropy, micro_batch)
             non_finite = (~torch.isfinite(result.loss.detach())).double()
             described = result._replace(loss=result.loss.detach(), sums={**result.sums, _NON_FINITE: non_finite})
@@ -185,10 +198,10 @@ class MegatronEngine:
             return batch.num_tokens * result.loss, micro_batch.num_tokens, described
 
         outputs = self._run_schedule(batch, scaled, forward_only=False, compute_entropy=True)
-        totals = self._reduce(batch, outputs)
+        totals = reduce_results(batch, outputs, self.groups)
         self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
-        return totals
+        return totals._replace(log_probs=gather_rows(batch, kept, self.groups)) if keep_log_probs else totals
 
     def count_routing(self) -> RoutingCounts | None:
         """What the routers did in the last `forward_backward`; None of a model without experts."""
@@ -264,8 +277,15 @@ class MegatronEngine:
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, scheduler, random state and `state` (plain JSON values) to `directory`."""
+        with self.saving(directory, state, in_background=False):
+            pass
+
+    def saving(
+        self, directory: Path, state: dict[str, Any], *, in_background: bool
+    ) -> contextlib.AbstractContextManager[Background]:
+        """The same as a context, at whose end it is there; training may go on within it in the background alone."""
         self._assert_here("model", "optimizer")
-        checkpoint.save(
+        return checkpoint.saving(
             directory,
             self._chunks,
             self._optimizer,
@@ -274,6 +294,7 @@ class MegatronEngine:
             self.groups,
             model_dir=self._model_dir,
             arch=self.arch,
+            copies=self._copies if in_background else None,
         )
 
     def load(self, directory: Path) -> dict[str, Any]:
@@ -337,42 +358,10 @@ class MegatronEngine:
             routers.batch = None  # of the last layers that were run again
         return outputs
 
-    def _gather(self, values: Tensor) -> Tensor:
-        """On every rank what the last stages filled in, each its own tokens, with zeros elsewhere. In place."""
-        if self.groups.is_last_stage:
-            dist.all_reduce(values, group=self.groups.dp_cp_group)
-        if self.groups.pp_size > 1:
-            dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return values
-
     def _gradient_norm(self) -> float:
         """Of what is in the gradient buffers."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
-
-    def _reduce(self, batch: GlobalBatch, outputs: Sequence[LossResult]) -> LossTotals:
-        """Add sums, compare maxima and collect rows of the last stages over micro-batches and ranks; tell every stage.
-
-        outputs: of this rank's micro-batches, in their order.
-        """
-        totals = [LossTotals({}, {}, {})]
-        if self.groups.is_last_stage:
-            group = self.groups.dp_cp_group
-            sums = torch.stack([torch.stack([*output.sums.values()]) for output in outputs]).sum(0)
-            maxima = torch.stack([torch.stack([*output.maxima.values()]) for output in outputs]).amax(0)
-            rows = sums.new_zeros(len(outputs[0].rows), len(batch.lengths))  # of each sample, 0 where others have it
-            for micro_batch, output in zip(batch.micro_batches, outputs):
-                indices = torch.tensor(micro_batch.sample_indices, dtype=torch.int64, device=rows.device)
-                for row, values in zip(rows, output.rows.values()):
-                    row[indices] = values[: len(indices)]
-            dist.all_reduce(sums, group=group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(rows, group=group)
-            named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
-            totals = [LossTotals(*map(dict, named))]
-        if self.groups.pp_size > 1:
-            dist.broadcast_object_list(totals, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return totals[0]
 
     def _swap_reference(self) -> None:
         """Exchange the current weights and the reference's."""

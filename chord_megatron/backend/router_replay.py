@@ -162,31 +162,34 @@ class CompletionRouting:
     def __init__(self, heard: list[Heard], arch: ModelArchitecture, groups: ParallelGroups) -> None:
         """heard: what the routers' choices are added to, and taken from after each step."""
         self._heard, self._arch, self._groups = heard, arch, groups
-        self._steps: list[tuple[Tensor, int, list[int], Tensor]] = []
+        self._passes: list[tuple[Tensor, Tensor, int, list[int], Tensor]] = []
 
-    def note(self, rows: Tensor, columns: int) -> None:
-        """After a forward pass of the newest tokens of these rows, [batch] int64, which now have so many columns."""
+    def note(self, rows: Tensor, source: Tensor, columns: int) -> None:
+        """After a forward pass of a chunk over the newest tokens of some rows, which now have so many columns.
+
+        rows: [n] of the completions that they are for; source: [n] which of those that were read is for each.
+        """
         layers = [heard.layer for heard in self._heard]
         if layers and self._groups.tp_rank == 0:  # the others' are copies, which may differ where scores are close
             experts = torch.stack([heard.experts for heard in self._heard]).cpu()
-            self._steps.append((rows.cpu(), columns, layers, experts))
+            self._passes.append((rows.cpu(), source.cpu(), columns, layers, experts))
         self._heard.clear()
 
     def of_completions(self, prompt_lengths: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
         """[prompt + completion, layers, top k] int16 of each; LIVE the last token, which the model has not read.
 
-        Prompts end at the same column (generation.py, _left_pad). A collective call of the ranks that share a model.
+        Prompts end at the same column (cohort.py, _left_pad). A collective call of the ranks that share a model.
         """
         prompts, totals = torch.tensor(prompt_lengths), torch.tensor(prompt_lengths) + torch.tensor(lengths)
         starts, firsts = totals.cumsum(0) - totals, max(prompt_lengths) - prompts  # of each row: place, column
         table = _Table(int(totals.sum()), self._arch, self._groups.device)
-        for rows, columns, layers, experts in self._steps:
-            new = experts.shape[1] // len(rows)
-            tokens = torch.arange(columns - new, columns)[:, None] - firsts[rows]  # [new, batch], as the model has them
-            is_read = ((tokens >= 0) & (tokens < totals[rows] - 1)).flatten()
-            places = (starts[rows] + tokens).flatten()[is_read]
-            for layer, values in zip(layers, experts):
-                table.write(layer, places, values[is_read])
+        for rows, source, columns, layers, experts in self._passes:
+            of_read = experts.unflatten(1, (-1, int(source.max()) + 1))  # [layers, new, rows read, top k]
+            new = of_read.shape[1]
+            tokens = torch.arange(columns - new, columns)[:, None] - firsts[rows]  # [new, n]: which of the sequence's
+            is_read = (tokens >= 0) & (tokens < totals[rows] - 1)
+            for layer, values in zip(layers, of_read[:, :, source]):
+                table.write(layer, (starts[rows] + tokens)[is_read], values[is_read])
         return [*table.merged([self._groups.tp_group, self._groups.pp_group]).split(totals.tolist())]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from chord_megatron.config import Config, RolloutConfig
+from chord_megatron.config import Config, GRPOConfig, RolloutConfig
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.listening import is_loopback
 from chord_megatron.system.sentences import shown
@@ -71,11 +71,17 @@ def _check_router_replay(config: Config, arch: ModelArchitecture) -> None:
             "rollout.router_replay=sampler needs an engine that says which experts served a token, and with vLLM this "
             "release does not ask; set it to trainer, or rollout.engine=megatron"
         )
-    if source == "trainer" and config.grpo.steps_per_generation * config.grpo.num_iterations == 1:
+    if source == "trainer" and not _are_scored_again(config.grpo):
         raise UserError(
             "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
-            "remove it, or set grpo.steps_per_generation or num_iterations above 1"
+            "remove it, or set grpo.num_iterations above 1"
         )
+
+
+def _are_scored_again(grpo: GRPOConfig) -> bool:
+    """Whether some completions are scored before an update whose weights have moved since."""
+    are_scored_before = grpo.old_log_probs == "trainer" or grpo.top_entropy_quantile < 1
+    return grpo.num_iterations > 1 or (grpo.steps_per_generation > 1 and are_scored_before)
 
 
 def _check_addresses(rollout: RolloutConfig) -> None:

@@ -56,11 +56,12 @@ class EmbeddedRollout:
 
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine."""
-        repeated = request.repeated
-        mine = range(self._replicas.rank(), len(repeated), self._replicas.size())
+        repeated, rank, size = request.repeated, self._replicas.rank(), self._replicas.size()
+        # Side by side, so that the completions of a prompt stay together and the engine reads it once.
+        mine = range(len(repeated) * rank // size, len(repeated) * (rank + 1) // size)
         completions = []
         # All ranks call equally often: with experts on other ranks a call is a collective of the replicas.
-        largest_share = -(-len(repeated) // self._replicas.size())
+        largest_share = -(-len(repeated) // size)
         for start in range(0, largest_share, self._max_batch_size):
             indices = mine[start : start + self._max_batch_size]
             outputs = self._engine.generate(

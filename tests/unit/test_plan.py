@@ -378,7 +378,17 @@ def test_context_parallel_ranks_share_a_model_too(model_dir: Path, world_size: i
             {"moe": EXPERTS},
             {"rollout__router_replay": "trainer"},
             "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
-            "remove it, or set grpo.steps_per_generation or num_iterations above 1",
+            "remove it, or set grpo.num_iterations above 1",
+        ),
+        (
+            {"moe": EXPERTS},
+            {
+                "rollout__router_replay": "trainer",
+                "grpo__steps_per_generation": 2,
+                "grpo__old_log_probs": "sampler",
+            },
+            "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
+            "remove it, or set grpo.num_iterations above 1",
         ),
         (
             {"moe": EXPERTS},
