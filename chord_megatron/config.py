@@ -61,6 +61,11 @@ class ModelConfig(_Group):
     export_bucket_megabytes: Positive = 512  # full weights gathered at a time, for saving and for rollout engines
     trust_remote_code: bool = False  # passed to the tokenizer only; models never run foreign code
 
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether whole layers are computed again."""
+        return self.recompute is True or self.recompute == "full"
+
 
 class ParallelConfig(_Group):
     tensor_model_parallel_size: Positive = 1

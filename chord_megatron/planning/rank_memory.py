@@ -153,7 +153,7 @@ def _activations(config: Config, arch: ModelArchitecture, load: Workload, layers
         return layer_bytes(arch, parallel, is_moe=is_moe, layers=layers, itemsize=itemsize, longest=longest)
 
     # With recomputation the input of a layer is kept, and everything of one layer at a time.
-    of_chunks = [sum(hidden if config.model.recompute else kept(layer) for layer in chunk) for chunk in chunks]
+    of_chunks = [sum(hidden if config.model.recomputes_layers else kept(layer) for layer in chunk) for chunk in chunks]
     # What was sent to the next stage stays until its gradient comes back.
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     sent = [hidden * (not (is_last and chunk == len(chunks) - 1)) for chunk in range(len(chunks))]
@@ -162,7 +162,7 @@ def _activations(config: Config, arch: ModelArchitecture, load: Workload, layers
     kinds = {arch.is_moe_layer(layer): layer for chunk in chunks for layer in chunk}
     working = [
         backward_bytes(arch, parallel, is_moe=is_moe, layers=layers, itemsize=itemsize, tokens=tokens)
-        + tokens * kept(layer) * config.model.recompute
+        + tokens * kept(layer) * config.model.recomputes_layers
         for is_moe, layer in kinds.items()
     ]
     vocabulary = padded_vocab_size(arch.vocab_size, parallel.tensor_model_parallel_size)

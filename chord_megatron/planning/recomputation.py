@@ -9,10 +9,9 @@ from chord_megatron.weights.architecture import ModelArchitecture
 
 def check_recomputation(model: ModelConfig, arch: ModelArchitecture) -> None:
     """That whole layers have a method, and that the model has the parts. Raises UserError."""
-    is_whole = model.recompute is True or model.recompute == "full"
     for key in ("recompute_method", "recompute_num_layers"):
         value = getattr(model, key)
-        if value is not None and not is_whole:
+        if value is not None and not model.recomputes_layers:
             raise UserError(f"model.{key}={value} is for model.recompute=full, whole layers; remove it or set that")
     for module in model.recompute if isinstance(model.recompute, list) else ():
         if lacking := _lacking(module, arch):

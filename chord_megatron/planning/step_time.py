@@ -126,7 +126,7 @@ def _stage_work(config: Config, arch: ModelArchitecture, plan: Plan, load: Workl
     shares = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     rate = links.cluster.gpu.bf16_tflops * 1e12 * links.assumptions.mfu * shares
     slowness = {False: 1.0, True: 1 / links.assumptions.experts_share}  # of layers with experts
-    backward_passes = 3 if config.model.recompute else 2
+    backward_passes = 3 if config.model.recomputes_layers else 2
     stage_of = [stage % pp for stage, count in enumerate(stage_layers(parallel, arch)) for _ in range(count)]
     passes = {
         is_moe: [
