@@ -55,7 +55,7 @@ def build_global_batch(
 
     samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch, in their
     order; shuffle_seed: None keeps it. max_tokens: of a micro-batch, with rows spread by what they cost, in place of
-    both. shares_prompts: see share_prompts. skips_idle_rows: rows whose loss has no gradient are not run; the
+    both. shares_prompts: see share_prompts, where the attention can. skips_idle_rows: rows whose loss has no gradient are not run; the
     denominators stay those of all rows.
     """
     weights, num_tokens = _weights(samples, rollout_mean, expert_mean)
@@ -64,6 +64,7 @@ def build_global_batch(
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
     if skips_idle_rows:
         order = [i for i in order if not _is_idle(samples[i], weights[i])]
+    shares_prompts = shares_prompts and layout.can_share_prompts
     cost = Cost(layout.attention_length, shares_prompts)
     if max_tokens is None:
         ranks = by_count(order, layout.dp_size, micro_batch_size, layout.micro_batch_multiple)
