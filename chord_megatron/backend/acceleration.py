@@ -30,7 +30,7 @@ class Acceleration:
     transformer_impl: Literal["transformer_engine", "local"]  # Megatron-Core's name for the kind of layers
     fuse_gradient_accumulation: bool  # weight gradients are added to the float32 sums by their matrix multiplication
     overlap_grad_reduce: bool  # gradients are summed over data-parallel ranks while others are computed
-    share_prompts: bool  # the attention takes a prompt that several sequences begin with
+    share_prompts: bool = True  # the attention takes a prompt that several sequences begin with
 
 
 def find_installed() -> Installed:

@@ -58,7 +58,7 @@ class Layout:
         ]
         always = ("TP", "PP", "DP")
         shown = " x ".join(f"{name} {size}" for name, size in sizes if size > 1 or name in always)
-        return shown + ", recomputation" * self.config.model.recompute
+        return shown + ", recomputation" * self.config.model.recomputes_layers
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def _activations(config: Config, arch: ModelArchitecture, load: Workload, layers
     kinds = {arch.is_moe_layer(layer) for chunk in chunks for layer in chunk}
     kept = {is_moe: layer_bytes(arch, parallel, is_moe=is_moe, kind=kind) for is_moe in kinds}
     # With recomputation the input of a layer is kept, and everything of one layer at a time.
-    stays = {is_moe: hidden if config.model.recompute else kept[is_moe] for is_moe in kinds}
+    stays = {is_moe: hidden if config.model.recomputes_layers else kept[is_moe] for is_moe in kinds}
     of_chunks = [sum(stays[arch.is_moe_layer(layer)] for layer in chunk) for chunk in chunks]
     # What was sent to the next stage stays until its gradient comes back.
     is_last = stage == parallel.pipeline_model_parallel_size - 1
@@ -161,7 +161,7 @@ def _activations(config: Config, arch: ModelArchitecture, load: Workload, layers
     in_flight = tokens * sum(count * (of_chunk + s) for count, of_chunk, s in zip(counts, of_chunks, sent))
     working = [
         backward_bytes(arch, parallel, is_moe=is_moe, kind=kind, tokens=tokens)
-        + tokens * kept[is_moe] * config.model.recompute
+        + tokens * kept[is_moe] * config.model.recomputes_layers
         for is_moe in kinds
     ]
     vocabulary = padded_vocab_size(arch.vocab_size, parallel.tensor_model_parallel_size)

@@ -124,7 +124,7 @@ def _stage_work(config: Config, arch: ModelArchitecture, plan: Plan, load: Workl
     tokens, counted = load.tokens / slots, load.counted_tokens / slots
     shares = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     rate = links.cluster.gpu.bf16_tflops * 1e12 * links.assumptions.mfu * shares
-    backward_passes = 3 if config.model.recompute else 2
+    backward_passes = 3 if config.model.recomputes_layers else 2
     # Layers of one kind are alike: their operations, as if at the rate of those without experts, and their messages.
     kinds = {arch.is_moe_layer(layer): layer for layer in range(arch.num_layers)}
     slowness = {False: 1.0, True: 1 / links.assumptions.experts_share}

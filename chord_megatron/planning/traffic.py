@@ -75,7 +75,7 @@ def layer_messages(
     forward = _layer_pass(config, arch, links, tokens=tokens, is_moe=is_moe, backward=False)
     if not backward:
         return forward
-    again = forward if config.model.recompute else []
+    again = forward if config.model.recomputes_layers else []
     return [*again, *_layer_pass(config, arch, links, tokens=tokens, is_moe=is_moe, backward=True)]
 
 
