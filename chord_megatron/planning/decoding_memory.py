@@ -12,9 +12,10 @@ _FLOAT32 = 4
 
 
 def rows_at_once(config: Config, plan: Plan) -> int:
-    """Completions that a data-parallel rank decodes together (rollout/embedded.py)."""
+    """Completions that a copy of the model decodes together: each data- and context-parallel rank its own."""
     generation_batch = plan.completions_per_step * config.grpo.steps_per_generation
-    return min(config.rollout.max_batch_size, -(-generation_batch // plan.data_parallel_size))
+    copies = plan.data_parallel_size * config.parallel.context_parallel_size
+    return min(config.rollout.max_batch_size, -(-generation_batch // copies))
 
 
 def cached_numbers(arch: ModelArchitecture) -> int:

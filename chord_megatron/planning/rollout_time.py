@@ -56,7 +56,7 @@ def _samplers(config: Config, arch: ModelArchitecture, plan: Plan, cluster: Clus
     rows = load.completions * config.grpo.steps_per_generation
     if rollout.engine == "megatron":
         tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-        rows_of_copy = rows / plan.data_parallel_size
+        rows_of_copy = rows / (plan.data_parallel_size * parallel.context_parallel_size)
         return _Samplers(tp, ep, max(1, ep // tp), rows_of_copy, rows_of_copy, is_continuous=False, has_graphs=False)
     tp, copies = server_gpus(config, arch, cluster), len(rollout.vllm_servers or ())
     if rollout.vllm_mode == "colocate":

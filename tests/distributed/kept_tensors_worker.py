@@ -1,4 +1,4 @@
-"""Counts what autograd keeps of each layer for each token: `kept_tensors_worker.py SETTINGS MODEL_DIR...`.
+"""Counts what autograd keeps of each layer for each token of a rank: `kept_tensors_worker.py SETTINGS MODEL_DIR...`.
 
 SETTINGS: JSON with `parallel`, `dtype` and `recompute`. Prints a line `MODEL_DIR [bytes a token of layer 0, ...]`.
 """
@@ -9,6 +9,7 @@ import json
 import sys
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from chord_megatron.backend.engine import MegatronEngine
@@ -18,7 +19,7 @@ from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.types import TrainingSample
 
-ROWS, LENGTH = 2, 64
+LENGTH = 64
 
 
 def main(settings: str, *model_dirs: str) -> None:
@@ -28,20 +29,18 @@ def main(settings: str, *model_dirs: str) -> None:
     for model_dir in model_dirs:
         model = ModelConfig(path=model_dir, dtype=wanted["dtype"], recompute=wanted["recompute"])
         engine = MegatronEngine(model, parallel, OptimizerConfig(), groups, train_iters=1, keep_reference=False)
-        if groups.rank == 0:
-            print(model_dir, kept_by_layer(engine), flush=True)
-        else:
-            kept_by_layer(engine)
+        sizes = kept_by_layer(engine)
+        if groups.rank == dist.get_world_size() - 1:  # under CP the last one keeps most
+            print(model_dir, sizes, flush=True)
     shut_down_distributed()
 
 
 def kept_by_layer(engine: MegatronEngine) -> list[float]:
     """Bytes a token of the memory that is first kept within each layer; parameters are no part of it."""
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(engine.arch.vocab_size, (LENGTH,), generator=generator) for _ in range(ROWS)]
-    mask = torch.ones(LENGTH, dtype=torch.bool)
-    samples = [TrainingSample(row, mask, is_expert=True, temperature=1.0) for row in rows]
-    (batch,) = build_global_batch(samples, engine.batch_layout, micro_batch_size=ROWS).micro_batches
+    row = torch.randint(engine.arch.vocab_size, (LENGTH,), generator=generator)
+    sample = TrainingSample(row, torch.ones(LENGTH, dtype=torch.bool), is_expert=True, temperature=1.0)
+    (batch,) = build_global_batch([sample], engine.batch_layout, micro_batch_size=1).micro_batches
     (chunk,) = engine._chunks
     layers = unwrap(chunk).decoder.layers
     known = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
@@ -60,7 +59,7 @@ def kept_by_layer(engine: MegatronEngine) -> list[float]:
         layer.register_forward_hook(lambda *_: current.__setitem__(0, -1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run_micro_batch(chunk, batch, compute_entropy=True)
-    return [size / (ROWS * LENGTH) for size in sizes]
+    return [size / len(batch.input_ids) for size in sizes]
 
 
 if __name__ == "__main__":

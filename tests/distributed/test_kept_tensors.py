@@ -12,7 +12,7 @@ from kept_tensors_worker import LENGTH
 from tiny_families import MODELS, TP_2, write_model
 
 from chord_megatron.config import ParallelConfig
-from chord_megatron.planning.activations import layer_bytes
+from chord_megatron.planning.activations import Kind, layer_bytes
 from chord_megatron.weights.hf_config import read_architecture
 
 pytestmark = pytest.mark.distributed
@@ -23,6 +23,7 @@ CASES: dict[str, tuple[int, dict[str, Any], str, tuple[str, ...]]] = {
     "float32": (1, {}, "float32", tuple(MODELS)),
     "bfloat16": (1, {}, "bfloat16", ("qwen3", "qwen3_moe")),
     "TP 2": (2, {"tensor_model_parallel_size": 2}, "float32", DENSE),
+    "CP 2": (2, {"context_parallel_size": 2}, "float32", (*DENSE, "deepseek_v3")),
     "TP 2 + SP": (2, TP_2, "float32", (*DENSE, "qwen3_moe-mixed", "deepseek_v3", "deepseek_v3-plain")),
 }
 
@@ -42,15 +43,6 @@ def test_a_layer_keeps_what_the_planner_says(tmp_path: Path, case: str):
 
 
 def expected(model_dir: Path, parallel: dict[str, Any], dtype: str) -> list[float]:
-    arch = read_architecture(model_dir)
-    return [
-        layer_bytes(
-            arch,
-            ParallelConfig(**parallel),
-            is_moe=arch.is_moe_layer(layer),
-            layers="local",
-            itemsize={"float32": 4, "bfloat16": 2}[dtype],
-            longest=LENGTH,
-        )
-        for layer in range(arch.num_layers)
-    ]
+    arch, config = read_architecture(model_dir), ParallelConfig(**parallel)
+    kind = Kind("local", {"float32": 4, "bfloat16": 2}[dtype], LENGTH, config.context_parallel_size)
+    return [layer_bytes(arch, config, is_moe=arch.is_moe_layer(layer), kind=kind) for layer in range(arch.num_layers)]

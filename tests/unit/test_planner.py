@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from chord_megatron.cli import app
 from chord_megatron.config import Config, ParallelConfig, load_config
-from chord_megatron.planning.activations import FULLEST_EXPERTS, backward_bytes, chunks_in_flight, layer_bytes
+from chord_megatron.planning.activations import FULLEST_EXPERTS, Kind, backward_bytes, chunks_in_flight, layer_bytes
 from chord_megatron.planning.decoding_memory import kv_cache_bytes, prefill_bytes, rows_at_once, sampling_bytes
 from chord_megatron.planning.flops import head_flops, layer_flops, token_flops
 from chord_megatron.planning.gpus import GPUS, Assumptions, Cluster
@@ -36,6 +36,7 @@ TP_2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel"
 SHARDED = {"optimizer__use_distributed_optimizer": True}
 PP_2 = {"parallel__pipeline_model_parallel_size": 2}
 H100 = GPUS["h100"]
+BF16_ON_TE = Kind("transformer_engine", itemsize=2, longest=3072)
 QWEN3_30B = replace(
     QWEN2_5_7B,
     family="qwen3_moe",
@@ -80,27 +81,20 @@ def planned(arch: ModelArchitecture, world_size: int, **settings: Any) -> tuple[
 def test_what_a_layer_of_the_7b_keeps_of_a_token(parallel: dict[str, bool], norms: float, whole: float, split: float):
     """Norms 2 (2 x 3584 x 2 + 4); rotations 4 x 128 x 2; (2 x 3584 + 2 x 512 + 5 x 18944) x 2 and 28 x 4 by heads."""
     tp_4 = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True) if parallel else ParallelConfig()
-    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, layers="transformer_engine", itemsize=2, longest=3072)
+    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, kind=BF16_ON_TE)
     assert found == norms + whole + split
 
 
 def test_without_sequence_parallelism_norms_are_whole_on_each_rank():
     tp_4 = ParallelConfig(tensor_model_parallel_size=4)
-    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, layers="transformer_engine", itemsize=2, longest=3072)
+    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, kind=BF16_ON_TE)
     assert found == 28680 + 1024 + 205936 / 4
 
 
 def test_what_experts_keep_is_that_of_the_fullest_rank():
     """8 experts a token: 2048 numbers of it and 6 x 768 in the expert, each, at 2 bytes."""
     alone, spread = (
-        layer_bytes(
-            QWEN3_30B,
-            ParallelConfig(expert_model_parallel_size=ep),
-            is_moe=True,
-            layers="transformer_engine",
-            itemsize=2,
-            longest=1,
-        )
+        layer_bytes(QWEN3_30B, ParallelConfig(expert_model_parallel_size=ep), is_moe=True, kind=BF16_ON_TE)
         for ep in (1, 8)
     )
     assert spread - alone == pytest.approx((FULLEST_EXPERTS - 1) * 8 * (2048 + 6 * 768) * 2)
@@ -125,11 +119,11 @@ def test_micro_batches_under_way(stages: int, chunks: int | None, micro_batches:
 
 def test_a_backward_pass_needs_two_widths_two_streams_and_a_weight_gradient():
     """Under sequence parallelism half of each stream, and two whole ones that are gathered."""
-    common = {"is_moe": False, "layers": "local", "itemsize": 4, "tokens": 100}
-    alone = backward_bytes(QWEN2_5_7B, ParallelConfig(), **common)
+    kind = Kind("local", itemsize=4, longest=100)
+    alone = backward_bytes(QWEN2_5_7B, ParallelConfig(), is_moe=False, kind=kind, tokens=100)
     assert alone == 4 * (100 * (2 * 18944 + 2 * 3584) + 2 * 18944 * 3584)
     tp_2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    halves = backward_bytes(QWEN2_5_7B, tp_2, **common)
+    halves = backward_bytes(QWEN2_5_7B, tp_2, is_moe=False, kind=kind, tokens=100)
     assert halves == 4 * (100 * (18944 + 3584 + 2 * 3584) + 18944 * 3584)
 
 
@@ -140,9 +134,9 @@ def test_activations_of_two_stages(recompute: bool):
     tokens, hidden = 2 * 3072, 3584 * 2
     first, last = rank_memories(config, QWEN2_5_7B, plan, layers="transformer_engine")
     parallel = config.parallel
-    common = {"is_moe": False, "layers": "transformer_engine", "itemsize": 2}
-    kept = layer_bytes(QWEN2_5_7B, parallel, **common, longest=3072)
-    working = backward_bytes(QWEN2_5_7B, parallel, **common, tokens=tokens) + tokens * kept * recompute
+    kept = layer_bytes(QWEN2_5_7B, parallel, is_moe=False, kind=BF16_ON_TE)
+    backward = backward_bytes(QWEN2_5_7B, parallel, is_moe=False, kind=BF16_ON_TE, tokens=tokens)
+    working = backward + tokens * kept * recompute
     of_stage = 14 * (hidden if recompute else kept)
     assert first.activations == tokens * 2 * (of_stage + hidden) + working
     assert last.activations == tokens * of_stage + working
@@ -159,6 +153,18 @@ def test_the_gradient_of_the_embedding_may_be_the_worst_moment():
     )  # fmt: skip
     (rank,) = rank_memories(config, QWEN2_5_7B, plan, layers="local")
     assert rank.activations == 152064 * 3584 * 4
+
+
+def test_context_parallelism_divides_tokens_and_copies_of_the_model():
+    """Of a rank's tokens it keeps the same; each rank draws completions of its own; Adam's state is shared by all."""
+    config, plan = planned(QWEN2_5_7B, 4, **SHARDED, parallel__context_parallel_size=4)
+    (rank,) = rank_memories(config, QWEN2_5_7B, plan, layers="transformer_engine")
+    alone, plan_alone = planned(QWEN2_5_7B, 1)
+    (whole,) = rank_memories(alone, QWEN2_5_7B, plan_alone, layers="transformer_engine")
+    assert (rank.state.weights, rank.state.optimizer) == (2 * NUM_7B, 12 * NUM_7B // 4)
+    weight = 2 * 2 * 18944 * 3584
+    assert rank.activations - weight == (whole.activations - weight) / 4
+    assert rows_at_once(config, plan) == 64
 
 
 def test_training_and_drawing_share_the_state():
@@ -202,6 +208,10 @@ def test_tokens_of_a_step():
     assert load.tokens == 256 * (512 + 512) + 64 * 2048
     assert load.counted_tokens == 256 * 512 + 64 * 2048
     assert load.mean_row == (256 * 1024**2 + 64 * 2048**2) / load.tokens
+    budget = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_micro_batch": 10000})})
+    load = workload(budget, plan, Fill(prompt=0.5, completion=0.25, expert=0.5))
+    # 320 rows: two of the longest fit, and 10000 / 1228.8 of the mean.
+    assert (load.tokens_per_micro_batch, load.most_micro_batches, load.micro_batches) == (10000, 160, 40)
     rollouts = workload(config_of(), plan, Fill())
     assert (rollouts.longest_row, rollouts.expert_rows, rollouts.micro_batches) == (3072, 0, 256)  # mu is 0
 
@@ -292,6 +302,14 @@ def test_messages_of_tensor_parallelism():
     for backward in (False, True):
         messages = layer_messages(plain, QWEN2_5_7B, links(8), tokens=1000, is_moe=False, backward=backward)
         assert total(messages, "all-reduce") == (4 * half, 2)
+
+
+def test_messages_of_context_parallelism():
+    """Half of the keys and values, 2 x 512 numbers a token; in the backward pass also their gradients."""
+    config = config_of(parallel__context_parallel_size=2)
+    for backward, count in ((False, 1), (True, 2)):
+        messages = layer_messages(config, QWEN2_5_7B, links(8), tokens=1000, is_moe=False, backward=backward)
+        assert total(messages, "keys and values") == (count * 1000 * 1024 * 2 / 2, count)
 
 
 def test_messages_of_experts():
@@ -386,6 +404,7 @@ def test_drawing_elsewhere():
         ({"train__micro_batch_size": 4}, 512, 512, 1),
         ({"train__micro_batch_size": 6}, 32, 256, 2),
         ({"train__micro_batch_size": 4}, 24, 264, 1),  # the next multiple of 24 and of 8 completions
+        ({"train__micro_batch_size": 4, "train__max_tokens_per_micro_batch": 10000}, 24, 256, 4),
         # Where micro-batches change the numbers they stay.
         ({"train__micro_batch_size": 4, "chord__semantics": "trinity"}, 128, 512, 4),
     ],
@@ -417,6 +436,20 @@ def test_a_batch_that_stays_comes_before_one_that_grows():
     flags = [proposal.changed_rows for proposal in found.proposals]
     assert flags == sorted(flags) and set(flags) == {False, True}
     assert found.best.layout.config.train.global_batch_size == 8
+
+
+def test_long_rows_are_cut_over_ranks():
+    """Ranks keep at least 4096 tokens of a row of 66,560; without context parallelism fewer rows' tokens fit."""
+    config = config_of(
+        rollout__engine="replay", rollout__replay_from="r.jsonl", rollout__max_completion_length=65536,
+        train__global_batch_size=64,
+    )  # fmt: skip
+    arch = replace(QWEN2_5_7B, max_position_embeddings=131072)
+    found = search(config, arch, Cluster(H100, 32, 8), Assumptions())
+    sizes = {proposal.layout.config.parallel.context_parallel_size for proposal in found.proposals}
+    assert sizes == {1, 2, 4, 8, 16}
+    assert found.best.layout.config.parallel.context_parallel_size > 1
+    assert " x CP " in found.best.layout.name
 
 
 # The command.
