@@ -59,7 +59,6 @@ class Engine:
         log_probs = self.compute_log_probs(batch)
         return log_probs, [torch.arange(len(row)).float() for row in log_probs]
 
-
     @contextmanager
     def recorded_routing(self, batch: GlobalBatch) -> Iterator[list[Tensor]]:
         rows: list[Tensor] = []
@@ -218,9 +217,7 @@ ALL_LIVE, OF_THE_PASS = [None] * SIZE, [PASS] * SIZE
         ({"num_iterations": 2, "beta": 0.1}, [ALL_LIVE, [0] * SIZE]),  # the reference model's choice is its own
     ],
 )
-def test_updates_replay_the_first_pass_over_their_completions(
-    grpo: dict[str, Any], replayed: list[list[int | None]]
-):
+def test_updates_replay_the_first_pass_over_their_completions(grpo: dict[str, Any], replayed: list[list[int | None]]):
     built, _ = stream(grpo, "trainer")
     steps = take(built, [0.5] * len(replayed))
     assert [experts(step) for step in steps] == replayed
