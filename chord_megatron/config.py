@@ -124,6 +124,9 @@ class RolloutConfig(_Group):
     max_batch_size: Positive = 256  # completions decoded at once per data-parallel rank
     record_to: PathName | None = None  # jsonl of all rollouts, readable by the replay engine
     replay_from: PathName | None = None
+    # Of models with experts: a rollout's update has the experts that it had when the trainer first scored it, or when
+    # the sampler drew it; None = those that the routers choose then.
+    router_replay: Literal["trainer", "sampler"] | None = None
     vllm_mode: Literal["colocate", "server"] | None = None  # in the trainer's processes, or in servers of its own
     vllm_tensor_parallel_size: Positive = 1  # colocate
     vllm_gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)  # colocate: share of each GPU's memory

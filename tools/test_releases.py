@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "recomputation": ("distributed/test_recompute.py",),
     "head": ("distributed/test_head_memory.py", "distributed/test_linear_log_probs_sharded.py"),
     "bfloat16": ("e2e/test_bfloat16.py",),
+    "router replay": ("distributed/test_router_replay.py", "unit/test_routing.py", "e2e/test_replayed_routing.py"),
     "diagnosis": ("distributed/test_diagnosis.py",),
     "runs": (
         "e2e/test_non_finite.py",

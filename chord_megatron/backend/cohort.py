@@ -8,6 +8,7 @@ import torch
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
+from chord_megatron.backend.router_replay import CompletionRouting
 from chord_megatron.ops.sampling import uniform_numbers
 from chord_megatron.types import SamplingParams
 
@@ -45,6 +46,8 @@ class Cohort:
         self.completions = torch.zeros(len(prompts), self._limit, dtype=torch.int32, device=device)
         self.log_probs = torch.zeros(self.completions.shape, device=device)  # the last stage's, until all are drawn
         self._lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        self.routing: CompletionRouting | None = None  # None: nobody asks which experts serve these
         self.is_done = self._num_rows == 0  # it needs no more tokens
         self.is_finished = False  # nobody else needs it, either
 
@@ -73,10 +76,18 @@ class Cohort:
         self.is_finished = True
         self.contexts.clear()
 
-    def results(self) -> list[tuple[Tensor, Tensor]]:
-        """(tokens int32, log-probs float32) of each prompt, on the host."""
-        rows = zip(self.completions.cpu(), self.log_probs.cpu(), self._lengths.tolist())
-        return [(row[:length], log_probs[:length]) for row, log_probs, length in rows][: self._num_rows]
+    def results(self) -> list[tuple[Tensor, ...]]:
+        """(tokens int32, log-probs float32) of each prompt, on the host; with `routing` its experts as a third.
+
+        With `routing` a collective call of the ranks that share a model.
+        """
+        lengths = self._lengths.tolist()
+        kinds = [
+            [row[:length] for row, length in zip(rows.cpu(), lengths)] for rows in (self.completions, self.log_probs)
+        ]
+        if self.routing is not None:
+            kinds.append(self.routing.of_completions(self._prompt_lengths, lengths))
+        return [*zip(*kinds, strict=True)][: self._num_rows]
 
     def _select_cached(self, rows: Tensor) -> None:
         """These rows of the cache are the cache. Layer by layer: two copies of one layer are small."""

@@ -22,18 +22,29 @@ from chord_megatron.backend.checkpoint_writer import Copies
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
+from chord_megatron.backend.last_stages import gather_rows, reduce_results
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
 from chord_megatron.backend.optimizer import build_optimizer, build_scheduler
+from chord_megatron.backend.router_replay import ChunkRouters, count_routing, listening, of_samples
 from chord_megatron.backend.transformer_options import refusals_named, token_multiple
 from chord_megatron.batching.packing import BatchLayout, unpack
+from chord_megatron.batching.routing import routed_live
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.planning.pipeline import attention_length
 from chord_megatron.system.background import Background
-from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
+from chord_megatron.types import (
+    GlobalBatch,
+    GradientComparison,
+    LossResult,
+    LossTotals,
+    MicroBatch,
+    RoutingCounts,
+    SamplingParams,
+)
 from chord_megatron.weights.hf_config import read_architecture
 
 
@@ -121,12 +132,12 @@ class MegatronEngine:
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
-        reference: of the frozen initial model instead of the current one.
+        reference: of the frozen initial model instead of the current one; its own routers choose.
         """
         self._assert_here("model")
         if reference:
             self._swap_reference()
-        (log_probs,) = self._of_each_token(batch, compute_entropy=False)
+        (log_probs,) = self._of_each_token(routed_live(batch) if reference else batch, compute_entropy=False)
         if reference:
             self._swap_reference()
         return log_probs
@@ -136,6 +147,18 @@ class MegatronEngine:
         self._assert_here("model")
         log_probs, entropies = self._of_each_token(batch, compute_entropy=True)
         return log_probs, entropies
+
+    @contextlib.contextmanager
+    def recorded_routing(self, batch: GlobalBatch) -> Iterator[list[Tensor]]:
+        """Of one pass over the batch within: the experts of each sample's tokens (TrainingSample.routing), at the end.
+
+        Of a model without experts the list stays empty.
+        """
+        rows: list[Tensor] = []
+        with listening(self._routers) as heard:
+            yield rows
+        if self.arch.moe is not None:
+            rows.extend(of_samples(heard, batch, self.arch, self.groups))
 
     @torch.no_grad()
     def _of_each_token(self, batch: GlobalBatch, *, compute_entropy: bool) -> list[list[Tensor]]:
@@ -147,15 +170,8 @@ class MegatronEngine:
             return log_probs.sum(), 0, dict(enumerate(rows))
 
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
-        return [self._gather_rows(batch, [output[kind] for output in outputs]) for kind in range(1 + compute_entropy)]
-
-    def _gather_rows(self, batch: GlobalBatch, outputs: Sequence[dict[int, Tensor]]) -> list[Tensor]:
-        """[length] of each sample, on the host of every rank. outputs: those that a last stage has, by sample."""
-        values = torch.zeros(sum(batch.lengths), device=self.groups.device)
-        rows = values.split(batch.lengths)
-        for index, row in (item for output in outputs for item in output.items()):
-            rows[index].copy_(row)
-        return list(self._gather(values).cpu().split(batch.lengths))
+        kinds = range(1 + compute_entropy)
+        return [gather_rows(batch, [output[kind] for output in outputs], self.groups) for kind in kinds]
 
     def forward_backward(
         self, batch: GlobalBatch, loss_fn: LossFunction, *, keep_log_probs: bool = False
@@ -168,6 +184,8 @@ class MegatronEngine:
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        for routers in self._routers:
+            routers.take_counts()  # of other passes
 
         kept: list[dict[int, Tensor]] = []
 
@@ -181,10 +199,14 @@ class MegatronEngine:
             return batch.num_tokens * result.loss, micro_batch.num_tokens, described
 
         outputs = self._run_schedule(batch, scaled, forward_only=False, compute_entropy=True)
-        totals = self._reduce(batch, outputs)
+        totals = reduce_results(batch, outputs, self.groups)
         self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
-        return totals._replace(log_probs=self._gather_rows(batch, kept)) if keep_log_probs else totals
+        return totals._replace(log_probs=gather_rows(batch, kept, self.groups)) if keep_log_probs else totals
+
+    def count_routing(self) -> RoutingCounts | None:
+        """What the routers did in the last `forward_backward`; None without experts, or of fused routers."""
+        return count_routing(self._routers)
 
     def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
         """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.
@@ -235,14 +257,20 @@ class MegatronEngine:
         return OptimizerStep(grad_norm, lr, stepped)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
-    ) -> list[tuple[Tensor, Tensor]]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        record_routing: bool = False,
+    ) -> list[tuple[Tensor, ...]]:
         """(completion tokens int32, their log-probs float32) of each prompt, on the host, by KV-cache decoding.
 
-        seeds: what each completion's random numbers are drawn from; nothing else influences them.
+        seeds: what each completion's random numbers are drawn from; nothing else influences them. record_routing: and,
+        as a third, the experts of the tokens of prompt and completion (RolloutSample.routing).
         """
         self._assert_here("model")
-        return generate_batch(self._chunks, prompts, seeds, params, self.groups)
+        return generate_batch(self._chunks, prompts, seeds, params, self.groups, record_routing=record_routing)
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of the current weights, in the order of `hf_tensors`; every rank must exhaust it."""
@@ -304,6 +332,10 @@ class MegatronEngine:
                     self._spare_host_memory[part] = self._host_memory.pop(part)
                     self._spare_host_memory[part].restore()
 
+    @property
+    def _routers(self) -> list[ChunkRouters]:
+        return [unwrap(chunk).routers for chunk in self._chunks]
+
     def _assert_here(self, *needed: str) -> None:
         missing = " and ".join(sorted(self._host_memory.keys() & set(needed)))
         assert not missing, f"the {missing} is offloaded: leave the `offloaded` context first"
@@ -315,7 +347,7 @@ class MegatronEngine:
         micro_batches = [micro_batch.to(self.groups.device) for micro_batch in batch.micro_batches]
         # Each model chunk of an interleaved pipeline walks through the same micro-batches.
         iterators = [iter(micro_batches) for _ in self._chunks]
-        return get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss_fn, compute_entropy),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
@@ -324,44 +356,14 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """On every rank what the last stages filled in, each its own tokens, with zeros elsewhere. In place."""
-        if self.groups.is_last_stage:
-            dist.all_reduce(values, group=self.groups.dp_cp_group)
-        if self.groups.pp_size > 1:
-            dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return values
+        for routers in self._routers:
+            routers.batch = None  # of the last layers that were run again
+        return outputs
 
     def _gradient_norm(self) -> float:
         """Of what is in the gradient buffers."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
-
-    def _reduce(self, batch: GlobalBatch, outputs: Sequence[LossResult]) -> LossTotals:
-        """Add sums, compare maxima and collect rows of the last stages over micro-batches and ranks; tell every stage.
-
-        outputs: of this rank's micro-batches, in their order.
-        """
-        totals = [LossTotals({}, {}, {})]
-        if self.groups.is_last_stage:
-            group = self.groups.dp_cp_group
-            sums = torch.stack([torch.stack([*output.sums.values()]) for output in outputs]).sum(0)
-            maxima = torch.stack([torch.stack([*output.maxima.values()]) for output in outputs]).amax(0)
-            rows = sums.new_zeros(len(outputs[0].rows), len(batch.lengths))  # of each sample, 0 where others have it
-            for micro_batch, output in zip(batch.micro_batches, outputs):
-                indices = torch.tensor(micro_batch.sample_indices, dtype=torch.int64, device=rows.device)
-                for row, values in zip(rows, output.rows.values()):
-                    row[indices] = values[: len(indices)]
-            dist.all_reduce(sums, group=group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(rows, group=group)
-            named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
-            of_sums, of_maxima, of_rows = map(dict, named)
-            totals = [LossTotals(of_sums, of_maxima, of_rows)]
-        if self.groups.pp_size > 1:
-            dist.broadcast_object_list(totals, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return totals[0]
 
     def _swap_reference(self) -> None:
         """Exchange the current weights and the reference's."""
@@ -376,4 +378,6 @@ def _forward_step(
     loss_fn: Callable, compute_entropy: bool, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Any, Callable]:
     batch = next(data_iterator)
-    return run_micro_batch(model, batch, compute_entropy=compute_entropy), lambda result: loss_fn(*result, batch)
+    with unwrap(model).routers.running(batch):
+        output = run_micro_batch(model, batch, compute_entropy=compute_entropy)
+    return output, lambda result: loss_fn(*result, batch)

@@ -22,6 +22,7 @@ from chord_megatron.backend.attention import SegmentedSequences
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.layer_specs import block_spec
 from chord_megatron.backend.rope import PositionsBelow, scaled_inverse_frequencies, take_positions
+from chord_megatron.backend.router_replay import ChunkRouters
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.ops.linear_log_probs import linear_log_probs
@@ -48,6 +49,7 @@ class CausalLM(GPTModel):
     """GPTModel that returns (log_probs, entropy or None) of its Targets, [tokens] each; without Targets, logits."""
 
     real_vocab_size: int  # without the padding columns
+    routers: ChunkRouters
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
@@ -111,6 +113,7 @@ def build_model_chunks(
             vp_stage=stage,
         ).to(groups.device)
         chunk.real_vocab_size = arch.vocab_size
+        chunk.routers = ChunkRouters(chunk, arch, groups)
         _prepare_rotary_embeddings(chunk, arch, groups.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
         _prepare_experts(chunk)

@@ -37,7 +37,7 @@ MAY_CHANGE = _keys(
     rollout="engine num_generations temperature top_p top_k max_completion_length stop_token_ids max_batch_size "
     "record_to replay_from vllm_mode vllm_tensor_parallel_size vllm_gpu_memory_utilization vllm_enforce_eager "
     "sleep_level offload_optimizer offload_model vllm_servers vllm_server_timeout weight_transfer weight_transfer_dir "
-    "weight_transfer_address max_staleness consistency_threshold consistency_action",
+    "weight_transfer_address max_staleness consistency_threshold consistency_action router_replay",
     grpo="loss_type policy_loss importance_sampling_level epsilon epsilon_high delta tau_pos tau_neg vespo_k_pos "
     "vespo_lambda_pos vespo_k_neg vespo_lambda_neg off_policy_sequence_mask_delta entropy_coef top_entropy_quantile "
     "beta kl_estimator kl_in_reward advantage_estimator scale_rewards overlong_filter filtered_count "

@@ -23,7 +23,7 @@ def pack_all(samples: Sequence[TrainingSample], layout: BatchLayout, config: Con
         layout,
         micro_batch_size=train.micro_batch_size,
         max_tokens=train.max_tokens_per_micro_batch,
-        shares_prompts=train.share_prompts and layout.can_share_prompts,
+        shares_prompts=train.share_prompts,
         **settings,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from chord_megatron.training.advantages import advantages_of
 from chord_megatron.training.packing import pack_all, pack_learnt
 from chord_megatron.training.sampler import Drawing, Sampler
 from chord_megatron.training.scorer import Scorer
-from chord_megatron.types import Prompt, RolloutSample, SamplingParams, ScoredRollouts, TrainingSample
+from chord_megatron.types import GlobalBatch, Prompt, RolloutSample, SamplingParams, ScoredRollouts, TrainingSample
 
 
 class StepRollouts(NamedTuple):
@@ -32,6 +33,7 @@ class StepRollouts(NamedTuple):
     new_generation: ScoredRollouts | None  # the whole batch, where this step drew one
     # The step's own forward pass finds them, and later passes over these completions need them: see `remember`.
     lack_old_log_probs: bool = False
+    lack_routing: bool = False
 
 
 class _GenerationBatch(NamedTuple):
@@ -53,6 +55,7 @@ class _LogProbs(NamedTuple):
     old: list[Tensor] | None
     ref: list[Tensor] | None
     entropies: list[Tensor] | None
+    routing: list[Tensor] | None  # of the policy's pass
 
 
 class RolloutStream:
@@ -91,18 +94,32 @@ class RolloutStream:
         size = self._plan.completions_per_step
         start = (step % self._config.grpo.steps_per_generation) * size
         scored, samples = self._batch.scored.slice(start, start + size), self._batch.samples[start : start + size]
-        is_known = not self._needs_old or samples[0].old_log_probs is not None
-        return StepRollouts(scored, samples, generation, not is_known and self._config.grpo.num_iterations > 1)
+        come_again = self._config.grpo.num_iterations > 1
+        return StepRollouts(
+            scored,
+            samples,
+            generation,
+            lack_old_log_probs=come_again and self._needs_old and samples[0].old_log_probs is None,
+            lack_routing=come_again and self._replays and samples[0].routing is None,
+        )
 
-    def remember(self, log_probs: Sequence[Tensor]) -> None:
-        """The log-probs that the first step's own pass found: those of the policy that drew, for the passes to come.
+    def remember(self, step: int, log_probs: Sequence[Tensor] | None, routing: Sequence[Tensor] | None) -> None:
+        """What a step's own pass found of its completions, for the passes to come; None: nothing that they lacked.
 
-        log_probs: [length] of each of its samples, the completions first.
+        Log-probs of the policy that drew, and experts of the first pass: of each of the step's samples, the completions
+        first.
         """
+        if log_probs is None and routing is None:
+            return
         assert self._batch is not None
         size = self._plan.completions_per_step
-        first = _with_old_log_probs(self._batch.samples[:size], log_probs[:size])
-        self._batch = self._batch._replace(samples=first + self._batch.samples[size:])
+        start = (step % self._config.grpo.steps_per_generation) * size
+        samples = self._batch.samples
+        own = samples[start : start + size]
+        if log_probs is not None:
+            own = _with_old_log_probs(own, log_probs[:size])
+        own = _with_routing(own, routing and routing[:size])
+        self._batch = self._batch._replace(samples=samples[:start] + own + samples[start + size :])
 
     @property
     def generation_seconds(self) -> float | None:
@@ -129,6 +146,15 @@ class RolloutStream:
         """Whether the clipped ratio needs the trainer's old log-probs: the policy leaves the one that drew."""
         return self._plan.steps_per_rollout > 1 and self._config.grpo.old_log_probs == "trainer"
 
+    @property
+    def _replays(self) -> bool:
+        """Whether updates have the experts of the first pass over a completion."""
+        return self._config.rollout.router_replay == "trainer"
+
+    def _recorded_routing(self, batch: GlobalBatch) -> AbstractContextManager[list[Tensor] | None]:
+        """Of the first pass over a batch, where later ones replay it."""
+        return self._sampler.engine.recorded_routing(batch) if self._replays else nullcontext()
+
     def _generate(self, step: int, mu: float) -> _GenerationBatch:
         """A generation batch of scored completions, and the next one asked for where that is due."""
         drawn, self._ahead = self._ahead or self._draw(step), None
@@ -153,7 +179,7 @@ class RolloutStream:
         learns_at_once: whether the batch's first step does.
         """
         config, grpo = self._config, self._config.grpo
-        old, ref, entropies = self._log_probs(scored.rollouts)
+        old, ref, entropies, routing = self._log_probs(scored.rollouts)
         if grpo.kl_in_reward:
             assert ref is not None
             of_sampler = (_recorded(rollout, row) for rollout, row in zip(scored.rollouts, ref))
@@ -171,6 +197,7 @@ class RolloutStream:
         )
         if ref is not None:
             samples = [dataclasses.replace(sample, ref_log_probs=row) for sample, row in zip(samples, ref)]
+        samples = _with_routing(samples, routing)
         if entropies is not None:
             samples = self._most_uncertain(samples, entropies)
         if self._needs_old:
@@ -194,7 +221,9 @@ class RolloutStream:
         engine = self._sampler.engine
         with self._sampler.timer("log_probs"):
             batch = pack_learnt(samples[start:], engine.batch_layout, self._config, self._objective)
-            return samples[:start] + _with_old_log_probs(samples[start:], engine.compute_log_probs(batch))
+            with self._recorded_routing(batch) as routing:
+                found = engine.compute_log_probs(batch)
+        return samples[:start] + _with_routing(_with_old_log_probs(samples[start:], found), routing)
 
     def _most_uncertain(self, samples: list[TrainingSample], entropies: list[Tensor]) -> list[TrainingSample]:
         """With an advantage on the tokens of the highest entropy only, those of each step by themselves."""
@@ -209,23 +238,31 @@ class RolloutStream:
         wants_entropies = grpo.top_entropy_quantile < 1
         wants_old = grpo.kl_in_reward and grpo.old_log_probs == "trainer"
         if not (wants_entropies or wants_old or grpo.beta):
-            return _LogProbs(None, None, None)
+            return _LogProbs(None, None, None, None)
         samples = rollout_training_samples(
             rollouts, torch.zeros(len(rollouts)), temperature=self._config.rollout.temperature, overlong_filter=False
         )
         with self._sampler.timer("log_probs"):
             batch = pack_all(samples, engine.batch_layout, self._config)
-            old, entropies = None, None
-            if wants_entropies:
-                old, entropies = engine.compute_log_probs_and_entropies(batch)
-            elif wants_old:
-                old = engine.compute_log_probs(batch)
+            old, entropies, routing = None, None, None
+            if wants_entropies or wants_old:
+                with self._recorded_routing(batch) as routing:
+                    if wants_entropies:
+                        old, entropies = engine.compute_log_probs_and_entropies(batch)
+                    else:
+                        old = engine.compute_log_probs(batch)
             ref = engine.compute_log_probs(batch, reference=True) if grpo.beta else None
-        return _LogProbs(old, ref, entropies)
+        return _LogProbs(old, ref, entropies, routing)
 
 
 def _with_old_log_probs(samples: Sequence[TrainingSample], rows: Sequence[Tensor]) -> list[TrainingSample]:
     return [dataclasses.replace(sample, old_log_probs=row) for sample, row in zip(samples, rows, strict=True)]
+
+
+def _with_routing(samples: list[TrainingSample], rows: Sequence[Tensor] | None) -> list[TrainingSample]:
+    if rows is None:
+        return samples
+    return [dataclasses.replace(sample, routing=row) for sample, row in zip(samples, rows, strict=True)]
 
 
 def _recorded(rollout: RolloutSample, ref_log_probs: Tensor) -> Tensor:

@@ -235,11 +235,14 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "CP 2": (2, {**CP_2, **micro_batch(4)}),
     "CP 2 x TP 2 + SP": (4, {**CP_2, **TP_2, "parallel.sequence_parallel": True}),
     "CP 2 x PP 2": (4, {**CP_2, **PP_2}),
-    "CP 2 x DP 2, distributed optimizer": (4, {**CP_2, "optimizer.use_distributed_optimizer": True}),
+    "CP 2 x DP 2, distributed optimizer, 100 tokens": (
+        4,
+        {**CP_2, "optimizer.use_distributed_optimizer": True, **budget(100)},
+    ),
     "CP 4": (4, {"parallel.context_parallel_size": 4}),
     "CP 2 x TP 2 x PP 2 x VPP 2": (8, {**CP_2, **TP_2, **PP_2, **VPP_2}),
 }
-LONG_LAYOUTS = ("CP 2 x DP 2, distributed optimizer", "CP 4", "CP 2 x TP 2 x PP 2 x VPP 2")
+LONG_LAYOUTS = ("CP 2 x DP 2, distributed optimizer, 100 tokens", "CP 4", "CP 2 x TP 2 x PP 2 x VPP 2")
 # Where completions are sampled too; the other settings do not reach the sampler.
 SAMPLING_LAYOUTS = (
     *(BASELINE, "TP 2", "TP 2 + SP", "PP 2", "PP 2 x VPP 2", "PP 3", "PP 2 x VPP 2, uneven", "DP 2", "TP 2 x PP 2"),

@@ -1,9 +1,13 @@
-"""Old log-probs: which completions a forward pass of their own is for, what is kept, and those of the sampler."""
+"""Old log-probs: which completions a forward pass of their own is for, what is kept, and those of the sampler.
+
+And which pass over a completion says what experts its updates replay.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +38,7 @@ LOSS = partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2)
 SIZE, GENERATIONS = 4, 2  # completions of a step and of a prompt
 REWARDS = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)  # the third of four groups has no variance
 SAMPLER, TRAINER, REFERENCE = -1.0, -2.0, -4.0  # what each says of every token
+PASS = 100  # the expert of a pass that is no step's own, whose is its number
 
 
 class Engine:
@@ -54,6 +59,12 @@ class Engine:
         log_probs = self.compute_log_probs(batch)
         return log_probs, [torch.arange(len(row)).float() for row in log_probs]
 
+    @contextmanager
+    def recorded_routing(self, batch: GlobalBatch) -> Iterator[list[Tensor]]:
+        rows: list[Tensor] = []
+        yield rows
+        rows.extend(torch.full((length, 1, 1), PASS, dtype=torch.int16) for length in batch.lengths)
+
 
 def rollout(place: int) -> RolloutSample:
     """Two tokens of a prompt, and 1 + place of a completion."""
@@ -62,12 +73,12 @@ def rollout(place: int) -> RolloutSample:
     return RolloutSample(place // GENERATIONS, place, torch.arange(3 + place), mask, log_probs, 0, "stop")
 
 
-def stream(grpo: dict[str, Any]) -> tuple[RolloutStream, Engine]:
+def stream(grpo: dict[str, Any], router_replay: str | None = None) -> tuple[RolloutStream, Engine]:
     """Of generation batches that are all alike."""
     config = Config.model_validate(
         {
             "model": {"path": "model"},
-            "rollout": {"num_generations": GENERATIONS},
+            "rollout": {"num_generations": GENERATIONS, "router_replay": router_replay},
             "grpo": grpo,
             "chord": {"chord_mu_peak": 0.5, "chord_mu_valley": 0.5},
             "train": {"output_dir": "out", "global_batch_size": SIZE, "train_iters": 4, "micro_batch_size": 2},
@@ -106,9 +117,14 @@ def take(built: RolloutStream, mus: Sequence[float]) -> list[StepRollouts]:
     steps = []
     for number, mu in enumerate(mus):
         steps.append(built.next(number, mu))
+        log_probs, routing = None, None
         if steps[-1].lack_old_log_probs:
             of_experts = [torch.zeros(5)]
-            built.remember([torch.full((len(s.tokens),), float(number)) for s in steps[-1].samples] + of_experts)
+            log_probs = [torch.full((len(s.tokens),), float(number)) for s in steps[-1].samples] + of_experts
+        if steps[-1].lack_routing:
+            of_experts = [torch.zeros(5, 1, 1, dtype=torch.int16)]
+            routing = [torch.full((len(s.tokens), 1, 1), number).short() for s in steps[-1].samples] + of_experts
+        built.remember(number, log_probs, routing)
     return steps
 
 
@@ -170,6 +186,51 @@ def test_what_advantages_need_is_of_all_and_not_computed_again():
         steps = take(built, [0.5] * 4)
         assert [olds(step) for step in steps] == [[TRAINER] * SIZE] * 4
         assert [p for p in engine.passes if p[0] == "trainer"] == [("trainer", ALL, 0)]
+
+
+def experts(step: StepRollouts) -> list[int | None]:
+    """The expert of each sample's tokens."""
+    for sample in step.samples:
+        assert sample.routing is None or sample.routing.shape == (len(sample.tokens), 1, 1)
+    return [None if s.routing is None else int(s.routing[-1]) for s in step.samples]
+
+
+ALL_LIVE, OF_THE_PASS = [None] * SIZE, [PASS] * SIZE
+
+
+@pytest.mark.parametrize(
+    ("grpo", "replayed"),
+    [
+        ({"num_iterations": 3}, [ALL_LIVE, [0] * SIZE, [0] * SIZE]),
+        ({"steps_per_generation": 2}, [ALL_LIVE, OF_THE_PASS]),
+        (
+            {"steps_per_generation": 2, "num_iterations": 2},
+            [ALL_LIVE, OF_THE_PASS, [0] * SIZE, OF_THE_PASS],
+        ),
+        # Without a pass before them the steps of the first iteration are each the first over their completions.
+        (
+            {"steps_per_generation": 2, "num_iterations": 2, "old_log_probs": "sampler"},
+            [ALL_LIVE, ALL_LIVE, [0] * SIZE, [1] * SIZE],
+        ),
+        ({"steps_per_generation": 2, "top_entropy_quantile": 0.5}, [OF_THE_PASS] * 2),
+        ({"num_iterations": 2, "beta": 0.1, "kl_in_reward": True}, [OF_THE_PASS] * 2),
+        ({"num_iterations": 2, "beta": 0.1}, [ALL_LIVE, [0] * SIZE]),  # the reference model's choice is its own
+    ],
+)
+def test_updates_replay_the_first_pass_over_their_completions(grpo: dict[str, Any], replayed: list[list[int | None]]):
+    built, _ = stream(grpo, "trainer")
+    steps = take(built, [0.5] * len(replayed))
+    assert [experts(step) for step in steps] == replayed
+    again = grpo.get("num_iterations", 1) > 1
+    assert [step.lack_routing for step in steps] == [again and of_step == ALL_LIVE for of_step in replayed]
+
+
+def test_nothing_is_replayed_unasked():
+    for router_replay in (None, "sampler"):
+        built, _ = stream({"steps_per_generation": 2, "num_iterations": 2}, router_replay)
+        steps = take(built, [0.5] * 4)
+        assert [experts(step) for step in steps] == [ALL_LIVE] * 4
+        assert not any(step.lack_routing for step in steps)
 
 
 def test_those_of_the_sampler_need_no_pass():
