@@ -8,17 +8,21 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from architectures import QWEN2_5_7B
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: TID251 - whose fields are passed
-from megatron.core.transformer.enums import AttnBackend  # noqa: TID251
 
 from chord_megatron.backend import releases
 from chord_megatron.backend.acceleration import Acceleration
-from chord_megatron.backend.transformer_config import _defaults, transformer_config
+from chord_megatron.backend.transformer_config import (
+    MLATransformerConfig,
+    TransformerConfig,
+    _defaults,
+    transformer_config,
+)
 from chord_megatron.backend.transformer_options import _OWNED, checked_options, token_multiple, why_owned
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import LatentAttention, MixtureOfExperts, ModelArchitecture, YarnRope
 
+AttnBackend = get_type_hints(TransformerConfig)["attention_backend"]
 LOCAL = Acceleration("local", fuse_gradient_accumulation=False, overlap_grad_reduce=False)
 EXPERTS = MixtureOfExperts(8, 2, 64, "sigmoid", normalize_top_k=True, shared_ffn_hidden_size=64, has_expert_bias=True)
 DENSE = QWEN2_5_7B
