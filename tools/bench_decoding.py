@@ -2,8 +2,11 @@
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/bench_decoding.py --directory /data/bench
 
-A random Llama of the size of SmolLM2-135M in float32 under PP = number of processes; every row is drawn to the end.
-The four ways take turns, so that what else the machine does meets all of them; of each the fastest and the median.
+A random Llama of the size of SmolLM2-135M in float32 under PP = number of processes, its layers cut by what they cost;
+every row is drawn to the end. The four ways take turns, so that what else the machine does meets all of them.
+
+Where a core is shared, the clock says more of the others than of this. So the processor time of each stage in each tick
+is counted, too: the slowest stage of each tick, summed, is the time on cores of one's own, without messages.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -54,7 +58,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/decoding.json"))
     arguments = parser.parse_args()
-    parallel = ParallelConfig(pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]))
+    parallel = ParallelConfig(pipeline_model_parallel_size=int(os.environ["WORLD_SIZE"]), pipeline_layout="auto")
     groups = initialize_distributed(parallel, seed=0)
     if groups.rank == 0:
         torch.manual_seed(0)
@@ -82,8 +86,8 @@ def measure(engine: MegatronEngine, arguments: argparse.Namespace) -> dict:
         seeds, params = [(0, row) for row in range(len(rows))], SamplingParams(max_completion_length=tokens)
         return [completion.tolist() for completion, _ in engine.generate(rows, seeds, params)]
 
-    seconds: dict[str, dict[str, list[float]]] = {"whole": {}, "first token": {}}
-    drawn = draw(1)  # the first one also starts the connections
+    expected = draw(1)  # the first one also starts the connections
+    runs: dict[str, list[Run]] = {f"{part}, {way}": [] for way in WAYS for part in ("first token", "all tokens")}
     for _ in range(arguments.repetitions):
         for way, (cohorts, reading) in WAYS.items():
             with ExitStack() as patches:
@@ -92,44 +96,74 @@ def measure(engine: MegatronEngine, arguments: argparse.Namespace) -> dict:
                 if reading == EACH:
                     each = lambda prompts: (prompts, range(len(prompts)))  # noqa: E731
                     patches.enter_context(patch.object(cohort, "distinct", each))
-                for part, tokens in (("whole", arguments.tokens), ("first token", 1)):
-                    taken, completions = timed(lambda tokens=tokens: draw(tokens))
-                    seconds[part].setdefault(way, []).append(taken)
-                    assert [row[0] for row in completions] == [row[0] for row in drawn]
+                for part, tokens in (("first token", 1), ("all tokens", arguments.tokens)):
+                    run, completions = timed(lambda tokens=tokens: draw(tokens), engine)
+                    runs[f"{part}, {way}"].append(run)
+                    assert [row[0] for row in completions] == [row[0] for row in expected]
+    medians = {
+        name: {key: statistics.median(getattr(run, key) for run in of_name) for key in Run._fields}
+        for name, of_name in runs.items()
+    }
     return {
         "what": f"decoding a random Llama of 135M parameters in float32 under PP {engine.groups.pp_size}, gloo",
         "settings": {key: value for key, value in vars(arguments).items() if isinstance(value, int)},
         "measurements": {
-            way: {
-                "seconds": [round(value, 3) for value in seconds["whole"][way]],
-                "seconds_to_first_token": [round(value, 3) for value in seconds["first token"][way]],
-                "tokens_per_second": round(len(rows) * arguments.tokens / statistics.median(seconds["whole"][way]), 1),
-                "tokens_per_second_at_best": round(len(rows) * arguments.tokens / min(seconds["whole"][way]), 1),
-            }
-            for way in WAYS
+            name: described(of_name, len(rows) * (1 if name.startswith("first") else arguments.tokens))
+            for name, of_name in runs.items()
         },
-        "times_as_fast_as_before": {
-            part: {
-                way: {
-                    "median": round(statistics.median(of_part[AS_BEFORE]) / statistics.median(of_part[way]), 2),
-                    "best": round(min(of_part[AS_BEFORE]) / min(of_part[way]), 2),
-                }
-                for way in WAYS
+        "times_as_fast_as_one_cohort_that_reads_prompts_for_each_row": {
+            name: {
+                key: round(medians[f"{name.partition(',')[0]}, {AS_BEFORE}"][key] / medians[name][key], 2)
+                for key in ("seconds", "cpu_seconds_of_the_slowest_stage")
             }
-            for part, of_part in seconds.items()
+            for name in runs
         },
+        "load_average": os.getloadavg()[0],
         "hardware": hardware(),
         "versions": versions(("torch", "megatron-core")),
     }
 
 
-def timed(action: Callable[[], list]) -> tuple[float, list]:
-    """Seconds until all ranks are done, and what it returned."""
+class Run(NamedTuple):
+    """One measurement."""
+
+    seconds: float
+    cpu_seconds_of_the_slowest_stage: float  # summed over the ticks
+    busy: float  # the share of all stages' time that these would work
+
+
+def described(runs: list[Run], num_tokens: int) -> dict:
+    """Of the runs of one name, which draw that many tokens."""
+    slowest, busy = (statistics.median(getattr(run, key) for run in runs) for key in Run._fields[1:])
+    return {
+        "seconds": [round(run.seconds, 2) for run in runs],
+        "cpu_seconds_of_the_slowest_stage": [round(run.cpu_seconds_of_the_slowest_stage, 2) for run in runs],
+        "tokens_per_second": round(num_tokens / statistics.median(run.seconds for run in runs), 1),
+        "tokens_per_second_on_cores_of_its_own": round(num_tokens / slowest, 1),
+        "stages_busy": round(busy, 2),
+    }
+
+
+def timed(action: Callable[[], list], engine: MegatronEngine) -> tuple[Run, list]:
+    """Seconds until all ranks are done, what each tick took of each stage, and what the action returned."""
+    ticks = [time.process_time()]
+    hand_on = generation._Pipeline._hand_on
+
+    def noted(*args: Any) -> Any:
+        ticks.append(time.process_time())
+        return hand_on(*args)
+
     dist.barrier()
     start = time.monotonic()
-    result = action()
+    with patch.object(generation._Pipeline, "_hand_on", noted):
+        result = action()
     dist.barrier()
-    return time.monotonic() - start, result
+    seconds = time.monotonic() - start
+    of_stages = [torch.empty(len(ticks) - 1, dtype=torch.float64) for _ in range(engine.groups.pp_size)]
+    dist.all_gather(of_stages, torch.tensor(ticks, dtype=torch.float64).diff(), group=engine.groups.pp_group)
+    by_tick = torch.stack(of_stages)
+    slowest = by_tick.amax(0).sum().item()
+    return Run(seconds, slowest, by_tick.sum().item() / (len(of_stages) * slowest)), result
 
 
 if __name__ == "__main__":

@@ -109,11 +109,10 @@ class _Pipeline:
                 return
             here, last = (self._turn(tick, rank) for rank in (self._groups.pp_rank, self._groups.pp_size - 1))
             output = self._run_chunk(here, received) if here else None
-            received = self._hand_on(
-                None if here is None or here.is_last else output, self._turn(tick + 1, self._groups.pp_rank)
-            )
+            is_drawn = here is not None and here.is_last
+            received = self._hand_on(None if is_drawn else output, self._turn(tick + 1, self._groups.pp_rank))
             if last and last.is_last:
-                self._draw(last.cohort, output)
+                self._tell(last.cohort, output if is_drawn else None)
 
     def _turn(self, tick: int, rank: int) -> _Turn | None:
         """What a stage does in a tick; None where it waits."""
@@ -125,7 +124,7 @@ class _Pipeline:
         return _Turn(self._cohorts[place[0]], place[1], chunk == 0, chunk == num_stages * num_chunks - 1)
 
     def _run_chunk(self, here: _Turn, received: Tensor | None) -> Tensor:
-        """The hidden states [new, rows, hidden] of a cohort's new tokens, or the logits [rows, vocab] of the last."""
+        """The hidden states [new, rows, hidden] of a cohort's new tokens; of the last chunk what is drawn, [alive]."""
         cohort, model = here.cohort, self._models[here.chunk]
         length, cached = cohort.tokens.shape[1], cohort.padding.shape[1]
         columns = torch.arange(cached, device=self._groups.device)
@@ -143,7 +142,7 @@ class _Pipeline:
         cohort.contexts[here.chunk].sequence_len_offset += length
         if cohort.routing is not None:
             cohort.routing.note(cohort.alive, cohort.source, cached)
-        return output[:, -1, : model.real_vocab_size] if here.is_last else output
+        return self._draw(cohort, output[:, -1, : model.real_vocab_size]) if here.is_last else output
 
     def _hand_on(self, sent: Tensor | None, following: _Turn | None) -> Tensor | None:
         """Send hidden states to the next stage, and receive what the turn that follows here begins with.
@@ -168,28 +167,30 @@ class _Pipeline:
         """Global rank of the next (+1) or previous (-1) stage of the ring."""
         return dist.get_global_rank(self._groups.pp_group, (self._groups.pp_rank + offset) % self._groups.pp_size)
 
-    def _draw(self, cohort: Cohort, logits: Tensor | None) -> None:
-        """The next token of each row that goes on, out of the logits that the last stage has."""
-        if self._groups.is_last_stage:
-            assert logits is not None
-            params, rows = self._params, (cohort.alive, cohort.position)
-            tokens, cohort.log_probs[rows] = sample_tokens(
-                logits[cohort.source],
-                cohort.uniforms[rows],
-                temperature=params.temperature,
-                top_p=params.top_p,
-                top_k=params.top_k,
-            )
-        else:
-            tokens = torch.empty(len(cohort.alive), dtype=torch.int64, device=self._groups.device)
-        self._tell(tokens)
-        cohort.take(tokens)
+    def _draw(self, cohort: Cohort, logits: Tensor) -> Tensor:
+        """The next token of each row that goes on, [alive]. logits: [rows that were read, vocab]."""
+        params, rows = self._params, (cohort.alive, cohort.position)
+        tokens, cohort.log_probs[rows] = sample_tokens(
+            logits[cohort.source],
+            cohort.uniforms[rows],
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+        )
+        return tokens
+
+    def _tell(self, cohort: Cohort, drawn: Tensor | None) -> None:
+        """Give the cohort of every rank the tokens that the last stage has drawn, at its end their log-probs, too."""
+        if drawn is None:
+            drawn = torch.empty(len(cohort.alive), dtype=torch.int64, device=self._groups.device)
+        self._share(drawn)
+        cohort.take(drawn)
         if _may_stop(cohort.is_done, self._groups):
-            self._tell(cohort.log_probs)
+            self._share(cohort.log_probs)
             cohort.finish()
 
-    def _tell(self, values: Tensor) -> None:
-        """Give every rank of the model what the last stage has; in place."""
+    def _share(self, values: Tensor) -> None:
+        """On every rank of the model what the last stage has; in place."""
         groups = self._groups
         if self._tp_ranks_may_differ and groups.is_last_stage:
             dist.broadcast(values, dist.get_global_rank(groups.tp_group, 0), group=groups.tp_group)

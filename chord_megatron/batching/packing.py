@@ -55,8 +55,8 @@ def build_global_batch(
 
     samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch, in their
     order; shuffle_seed: None keeps it. max_tokens: of a micro-batch, with rows spread by what they cost, in place of
-    both. shares_prompts: see share_prompts, where the attention can. skips_idle_rows: rows whose loss has no gradient are not run; the
-    denominators stay those of all rows.
+    both. shares_prompts: see share_prompts, where the attention can. skips_idle_rows: rows whose loss has no gradient
+    are not run; the denominators stay those of all rows.
     """
     weights, num_tokens = _weights(samples, rollout_mean, expert_mean)
     order = list(range(len(samples)))

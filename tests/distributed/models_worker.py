@@ -135,7 +135,8 @@ def rows_of_one_prompt(
     samples = [TrainingSample(r, torch.arange(len(r)) >= len(prompt), is_expert=True, temperature=1.0) for r in rows]
     layout = engine.batch_layout
     batch = build_global_batch(samples, layout, micro_batch_size=len(rows), shares_prompts=shares_prompts)
-    assert (batch.micro_batches[0].token_of is not None) == (shares_prompts and layout.can_share_prompts)
+    is_shared = batch.micro_batches[0].token_of is not None
+    assert is_shared == (shares_prompts and layout.can_share_prompts)
     log_probs = engine.compute_log_probs(batch)
     objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2))
     engine.forward_backward(batch, partial(chord_loss, objective=objective, mu=1.0))
