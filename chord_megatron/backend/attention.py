@@ -49,10 +49,7 @@ class SDPACoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert attention_mask is not None
             return cached_attention(query, key, value, attention_mask, self._softmax_scale)
-        return self._packed(query, key, value, packed_seq_params)
-
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        return packed_attention(query, key, value, _segments(packed), self._softmax_scale)
+        return packed_attention(query, key, value, _segments(packed_seq_params), self._softmax_scale)
 
 
 @dataclass

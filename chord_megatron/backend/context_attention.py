@@ -25,8 +25,19 @@ class ContextCoreAttention(SDPACoreAttention):
         super().__init__(*args, **kwargs)
         self._group: dist.ProcessGroup = pg_collection.cp
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        bounds = packed.cu_seqlens_q // self._group.size()  # Megatron-Core is told those of the whole sequences
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """See SDPACoreAttention."""
+        if packed_seq_params is None:
+            return super().forward(query, key, value, *args, **kwargs)
+        bounds = packed_seq_params.cu_seqlens_q // self._group.size()  # Megatron-Core is told those of whole sequences
         return context_attention(query, key, value, bounds, self._group, self._softmax_scale)
 
 
