@@ -6,87 +6,40 @@ error that names the nearest known one.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEstimator, LossType
 from chord_megatron.algorithm.presets import Preset
+from chord_megatron.config_types import (
+    LARGEST_NUMBER,
+    Fraction,
+    Gigabytes,
+    Minutes,
+    NonNegative,
+    NonNegativeNumber,
+    Number,
+    PathName,
+    Pattern,
+    PipelineLayout,
+    Positive,
+    PositiveNumber,
+    Recompute,
+    Seconds,
+    Sharpness,
+    Temperature,
+    TemperatureOrGreedy,
+    Text,
+    is_text,
+)
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import did_you_mean, one_line, shown
+from chord_megatron.system.sentences import did_you_mean, shown
 from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_value, write_yaml
 
-_LARGEST_INTEGER = 2**31 - 1  # PyTorch, NumPy and Megatron-Core take it anywhere; also 2 x seed + 1 as a seed
-_LARGEST_NUMBER = 1e30  # float32 holds it, and what it is multiplied with
-_LONGEST_WAIT = 1e6  # seconds; poll() takes 2^31 milliseconds
-_LONGEST_NAME = 255  # bytes of one part of a path
-# Below, vLLM samples at 0.01 instead (_MAX_TEMP in sampling_params.py), and logits / temperature overflow at last.
-_COLDEST, _HOTTEST = 0.01, 100.0
-
-
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        value = "\0"
-    if "\0" in value:
-        raise ValueError("must be text without NUL and halves of characters")
-    return value
-
-
-def _path(value: str) -> str:
-    if max(len(os.fsencode(part)) for part in value.split("/")) > _LONGEST_NAME:
-        raise ValueError(f"must be a path whose parts have at most {_LONGEST_NAME} bytes")
-    return value
-
-
-def _pattern(value: str) -> str:
-    try:
-        groups = re.compile(value).groups
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"must be a regular expression ({one_line(error)})") from None
-    if groups < 1:
-        raise ValueError(r"must have a group, as in '####\s*(.+)'")
-    return value
-
-
-def _greedy_or_above(temperature: float) -> float:
-    if 0 < temperature < _COLDEST:
-        raise ValueError(f"must be 0 (greedy) or at least {_COLDEST}")
-    return temperature
-
-
-def _pipeline_layout(value: Any, validate: Callable[[Any], Any]) -> Any:
-    """In place of a mistake for each of the forms, one."""
-    try:
-        return validate(value)
-    except ValidationError:
-        raise ValueError("must be auto or the layers of each stage, such as [3, 4, 4, 2]") from None
-
-
-Positive = Annotated[int, Field(gt=0, le=_LARGEST_INTEGER)]
-NonNegative = Annotated[int, Field(ge=0, le=_LARGEST_INTEGER)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Number = Annotated[float, Field(ge=-_LARGEST_NUMBER, le=_LARGEST_NUMBER)]
-NonNegativeNumber = Annotated[float, Field(ge=0.0, le=_LARGEST_NUMBER)]
-PositiveNumber = Annotated[float, Field(gt=0.0, le=_LARGEST_NUMBER)]
-Minutes = Annotated[float, Field(ge=0.1, le=1e5)]
-Sharpness = Annotated[float, Field(ge=1e-3, le=1e3)]
-Gigabytes = Annotated[float, Field(ge=0.1, le=1e6)]  # a Python with NumPy takes a tenth of one
-Seconds = Annotated[float, Field(gt=0.0, le=_LONGEST_WAIT)]
-Temperature = Annotated[float, Field(ge=_COLDEST, le=_HOTTEST)]
-TemperatureOrGreedy = Annotated[float, Field(ge=0.0, le=_HOTTEST), AfterValidator(_greedy_or_above)]
-Text = Annotated[str, Field(min_length=1), AfterValidator(_text)]
-Pattern = Annotated[Text, AfterValidator(_pattern)]
-PathName = Annotated[Text, AfterValidator(_path)]
-
-PipelineLayout = Annotated[Literal["auto"] | list[NonNegative] | None, WrapValidator(_pipeline_layout)]
 PromptFormat = Literal["chat", "text"]
 OnBadRow = Literal["stop", "skip"]
 
@@ -99,9 +52,19 @@ class _Group(BaseModel):
 class ModelConfig(_Group):
     path: PathName  # config.json and tokenizer, with safetensors or a Megatron checkpoint
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    recompute: bool = False  # full activation recomputation, layer by layer
+    # Activations that the backward pass computes again: true or full = whole layers; or parts of each layer.
+    recompute: Recompute = False
+    recompute_method: Literal["uniform", "block"] | None = None  # of whole layers; None = uniform
+    recompute_num_layers: Positive | None = None  # uniform: at a time; block: of a stage; None = 1
+    # Fields of Megatron-Core's TransformerConfig, as they stand: backend/transformer_options.py says which.
+    transformer_config: dict[str, Any] = {}
     export_bucket_megabytes: Positive = 512  # full weights gathered at a time, for saving and for rollout engines
     trust_remote_code: bool = False  # passed to the tokenizer only; models never run foreign code
+
+    @property
+    def recomputes_layers(self) -> bool:
+        """Whether whole layers are computed again."""
+        return self.recompute is True or self.recompute == "full"
 
 
 class ParallelConfig(_Group):
@@ -131,7 +94,7 @@ class DataConfig(_Group):
     reference_column: Text = "answer"
     reference_pattern: Pattern | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: PromptFormat = "chat"
-    system_prompt: Annotated[str, AfterValidator(_text)] | None = None
+    system_prompt: Annotated[str, AfterValidator(is_text)] | None = None
     chat_template_kwargs: dict[str, Any] = {}  # variables of the template, such as {enable_thinking: false}
     max_prompt_length: Positive = 1024
     on_bad_row: OnBadRow = "stop"  # of all data sets; skipped rows are counted by reason
@@ -160,6 +123,9 @@ class RolloutConfig(_Group):
     max_batch_size: Positive = 256  # completions decoded at once per data-parallel rank
     record_to: PathName | None = None  # jsonl of all rollouts, readable by the replay engine
     replay_from: PathName | None = None
+    # Of models with experts: a rollout's update has the experts that it had when the trainer first scored it, or when
+    # the sampler drew it; None = those that the routers choose then.
+    router_replay: Literal["trainer", "sampler"] | None = None
     vllm_mode: Literal["colocate", "server"] | None = None  # in the trainer's processes, or in servers of its own
     vllm_tensor_parallel_size: Positive = 1  # colocate
     vllm_gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)  # colocate: share of each GPU's memory
@@ -185,7 +151,7 @@ class GRPOConfig(_Group):
     importance_sampling_level: ImportanceSamplingLevel = "token"  # of the ratio
     epsilon: float = Field(default=0.2, ge=0, lt=1)
     epsilon_high: NonNegativeNumber | None = None  # None = epsilon; cispo: the cap itself
-    delta: float | None = Field(default=None, gt=1, le=_LARGEST_NUMBER)  # bounds the ratio where the clip leaves it
+    delta: float | None = Field(default=None, gt=1, le=LARGEST_NUMBER)  # bounds the ratio where the clip leaves it
     tau_pos: Sharpness = 1.0  # sapo
     tau_neg: Sharpness = 1.05
     vespo_k_pos: float = Field(default=2.0, ge=0, le=10)
@@ -204,11 +170,12 @@ class GRPOConfig(_Group):
     overlong_filter: bool = False  # completions without an end token have no loss
     # Whether those still count in the denominators; None = as chord.semantics.
     filtered_count: Literal["drop", "keep"] | None = None
+    old_log_probs: Literal["trainer", "sampler"] = "trainer"  # whose are those of the clipped ratio
     steps_per_generation: Positive = 1
     num_iterations: Positive = 1
     rollout_importance_sampling_mode: ImportanceSamplingMode | None = None  # weights against the sampler's log-probs
     # Upper bound of a weight, or of its ratio.
-    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1, le=_LARGEST_NUMBER)
+    rollout_importance_sampling_threshold: float = Field(default=2.0, gt=1, le=LARGEST_NUMBER)
 
 
 class ChordConfig(_Group):
@@ -266,6 +233,7 @@ class TrainConfig(_Group):
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
+    async_save: bool = False  # a checkpoint's files are written while training goes on
     save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
 

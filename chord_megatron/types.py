@@ -16,6 +16,7 @@ from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
 Metrics = Mapping[str, float | int | None]  # a line of metrics.jsonl or a part of one; None: nothing to measure
+LIVE = -1  # in place of an expert's number: the router chooses, as it is in that pass
 
 
 def foreign_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
@@ -88,6 +89,7 @@ class RolloutSample:
     rollout_log_probs: Tensor  # float32, of the sampler, at its temperature; 0 outside the mask
     policy_version: int  # optimizer steps taken by the weights that sampled it
     finish_reason: FinishReason
+    routing: Tensor | None = None  # [length, layers with experts, top k] int16, of the sampler; LIVE where it has none
 
     @property
     def response_tokens(self) -> list[int]:
@@ -129,6 +131,7 @@ class TrainingSample:
     ref_log_probs: Tensor | None = None  # [length] float32, None when beta = 0
     token_weights: float | Tensor = 1.0  # or [length]; they do not enter the denominator
     row: int | None = None  # number in its data set, of an expert's
+    routing: Tensor | None = None  # [length, layers with experts, top k] int16: the experts of its update, or LIVE
 
     @property
     def num_loss_tokens(self) -> int:
@@ -149,13 +152,14 @@ class Segment(NamedTuple):
 class MicroBatch:
     """Packed sequences, `[tokens]` each; position t holds what concerns the prediction of token t + 1.
 
-    Where sequences share prompts (`token_of`), the model reads `input_ids` and `position_ids`, which are shorter; all
-    the rest has a row for each token of each sequence even so. Under context parallelism it is a rank's share of them
-    (batching/context_parallel.py), and all fields speak of that.
+    Where sequences share prompts (`token_of`), what the model reads (`input_ids`, `position_ids`, `is_token`,
+    `routing`) is shorter; all the rest has a row for each token of each sequence even so. Under context parallelism it
+    is a rank's share of the sequences (`batching/context_parallel.py`), and all fields speak of that.
     """
 
     input_ids: Tensor  # int64
     position_ids: Tensor  # int64, restarts at 0 in each sequence
+    is_token: Tensor  # bool, of `input_ids`: False at padding
     labels: Tensor  # int64, the next token of the same sequence; 0 where there is none
     cu_seqlens: Tensor  # [num_sequences + 1] int32, padding of the whole is a sequence of its own
     rollout_mask: Tensor  # bool, the tokens R of the objective; a weight or an advantage may be 0 inside it
@@ -172,16 +176,18 @@ class MicroBatch:
     sample_indices: tuple[int, ...]  # which samples of the batch these sequences are, in packing order
     token_of: Tensor | None = None  # int64, [rows]: the token of `input_ids` that predicts the row; None: the same
     segments: tuple[Segment, ...] | None = None  # of `input_ids`, in order; None: those of cu_seqlens
-
-    @property
-    def places(self) -> Tensor:
-        """[tokens] int64: where in its sequence each row is; padding may lie behind the end."""
-        return self.position_ids if self.token_of is None else self.position_ids[self.token_of]
+    # [tokens, layers with experts, top k] int16: the experts of the token at the position itself, or LIVE
+    routing: Tensor | None = None
 
     @property
     def counts(self) -> Tensor:
         """[tokens] bool: positions whose log-prob enters the objective; nobody needs the others'."""
         return self.rollout_mask | self.expert_mask
+
+    @property
+    def positions(self) -> Tensor:
+        """[tokens] where in its sequence each row is."""
+        return self.position_ids if self.token_of is None else self.position_ids[self.token_of]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -219,6 +225,15 @@ class LossTotals(NamedTuple):
     sums: dict[str, float]
     maxima: dict[str, float]
     rows: dict[str, list[float]]  # by name, in the order of the step's samples
+    log_probs: list[Tensor] | None = None  # [length] of each sample's tokens, where they are asked for
+
+
+class RoutingCounts(NamedTuple):
+    """What the routers of all layers and ranks did with the tokens of a step."""
+
+    load: Tensor  # [layers with experts, experts] int64: tokens that each expert served
+    replayed: int  # choices of an expert that were replayed
+    differing: int  # of these, what the router itself would not have chosen
 
 
 class GradientComparison(NamedTuple):

@@ -21,6 +21,7 @@ from pathlib import Path
 BACKEND = Path(__file__).parents[1] / "chord_megatron" / "backend"
 # There in some releases only (chord_megatron/backend/releases.py).
 OPTIONAL = {
+    "megatron.core.tensor_parallel.random._get_share_storage",
     "megatron.core.inference.utils.InferenceMode",
     "megatron.core.transformer.multi_latent_attention.MLASelfAttention._resolve_qk_norm_config",
 }

@@ -40,7 +40,11 @@ KINDS = ("passed", "failed", "skipped")
 # What touches Megatron-Core; the other tests do not depend on its release.
 PARTS: dict[str, tuple[str, ...]] = {
     "exactness": ("distributed/test_context_parallel.py", "distributed/test_exactness.py"),
-    "models": ("distributed/test_models.py", "distributed/test_upstream_layers.py"),
+    "models": (
+        "distributed/test_models.py",
+        "distributed/test_decoding.py",
+        "distributed/test_upstream_layers.py",
+    ),
     "conversion": ("distributed/test_conversion.py", "e2e/test_convert_cli.py"),
     "checkpoints": (
         "distributed/test_checkpoint_forms.py",
@@ -53,8 +57,10 @@ PARTS: dict[str, tuple[str, ...]] = {
     ),
     "resume": ("e2e/test_resume.py",),
     "offload": ("distributed/test_offload.py",),
+    "recomputation": ("distributed/test_recompute.py",),
     "head": ("distributed/test_head_memory.py", "distributed/test_linear_log_probs_sharded.py"),
     "bfloat16": ("e2e/test_bfloat16.py",),
+    "router replay": ("distributed/test_router_replay.py", "unit/test_routing.py", "e2e/test_replayed_routing.py"),
     "diagnosis": ("distributed/test_diagnosis.py",),
     "runs": (
         "e2e/test_non_finite.py",

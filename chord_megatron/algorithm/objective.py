@@ -51,6 +51,7 @@ class Objective:
     log_ratio_bound: float | None = None  # log(pi / pi_old) is kept within +-this
     weighs_kl: bool = False  # by the importance weights
     off_policy_delta: float | None = None  # of `off_policy_sequences`, which lose their policy loss
+    old_is_sampler: bool = False  # pi_old is the policy that sampled, by its own numbers
     is_scaled_by_advantage: bool = True  # the policy loss: where the advantage is 0, so are it and its gradient
 
     @property
@@ -102,8 +103,7 @@ def _policy_losses(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The loss of each token as if it were a rollout's, and the sums and maxima that describe the rollout tokens."""
     mask, detached = batch.rollout_mask, log_probs.detach()
-    # Outside its mask a stream sees its own log-probs, so that exp() never overflows into 0 * inf.
-    old_log_probs = detached if batch.old_log_probs is None else torch.where(mask, batch.old_log_probs, detached)
+    old_log_probs = _old_log_probs(detached, batch, objective)
     log_ratios = objective.ratio_level(log_probs, old_log_probs, mask, sequences)
     if objective.log_ratio_bound is not None:
         log_ratios = log_ratios.clamp(-objective.log_ratio_bound, objective.log_ratio_bound)
@@ -135,6 +135,16 @@ def _policy_losses(
         **of_sampler,
     }
     return loss, sums, maxima
+
+
+def _old_log_probs(log_probs: Tensor, batch: MicroBatch, objective: Objective) -> Tensor:
+    """log pi_old; the policy's own on-policy, and outside the mask, so that exp() never overflows into 0 * inf."""
+    if objective.old_is_sampler:  # as verl's bypass_mode and slime's use_rollout_logprobs
+        log_ratios = log_importance_ratios(log_probs, batch.rollout_log_probs, batch.rollout_mask)
+        return (log_probs - log_ratios).to(log_probs.dtype)
+    if batch.old_log_probs is None:
+        return log_probs
+    return torch.where(batch.rollout_mask, batch.old_log_probs, log_probs)
 
 
 def _against_sampler(

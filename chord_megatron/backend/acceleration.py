@@ -30,7 +30,7 @@ class Acceleration:
     transformer_impl: Literal["transformer_engine", "local"]  # Megatron-Core's name for the kind of layers
     fuse_gradient_accumulation: bool  # weight gradients are added to the float32 sums by their matrix multiplication
     overlap_grad_reduce: bool  # gradients are summed over data-parallel ranks while others are computed
-    shares_prompts: bool  # one of several sequences is read once: the attention finds it elsewhere, on this rank
+    share_prompts: bool = True  # the attention takes a prompt that several sequences begin with
 
 
 def find_installed() -> Installed:
@@ -50,9 +50,9 @@ def choose_acceleration(
     context_parallel_size: int = 1,
     overlap_grad_reduce: bool | None = None,
 ) -> Acceleration:
-    """data_parallel_size: of the ranks with the same parameters, context-parallel ones among them.
+    """data_parallel_size: of ranks with gradients of their own, context-parallel ones, too.
 
-    overlap_grad_reduce: the user's decision, None = on CUDA. Without such ranks there is none.
+    overlap_grad_reduce: the user's decision, None = on CUDA. Without other data-parallel ranks there is none.
 
     Parameters are never gathered while the next forward pass runs: that pass would wait for a layer's parameters
     when the layer is called, but the head reads its weight, and sampling and saving read all of them, without that.
@@ -63,7 +63,7 @@ def choose_acceleration(
         transformer_impl="transformer_engine" if on_te else "local",
         fuse_gradient_accumulation=installed.cuda and installed.fused_weight_gradient,
         overlap_grad_reduce=wants_overlap and data_parallel_size > 1,
-        shares_prompts=not on_te and context_parallel_size == 1,
+        share_prompts=not on_te and context_parallel_size == 1,
     )
 
 
@@ -75,7 +75,7 @@ def describe(chosen: Acceleration, installed: Installed) -> str:
         kind = f"Megatron local (TransformerEngine {missing})"
     fusion = "fused" if chosen.fuse_gradient_accumulation else f"unfused (Apex's kernel {missing})"
     overlap = "overlapped" if chosen.overlap_grad_reduce else "not overlapped"
-    prompts = "read once a micro-batch" if chosen.shares_prompts else "read by each row"
+    prompts = "read once a micro-batch" if chosen.share_prompts else "read by each row"
     return (
         f"layers: {kind}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}, "
         f"shared prompts: {prompts}"

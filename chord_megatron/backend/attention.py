@@ -5,7 +5,7 @@ Megatron-Core's own DotProductAttention materialises the scores and refuses pack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -49,7 +49,9 @@ class SDPACoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert attention_mask is not None
             return cached_attention(query, key, value, attention_mask, self._softmax_scale)
-        return packed_attention(query, key, value, _segments(packed_seq_params), self._softmax_scale)
+        is_plain = not isinstance(packed_seq_params, SegmentedSequences)
+        segments = segments_of(packed_seq_params.cu_seqlens_q) if is_plain else packed_seq_params.segments
+        return packed_attention(query, key, value, segments, self._softmax_scale)
 
 
 @dataclass
@@ -59,26 +61,17 @@ class SegmentedSequences(PackedSeqParams):
     segments: Sequence[Segment] = ()
 
 
-def _segments(packed: PackedSeqParams) -> Sequence[Segment]:
-    if isinstance(packed, SegmentedSequences):
-        return packed.segments
-    return [Segment(start, end - start) for start, end in pairwise(packed.cu_seqlens_q.tolist())]
+def segments_of(cu_seqlens: Tensor) -> list[Segment]:
+    """Whole sequences."""
+    return [Segment(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
 
 
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float | None = None
 ) -> Tensor:
-    """Causal attention of each segment and its prompt. [tokens, heads, head] -> [tokens, heads * value's head].
-
-    Segments of one form are one SDPA call: short ones would otherwise spend their time in call overhead.
-    """
-    alike: dict[tuple[int, int], list[Segment]] = {}
-    for segment in segments:
-        alike.setdefault((segment.length, segment.prompt_length), []).append(segment)
+    """Causal attention of each segment and its prompt. [tokens, heads, head] -> [tokens, heads * value's head]."""
     rows, outputs = [], []
-    for (length, prompt_length), members in alike.items():
-        row = places_from([segment.start for segment in members], length, query.device)
-        prompt = places_from([segment.prompt_start for segment in members], prompt_length, query.device)
+    for row, prompt in places_by_form(segments, query.device):
         seen = torch.cat([prompt, row], dim=1)
         q, k, v = (x[places].transpose(1, 2) for x, places in ((query, row), (key, seen), (value, seen)))
         output = causal_attention(q, k, v, scale)
@@ -87,9 +80,19 @@ def packed_attention(
     return torch.cat(outputs)[torch.cat(rows).argsort()]
 
 
-def places_from(starts: list[int], length: int, device: torch.device) -> Tensor:
-    """[starts, length]"""
-    return torch.tensor(starts, device=device)[:, None] + torch.arange(length, device=device)
+def places_by_form(segments: Sequence[Segment], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The places of the tokens of segments of one form, and of their prompts, [segments, length] each; for each form.
+
+    They are one SDPA call: short segments would otherwise spend their time in call overhead.
+    """
+    alike: dict[tuple[int, int], list[Segment]] = {}
+    for segment in segments:
+        alike.setdefault((segment.length, segment.prompt_length), []).append(segment)
+    for (length, prompt_length), members in alike.items():
+        starts = torch.tensor([(segment.start, segment.prompt_start) for segment in members], device=device)
+        yield tuple(
+            first[:, None] + torch.arange(n, device=device) for first, n in zip(starts.T, (length, prompt_length))
+        )
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

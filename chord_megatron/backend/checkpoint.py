@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from chord_megatron.backend import releases
-from chord_megatron.backend.checkpoint_writer import save_sharded
+from chord_megatron.backend.checkpoint_writer import Copies, begin_sharded
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
 from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
 from chord_megatron.system.atomic import failed_writes_named, partial_path, replaced_directory
+from chord_megatron.system.background import Background
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 from chord_megatron.weights.model_files import copy_model_files
@@ -50,7 +51,8 @@ _METADATA = {
 _CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps")
 
 
-def save(
+@contextlib.contextmanager
+def saving(
     directory: Path,
     chunks: list[torch.nn.Module],
     optimizer: Any,
@@ -60,26 +62,33 @@ def save(
     *,
     model_dir: Path,
     arch: ModelArchitecture,
-) -> None:
-    """Write a checkpoint beside `directory` and rename it into place when it is complete. Collective.
+    copies: Copies | None = None,
+) -> Iterator[Background]:
+    """Write a checkpoint beside `directory`; at the end of the context it is complete, and renamed into place.
 
-    The configuration and tokenizer of `model_dir` come along, so that it can be converted by itself. Raises UserError,
-    on all ranks, where the tensors cannot be written.
+    Collective at both ends. Within, a thread writes: the weights may change meanwhile if there are `copies`, memory of
+    the host that is kept for the next time. The configuration and tokenizer of `model_dir` come along, so that it can
+    be converted by itself. Raises UserError, on all ranks, where the tensors cannot be written.
     """
     with failed_writes_named(directory), _folder_of_all_ranks(directory, groups) as folder:
         _allocate_adam_state(optimizer)
-        save_sharded(_sharded_state(chunks, optimizer, is_loading=False), folder)
+        tensors = begin_sharded(_sharded_state(chunks, optimizer, is_loading=False), folder, copies)
         (folder / _rng_file(groups)).write_bytes(safetensors_bytes(_rng_state()))
         if groups.rank == 0:
             document = {"state": state, "scheduler": scheduler.state_dict(), "megatron_core": releases.installed()}
             (folder / "state.json").write_text(json.dumps(document, indent=2), encoding="utf-8")
             copy_model_files([model_dir], folder, arch)
+        writing = Background(tensors.write)
+        with writing.running():
+            yield writing
+            error = writing.wait()
+        tensors.finish(error)
 
 
 def load(
     directory: Path, chunks: list[torch.nn.Module], optimizer: Any, scheduler: Any, groups: ParallelGroups
 ) -> dict[str, Any]:
-    """Read what `save` wrote into the model, the optimizer and the scheduler; returns `state`. Collective."""
+    """Read what `saving` wrote into the model, the optimizer and the scheduler; returns `state`. Collective."""
     refuse_unsafe(directory)
     remedy = f"name an earlier one in {directory.parent}/latest"
     configured = [dict(group) for group in optimizer.param_groups]
@@ -121,7 +130,7 @@ def _failed_reads_named(directory: Path, remedy: str) -> Iterator[None]:
 
 
 def _read_document(path: Path) -> dict[str, Any]:
-    """What `save` wrote to state.json. Raises OSError and ValueError."""
+    """What `saving` wrote to state.json. Raises OSError and ValueError."""
     document = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(document, dict) or not all(isinstance(document.get(k), dict) for k in ("state", "scheduler")):
         raise ValueError(f"{path.name} is damaged: it lacks what a run writes there")

@@ -6,7 +6,6 @@ attention and their gradients summed and scattered after it, as Llama 3 does (ar
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from chord_megatron.backend.attention import SDPACoreAttention, causal_attention, places_from
+from chord_megatron.backend.attention import SDPACoreAttention, causal_attention, places_by_form, segments_of
 
 
 class ContextCoreAttention(SDPACoreAttention):
@@ -54,12 +53,8 @@ def context_attention(
     gathered = gather_from_sequence_parallel_region(both, group=group)  # [size * tokens, ...]
     keys, values = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
     of_rank = len(query) * torch.arange(size, device=query.device)[:, None, None]
-    starts_of: dict[int, list[int]] = {}  # by length, as in packed_attention
-    for start, end in pairwise(cu_seqlens.tolist()):
-        starts_of.setdefault(end - start, []).append(start)
     rows, outputs = [], []
-    for length, starts in starts_of.items():
-        row = places_from(starts, length, query.device)
+    for row, _ in places_by_form(segments_of(cu_seqlens), query.device):
         early, late = (of_rank + row).chunk(2, dim=-1)  # [size, sequences, chunk]
         whole = torch.cat([*early, *late.flip(0)], dim=-1)  # [sequences, length]: the places in the order of the tokens
         k, v = keys[whole].transpose(1, 2), values[whole].transpose(1, 2)

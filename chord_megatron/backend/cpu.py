@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from chord_megatron.backend.releases import tell_that_transformer_engine_is_missing
+from chord_megatron.backend.releases import recompute_in_plain_torch, tell_that_transformer_engine_is_missing
 
 _MODULES_NAMING_CUDA = (
     "megatron.core.pipeline_parallel.schedules",  # total_num_tokens of each schedule
@@ -45,6 +45,7 @@ _CONSTANTS = {
 def enable_cpu_support() -> None:
     """Prepare this process for Megatron-Core on CPU; does nothing more when called again or with CUDA."""
     tell_that_transformer_engine_is_missing()
+    recompute_in_plain_torch()
     if torch.cuda.is_available() or getattr(torch.cuda.current_device, "is_cpu_support", False):
         return
     _replace_cuda_functions()

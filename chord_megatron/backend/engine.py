@@ -12,27 +12,39 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from chord_megatron.backend import checkpoint
 from chord_megatron.backend.acceleration import choose_acceleration, describe, find_installed
+from chord_megatron.backend.checkpoint_writer import Copies
 from chord_megatron.backend.generation import generate_batch
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
+from chord_megatron.backend.last_stages import gather_rows, reduce_results
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, run_micro_batch, unwrap, wrap_data_parallel
 from chord_megatron.backend.offload import HostMemory, optimizer_tensors
+from chord_megatron.backend.optimizer import build_optimizer, build_scheduler
+from chord_megatron.backend.router_replay import ChunkRouters, count_routing, listening, of_samples
+from chord_megatron.backend.transformer_options import refusals_named, token_multiple
 from chord_megatron.batching.packing import BatchLayout, unpack
+from chord_megatron.batching.routing import routed_live
 from chord_megatron.checkpoints.metadata import METADATA_FILE
 from chord_megatron.checkpoints.reader import check_weights
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.planning.pipeline import attention_length
-from chord_megatron.types import GlobalBatch, GradientComparison, LossResult, LossTotals, MicroBatch, SamplingParams
+from chord_megatron.system.background import Background
+from chord_megatron.types import (
+    GlobalBatch,
+    GradientComparison,
+    LossResult,
+    LossTotals,
+    MicroBatch,
+    RoutingCounts,
+    SamplingParams,
+)
 from chord_megatron.weights.hf_config import read_architecture
 
 
@@ -73,9 +85,10 @@ class MegatronEngine:
             context_parallel_size=groups.cp_size,
             overlap_grad_reduce=optimizer.overlap_grad_reduce,
         )
-        self._shares_prompts = acceleration.shares_prompts
         self.acceleration_note = describe(acceleration, installed)
-        chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
+        self._can_share_prompts = acceleration.share_prompts
+        with refusals_named(model):
+            chunks = build_model_chunks(self.arch, model, parallel, groups, acceleration)
         if (self._model_dir / METADATA_FILE).is_file():
             load_megatron_weights(chunks, self._model_dir, self.arch)
         else:
@@ -87,41 +100,43 @@ class MegatronEngine:
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
             overlap_grad_reduce=acceleration.overlap_grad_reduce,
         )
-        self._optimizer = get_megatron_optimizer(_optimizer_config(optimizer, model), self._chunks)
-        self._scheduler = _build_scheduler(self._optimizer, optimizer, train_iters)
+        self._optimizer = build_optimizer(optimizer, model, self._chunks)
+        self._scheduler = build_scheduler(self._optimizer, optimizer, train_iters)
         self._clip_grad = optimizer.clip_grad
         self._bucket_bytes = model.export_bucket_megabytes * 10**6
         self.policy_version = 0  # optimizer steps that the weights have taken
         self._loss_is_finite = True
         self._has_gradients = False
         self._host_memory: dict[str, HostMemory] = {}  # of what is offloaded: "model", "optimizer"
+        self._copies: Copies = {}  # of what is saved in the background
         self._spare_host_memory: dict[str, HostMemory] = {}  # kept for the next time: pinned memory is slow to get
 
     @property
     def batch_layout(self) -> BatchLayout:
         """What this layout asks of a batch."""
-        model = unwrap(self._chunks[0])
+        config = unwrap(self._chunks[0]).config
+        tokens = self.groups.tp_size if config.sequence_parallel else 1
         return BatchLayout(
             dp_rank=self.groups.dp_rank,
             dp_size=self.groups.dp_size,
             cp_rank=self.groups.cp_rank,
             cp_size=self.groups.cp_size,
-            pad_to_multiple=self.groups.tp_size if model.config.sequence_parallel else 1,
+            pad_to_multiple=tokens * token_multiple(config),
             # The interleaved schedule runs micro-batches in groups of the pipeline size.
             micro_batch_multiple=self.groups.pp_size if self.groups.vpp_size else 1,
             attention_length=attention_length(self.arch),
-            can_share_prompts=self._shares_prompts,
+            can_share_prompts=self._can_share_prompts,
         )
 
     def compute_log_probs(self, batch: GlobalBatch, *, reference: bool = False) -> list[Tensor]:
         """Log-probs of each sample's tokens, [length] each, on every rank; 0 where its mask is off, and at the first.
 
-        reference: of the frozen initial model instead of the current one.
+        reference: of the frozen initial model instead of the current one; its own routers choose.
         """
         self._assert_here("model")
         if reference:
             self._swap_reference()
-        (log_probs,) = self._of_each_token(batch, compute_entropy=False)
+        (log_probs,) = self._of_each_token(routed_live(batch) if reference else batch, compute_entropy=False)
         if reference:
             self._swap_reference()
         return log_probs
@@ -131,6 +146,18 @@ class MegatronEngine:
         self._assert_here("model")
         log_probs, entropies = self._of_each_token(batch, compute_entropy=True)
         return log_probs, entropies
+
+    @contextlib.contextmanager
+    def recorded_routing(self, batch: GlobalBatch) -> Iterator[list[Tensor]]:
+        """Of one pass over the batch within: the experts of each sample's tokens (TrainingSample.routing), at the end.
+
+        Of a model without experts the list stays empty.
+        """
+        rows: list[Tensor] = []
+        with listening(self._routers) as heard:
+            yield rows
+        if self.arch.moe is not None:
+            rows.extend(of_samples(heard, batch, self.arch, self.groups))
 
     @torch.no_grad()
     def _of_each_token(self, batch: GlobalBatch, *, compute_entropy: bool) -> list[list[Tensor]]:
@@ -142,20 +169,28 @@ class MegatronEngine:
             return log_probs.sum(), 0, dict(enumerate(rows))
 
         outputs = self._run_schedule(batch, collect, forward_only=True, compute_entropy=compute_entropy)
-        kinds = torch.zeros(1 + compute_entropy, sum(batch.lengths), device=self.groups.device)
-        for kind, rows in enumerate(values.split(batch.lengths) for values in kinds):
-            for index, row in (item for output in outputs for item in output[kind].items()):
-                rows[index].copy_(row)
-        return [list(values.split(batch.lengths)) for values in self._gather(kinds).cpu()]
+        kinds = range(1 + compute_entropy)
+        return [gather_rows(batch, [output[kind] for output in outputs], self.groups) for kind in kinds]
 
-    def forward_backward(self, batch: GlobalBatch, loss_fn: LossFunction) -> LossTotals:
-        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks."""
+    def forward_backward(
+        self, batch: GlobalBatch, loss_fn: LossFunction, *, keep_log_probs: bool = False
+    ) -> LossTotals:
+        """Accumulate the gradient of the sum of `loss_fn` over all micro-batches of all ranks.
+
+        keep_log_probs: return those of this pass, too, as `compute_log_probs` would; 0 of samples that are not run.
+        """
         self._assert_here("model", "optimizer")
         for chunk in self._chunks:
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+        for routers in self._routers:
+            routers.take_counts()  # of other passes
+
+        kept: list[dict[int, Tensor]] = []
 
         def scaled(log_probs: Tensor, entropy: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, int, LossResult]:
+            if keep_log_probs:
+                kept.append(unpack(micro_batch, log_probs.detach().float(), batch.lengths))
             result = loss_fn(log_probs, entropy, micro_batch)
             non_finite = (~torch.isfinite(result.loss.detach())).double()
             described = result._replace(loss=result.loss.detach(), sums={**result.sums, _NON_FINITE: non_finite})
@@ -163,10 +198,14 @@ class MegatronEngine:
             return batch.num_tokens * result.loss, micro_batch.num_tokens, described
 
         outputs = self._run_schedule(batch, scaled, forward_only=False, compute_entropy=True)
-        totals = self._reduce(batch, outputs)
+        totals = reduce_results(batch, outputs, self.groups)
         self._loss_is_finite = totals.sums.pop(_NON_FINITE) == 0
         self._has_gradients = True
-        return totals
+        return totals._replace(log_probs=gather_rows(batch, kept, self.groups)) if keep_log_probs else totals
+
+    def count_routing(self) -> RoutingCounts | None:
+        """What the routers did in the last `forward_backward`; None of a model without experts."""
+        return count_routing(self._routers) if self.arch.moe is not None else None
 
     def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
         """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.
@@ -216,14 +255,20 @@ class MegatronEngine:
         return OptimizerStep(grad_norm, lr, stepped)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
-    ) -> list[tuple[Tensor, Tensor]]:
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        record_routing: bool = False,
+    ) -> list[tuple[Tensor, ...]]:
         """(completion tokens int32, their log-probs float32) of each prompt, on the host, by KV-cache decoding.
 
-        seeds: what each completion's random numbers are drawn from; nothing else influences them.
+        seeds: what each completion's random numbers are drawn from; nothing else influences them. record_routing: and,
+        as a third, the experts of the tokens of prompt and completion (RolloutSample.routing).
         """
         self._assert_here("model")
-        return generate_batch(self._chunks, prompts, seeds, params, self.groups)
+        return generate_batch(self._chunks, prompts, seeds, params, self.groups, record_routing=record_routing)
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of the current weights, in the order of `hf_tensors`; every rank must exhaust it."""
@@ -232,8 +277,15 @@ class MegatronEngine:
 
     def save(self, directory: Path, state: dict[str, Any]) -> None:
         """Write model, optimizer, scheduler, random state and `state` (plain JSON values) to `directory`."""
+        with self.saving(directory, state, in_background=False):
+            pass
+
+    def saving(
+        self, directory: Path, state: dict[str, Any], *, in_background: bool
+    ) -> contextlib.AbstractContextManager[Background]:
+        """The same as a context, at whose end it is there; training may go on within it in the background alone."""
         self._assert_here("model", "optimizer")
-        checkpoint.save(
+        return checkpoint.saving(
             directory,
             self._chunks,
             self._optimizer,
@@ -242,6 +294,7 @@ class MegatronEngine:
             self.groups,
             model_dir=self._model_dir,
             arch=self.arch,
+            copies=self._copies if in_background else None,
         )
 
     def load(self, directory: Path) -> dict[str, Any]:
@@ -277,6 +330,10 @@ class MegatronEngine:
                     self._spare_host_memory[part] = self._host_memory.pop(part)
                     self._spare_host_memory[part].restore()
 
+    @property
+    def _routers(self) -> list[ChunkRouters]:
+        return [unwrap(chunk).routers for chunk in self._chunks]
+
     def _assert_here(self, *needed: str) -> None:
         missing = " and ".join(sorted(self._host_memory.keys() & set(needed)))
         assert not missing, f"the {missing} is offloaded: leave the `offloaded` context first"
@@ -288,7 +345,7 @@ class MegatronEngine:
         micro_batches = [micro_batch.to(self.groups.device) for micro_batch in batch.micro_batches]
         # Each model chunk of an interleaved pipeline walks through the same micro-batches.
         iterators = [iter(micro_batches) for _ in self._chunks]
-        return get_forward_backward_func()(
+        outputs = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, loss_fn, compute_entropy),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
@@ -297,43 +354,14 @@ class MegatronEngine:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-
-    def _gather(self, values: Tensor) -> Tensor:
-        """On every rank what the last stages filled in, each its own tokens, with zeros elsewhere. In place."""
-        if self.groups.is_last_stage:
-            dist.all_reduce(values, group=self.groups.dp_cp_group)
-        if self.groups.pp_size > 1:
-            dist.broadcast(values, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return values
+        for routers in self._routers:
+            routers.batch = None  # of the last layers that were run again
+        return outputs
 
     def _gradient_norm(self) -> float:
         """Of what is in the gradient buffers."""
         self._optimizer.prepare_grads()
         return float(self._optimizer.get_grad_norm())
-
-    def _reduce(self, batch: GlobalBatch, outputs: Sequence[LossResult]) -> LossTotals:
-        """Add sums, compare maxima and collect rows of the last stages over micro-batches and ranks; tell every stage.
-
-        outputs: of this rank's micro-batches, in their order.
-        """
-        totals = [LossTotals({}, {}, {})]
-        if self.groups.is_last_stage:
-            group = self.groups.dp_cp_group
-            sums = torch.stack([torch.stack([*output.sums.values()]) for output in outputs]).sum(0)
-            maxima = torch.stack([torch.stack([*output.maxima.values()]) for output in outputs]).amax(0)
-            rows = sums.new_zeros(len(outputs[0].rows), len(batch.lengths))  # of each sample, 0 where others have it
-            for micro_batch, output in zip(batch.micro_batches, outputs):
-                indices = torch.tensor(micro_batch.sample_indices, dtype=torch.int64, device=rows.device)
-                for row, values in zip(rows, output.rows.values()):
-                    row[indices] = values[: len(indices)]
-            dist.all_reduce(sums, group=group)
-            dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
-            dist.all_reduce(rows, group=group)
-            named = (zip(of_first, found.tolist()) for of_first, found in zip(outputs[0][1:], (sums, maxima, rows)))
-            totals = [LossTotals(*map(dict, named))]
-        if self.groups.pp_size > 1:
-            dist.broadcast_object_list(totals, self.groups.last_stage_rank, group=self.groups.pp_group)
-        return totals[0]
 
     def _swap_reference(self) -> None:
         """Exchange the current weights and the reference's."""
@@ -348,36 +376,6 @@ def _forward_step(
     loss_fn: Callable, compute_entropy: bool, data_iterator: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Any, Callable]:
     batch = next(data_iterator)
-    return run_micro_batch(model, batch, compute_entropy=compute_entropy), lambda result: loss_fn(*result, batch)
-
-
-def _optimizer_config(optimizer: OptimizerConfig, model: ModelConfig) -> MegatronOptimizerConfig:
-    return MegatronOptimizerConfig(
-        optimizer="adam",
-        bf16=model.dtype == "bfloat16",
-        params_dtype=torch.bfloat16 if model.dtype == "bfloat16" else torch.float32,
-        use_distributed_optimizer=optimizer.use_distributed_optimizer,
-        **{
-            key: getattr(optimizer, key)
-            for key in ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
-        },
-    )
-
-
-def _build_scheduler(megatron_optimizer: Any, config: OptimizerConfig, train_iters: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
-        megatron_optimizer,
-        init_lr=0.0,
-        max_lr=config.lr,
-        min_lr=config.min_lr,
-        lr_warmup_steps=config.lr_warmup_iters,
-        lr_decay_steps=max(train_iters, config.lr_warmup_iters + 1),
-        lr_decay_style=config.lr_decay_style,
-        start_wd=config.weight_decay,
-        end_wd=config.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # The configuration rules, so that a finished run goes on with a larger train_iters.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
+    with unwrap(model).routers.running(batch):
+        output = run_micro_batch(model, batch, compute_entropy=compute_entropy)
+    return output, lambda result: loss_fn(*result, batch)

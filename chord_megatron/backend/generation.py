@@ -1,25 +1,28 @@
 """KV-cache decoding on the training weights, under every layout (TP, SP, PP, VPP, EP).
 
 Megatron-Core's static inference context holds the cache; its text-generation wrapper refuses interleaved
-pipelines and its broadcast helpers insist on CUDA, so the decode loop is here: each stage receives, runs its
-chunk and sends; the last stage samples and broadcasts the tokens.
+pipelines and its broadcast helpers insist on CUDA, so the decode loop is here. The rows are decoded in as many cohorts
+as there are stages, one behind the other, so that every stage has work at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from chord_megatron.backend.cohort import Cohort
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
 from chord_megatron.backend.releases import inference_flag
-from chord_megatron.ops.sampling import sample_tokens, uniform_numbers
+from chord_megatron.backend.router_replay import CompletionRouting, listening
+from chord_megatron.ops.sampling import sample_tokens
 from chord_megatron.types import SamplingParams
 
 # What makes a module of Megatron-Core split sequences over TP (transformer/utils.py, _init_sequence_parallel_cache).
@@ -33,173 +36,175 @@ def generate_batch(
     seeds: Sequence[Sequence[int]],
     params: SamplingParams,
     groups: ParallelGroups,
-) -> list[tuple[Tensor, Tensor]]:
+    *,
+    record_routing: bool = False,
+) -> list[tuple[Tensor, ...]]:
     """(tokens int32, log-probs float32) of one completion for each prompt, on the host; an end token is part of it.
+
+    record_routing: and, as a third, which experts served the tokens of prompt and completion (RolloutSample.routing).
 
     A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches, and so do
     context-parallel ranks. Under expert parallelism replicas serve each other in every layer: all of them have to call
     it, some perhaps without prompts.
     """
-    if prompts:
-        return _decode(chunks, prompts, seeds, params, groups, is_done=False)
-    if groups.ep_size > 1:
-        _decode(chunks, [[0]], [[0]], params, groups, is_done=True)
-    return []
+    count = number_of_cohorts(len(prompts), groups)
+    bounds = [len(prompts) * index // max(count, 1) for index in range(count + 1)]
+    cohorts = [
+        Cohort(prompts[start:stop], seeds[start:stop], params, num_chunks=len(chunks), device=groups.device)
+        for start, stop in itertools.pairwise(bounds)
+    ]
+    routers = [unwrap(chunk).routers for chunk in chunks]
+    with _inference_mode(chunks), listening(routers if record_routing else []) as heard:
+        for cohort in cohorts if record_routing else ():
+            cohort.routing = CompletionRouting(heard, routers[0].arch, groups)
+        _Pipeline(chunks, cohorts, params, groups).run()
+    return [row for cohort in cohorts for row in cohort.results()]
 
 
-def _decode(
-    chunks: list[torch.nn.Module],
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[Sequence[int]],
-    params: SamplingParams,
-    groups: ParallelGroups,
-    *,
-    is_done: bool,
-) -> list[tuple[Tensor, Tensor]]:
-    """See generate_batch. A replica that is done, perhaps from the start, goes on with one row for the others."""
-    device = groups.device
-    tokens, hidden = _left_pad(prompts, device)
-    uniforms = torch.stack([uniform_numbers(seed, params.max_completion_length) for seed in seeds]).to(device)
-    stop = torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device)
-    decoder = _Decoder(chunks, len(prompts), tokens.shape[1] + params.max_completion_length, groups)
-    alive = torch.arange(len(prompts), device=device)  # rows still decoding
-    completions = torch.zeros(len(prompts), params.max_completion_length, dtype=torch.int32, device=device)
-    log_probs = torch.zeros(completions.shape, device=device)
-    lengths = torch.zeros(len(prompts), dtype=torch.int64, device=device)
-    # CUDA sums need not be the same twice; and an expert computes the tensor-parallel ranks' copies of a token as
-    # other rows of one matrix. A token that then differs between the ranks would be a deadlock.
-    may_differ = device.type == "cuda" or unwrap(chunks[0]).config.num_moe_experts is not None
-    with _inference_mode(chunks):
-        for position in range(params.max_completion_length):
-            logits = decoder.forward(tokens, hidden)
-            drawn, drawn_log_probs = _sample_on_last_stage(
-                logits, uniforms[alive, position], params, len(alive), groups, may_differ=may_differ
-            )
-            if not is_done:
-                completions[alive, position] = drawn.to(completions.dtype)
-                log_probs[alive, position] = drawn_log_probs
-                lengths[alive] += 1
-            going_on = ~torch.isin(drawn, stop)
-            is_done = is_done or not bool(going_on.any())
-            if _may_stop(is_done, groups):
-                break
-            if is_done:
-                going_on = torch.arange(len(alive), device=device) == 0
-            if not going_on.all():
-                alive, drawn, hidden = alive[going_on], drawn[going_on], hidden[going_on]
-                decoder.keep_rows(going_on)
-            tokens = drawn[:, None]
-            hidden = torch.cat([hidden, hidden.new_zeros(len(alive), 1)], dim=1)
-    rows = zip(completions.cpu(), log_probs.cpu(), lengths.tolist())
-    return [(row[:length], row_log_probs[:length]) for row, row_log_probs, length in rows]
+def number_of_cohorts(num_rows: int, groups: ParallelGroups) -> int:
+    """One for each stage that there are rows for. Replicas that share experts have equally many, some without rows."""
+    return groups.pp_size if groups.ep_size > 1 else min(groups.pp_size, num_rows)
 
 
-def _may_stop(is_done: bool, groups: ParallelGroups) -> bool:
-    """Whether this replica of the model may stop: when it is done, and so are those that need its experts."""
-    if groups.ep_size == 1:
-        return is_done
-    done = torch.tensor([int(is_done)], device=groups.device)
-    dist.all_reduce(done, op=dist.ReduceOp.MIN, group=groups.dp_cp_group)
-    return bool(done.item())
+def turn(tick: int, rank: int, num_stages: int, num_chunks: int) -> tuple[int, int] | None:
+    """(cohort, chunk) that the stage `rank` runs in a tick; None before the first cohort gets there.
+
+    Cohort c enters in tick c and moves on by one stage a tick, from the last stage to the first one's next chunk.
+    """
+    rounds, cohort = divmod(tick - rank, num_stages)
+    return None if rounds < 0 else (cohort, rounds % num_chunks)
 
 
-class _Decoder:
-    """Runs new tokens through all chunks of all stages, keeping the KV cache."""
+class _Turn(NamedTuple):
+    cohort: Cohort
+    chunk: int
+    is_first: bool  # of the model's chunks: it reads tokens
+    is_last: bool  # it gives logits
 
-    def __init__(self, chunks: list[torch.nn.Module], batch_size: int, max_length: int, groups: ParallelGroups) -> None:
+
+class _Pipeline:
+    """The stages of a model as a ring, around which cohorts walk one behind the other.
+
+    In each tick a stage runs one chunk on one cohort, hands the hidden states on and receives those of the next tick.
+    Behind the last chunk a token is drawn and told to all: every stage knows which rows go on, and with that the shape
+    of what it receives. With as many cohorts as stages each is back at the first stage in the tick after its token was
+    drawn, and no stage is ever idle.
+    """
+
+    def __init__(
+        self, chunks: list[torch.nn.Module], cohorts: list[Cohort], params: SamplingParams, groups: ParallelGroups
+    ) -> None:
         self._models = [unwrap(chunk) for chunk in chunks]
-        # A context for each chunk: layer numbers are only unique within one.
-        self._contexts = [StaticInferenceContext(batch_size, max_length) for _ in chunks]
-        self._groups = groups
+        self._cohorts, self._params, self._groups = cohorts, params, groups
+        # CUDA sums need not be the same twice; and an expert computes the tensor-parallel ranks' copies of a token as
+        # other rows of one matrix. A token that then differs between the ranks would be a deadlock.
+        may_differ = groups.device.type == "cuda" or self._models[0].config.num_moe_experts is not None
+        self._tp_ranks_may_differ = groups.tp_size > 1 and may_differ
 
-    def forward(self, tokens: Tensor, hidden: Tensor) -> Tensor | None:
-        """tokens: [batch, new]; hidden: [batch, cached + new], True at left padding.
+    def run(self) -> None:
+        """Until all cohorts are finished."""
+        received = None
+        for tick in itertools.count():
+            if all(cohort.is_finished for cohort in self._cohorts):
+                return
+            here, last = (self._turn(tick, rank) for rank in (self._groups.pp_rank, self._groups.pp_size - 1))
+            output = self._run_chunk(here, received) if here else None
+            is_drawn = here is not None and here.is_last
+            received = self._hand_on(None if is_drawn else output, self._turn(tick + 1, self._groups.pp_rank))
+            if last and last.is_last:
+                self._tell(last.cohort, output if is_drawn else None)
 
-        Returns the logits of the last position, [batch, vocab], on the last stage and None elsewhere.
-        """
-        length, cached = tokens.shape[1], hidden.shape[1]
-        columns = torch.arange(cached, device=tokens.device)
+    def _turn(self, tick: int, rank: int) -> _Turn | None:
+        """What a stage does in a tick; None where it waits."""
+        num_stages, num_chunks = self._groups.pp_size, len(self._models)
+        place = turn(tick, rank, num_stages, num_chunks)
+        if place is None or place[0] >= len(self._cohorts) or self._cohorts[place[0]].is_finished:
+            return None
+        chunk = rank + num_stages * place[1]
+        return _Turn(self._cohorts[place[0]], place[1], chunk == 0, chunk == num_stages * num_chunks - 1)
+
+    def _run_chunk(self, here: _Turn, received: Tensor | None) -> Tensor:
+        """The hidden states [new, rows, hidden] of a cohort's new tokens; of the last chunk what is drawn, [alive]."""
+        cohort, model = here.cohort, self._models[here.chunk]
+        length, cached = cohort.tokens.shape[1], cohort.padding.shape[1]
+        columns = torch.arange(cached, device=self._groups.device)
         queries = columns[cached - length :, None]
-        # A padding row sees itself, because a softmax over nothing is NaN.
-        mask = (columns > queries) | (hidden[:, None, None, :] & (columns != queries))
-        for model, context in zip(self._models, self._contexts):
-            if not model.pre_process:
-                model.set_input_tensor(self._receive(len(tokens), length, model.config))
-            output = model(
-                input_ids=tokens,
-                position_ids=queries.T.expand(len(tokens), -1),
-                attention_mask=mask,
-                inference_context=context,
-                runtime_gather_output=True,
+        if not here.is_first:
+            model.set_input_tensor(received)
+        output = model(
+            input_ids=cohort.tokens,
+            position_ids=queries.T.expand(len(cohort.tokens), -1),
+            # A padding row sees itself, because a softmax over nothing is NaN.
+            attention_mask=(columns > queries) | (cohort.padding[:, None, None, :] & (columns != queries)),
+            inference_context=cohort.contexts[here.chunk],
+            runtime_gather_output=True,
+        )
+        cohort.contexts[here.chunk].sequence_len_offset += length
+        if cohort.routing is not None:
+            cohort.routing.note(cohort.alive, cohort.source, cached)
+        return self._draw(cohort, output[:, -1, : model.real_vocab_size]) if here.is_last else output
+
+    def _hand_on(self, sent: Tensor | None, following: _Turn | None) -> Tensor | None:
+        """Send hidden states to the next stage, and receive what the turn that follows here begins with.
+
+        Odd stages receive first: senders that wait for one another all around the ring would wait for ever.
+        """
+        group, received = self._groups.pp_group, None
+        transfers: list[Callable[[], object]] = []
+        if sent is not None:
+            transfers.append(partial(dist.send, sent.contiguous(), self._neighbour(+1), group=group))
+        if following is not None and not following.is_first:
+            config, (rows, length) = self._models[following.chunk].config, following.cohort.tokens.shape
+            received = torch.empty(
+                (length, rows, config.hidden_size), dtype=config.pipeline_dtype, device=self._groups.device
             )
-            context.sequence_len_offset += length
-            if not model.post_process:
-                self._send(output)
-        return output[:, -1, : model.real_vocab_size] if model.post_process else None
-
-    def keep_rows(self, keep: Tensor) -> None:
-        """Drop finished rows from the cache."""
-        for context in self._contexts:
-            context.key_value_memory_dict = {
-                layer: (keys[keep], values[keep]) for layer, (keys, values) in context.key_value_memory_dict.items()
-            }
-
-    def _receive(self, batch: int, length: int, config: TransformerConfig) -> Tensor:
-        """Hidden states [length, batch, hidden] of the stage before, which for later chunks is the ring's last."""
-        shape = (length, batch, config.hidden_size)
-        hidden_states = torch.empty(shape, dtype=config.pipeline_dtype, device=self._groups.device)
-        dist.recv(hidden_states, self._neighbour(-1), group=self._groups.pp_group)
-        return hidden_states
-
-    def _send(self, hidden_states: Tensor) -> None:
-        dist.send(hidden_states.contiguous(), self._neighbour(+1), group=self._groups.pp_group)
+            transfers.append(partial(dist.recv, received, self._neighbour(-1), group=group))
+        for transfer in reversed(transfers) if self._groups.pp_rank % 2 else transfers:
+            transfer()
+        return received
 
     def _neighbour(self, offset: int) -> int:
         """Global rank of the next (+1) or previous (-1) stage of the ring."""
         return dist.get_global_rank(self._groups.pp_group, (self._groups.pp_rank + offset) % self._groups.pp_size)
 
-
-def _sample_on_last_stage(
-    logits: Tensor | None,
-    uniforms: Tensor,
-    params: SamplingParams,
-    batch_size: int,
-    groups: ParallelGroups,
-    *,
-    may_differ: bool,
-) -> tuple[Tensor, Tensor]:
-    """Tokens [batch] int64 and log-probs [batch], equal on every rank of the model.
-
-    may_differ: the logits of tensor-parallel ranks, in their last bits.
-    """
-    if logits is not None:
-        tokens, log_probs = sample_tokens(
-            logits, uniforms, temperature=params.temperature, top_p=params.top_p, top_k=params.top_k
+    def _draw(self, cohort: Cohort, logits: Tensor) -> Tensor:
+        """The next token of each row that goes on, [alive]. logits: [rows that were read, vocab]."""
+        params, rows = self._params, (cohort.alive, cohort.position)
+        tokens, cohort.log_probs[rows] = sample_tokens(
+            logits[cohort.source],
+            cohort.uniforms[rows],
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
         )
-    else:
-        tokens = torch.empty(batch_size, dtype=torch.int64, device=groups.device)
-        log_probs = torch.empty(batch_size, dtype=torch.float32, device=groups.device)
-    for values in (tokens, log_probs):
-        if may_differ and groups.is_last_stage and groups.tp_size > 1:
+        return tokens
+
+    def _tell(self, cohort: Cohort, drawn: Tensor | None) -> None:
+        """Give the cohort of every rank the tokens that the last stage has drawn, at its end their log-probs, too."""
+        if drawn is None:
+            drawn = torch.empty(len(cohort.alive), dtype=torch.int64, device=self._groups.device)
+        self._share(drawn)
+        cohort.take(drawn)
+        if _may_stop(cohort.is_done, self._groups):
+            self._share(cohort.log_probs)
+            cohort.finish()
+
+    def _share(self, values: Tensor) -> None:
+        """On every rank of the model what the last stage has; in place."""
+        groups = self._groups
+        if self._tp_ranks_may_differ and groups.is_last_stage:
             dist.broadcast(values, dist.get_global_rank(groups.tp_group, 0), group=groups.tp_group)
         if groups.pp_size > 1:
             dist.broadcast(values, groups.last_stage_rank, group=groups.pp_group)
-    return tokens, log_probs
 
 
-def _left_pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[batch, longest] tokens that end together, and True where there is padding.
-
-    One cache offset serves all rows, so prompts end at the same column; rotary positions are relative, so
-    where a prompt begins does not matter.
-    """
-    longest = max(len(prompt) for prompt in prompts)
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    hidden = torch.ones(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-        hidden[row, longest - len(prompt) :] = False
-    return tokens.to(device), hidden.to(device)
+def _may_stop(is_done: bool, groups: ParallelGroups) -> bool:
+    """Whether a cohort of this replica may stop: when it is done, and so are those of others that need its experts."""
+    if groups.ep_size == 1:
+        return is_done
+    done = torch.tensor([int(is_done)], device=groups.device)
+    dist.all_reduce(done, op=dist.ReduceOp.MIN, group=groups.dp_cp_group)
+    return bool(done.item())
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from chord_megatron.backend.attention import SegmentedSequences
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.layer_specs import block_spec
 from chord_megatron.backend.rope import PositionsBelow, scaled_inverse_frequencies, take_positions
+from chord_megatron.backend.router_replay import ChunkRouters
 from chord_megatron.backend.transformer_config import transformer_config
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.ops.linear_log_probs import linear_log_probs
@@ -48,6 +49,7 @@ class CausalLM(GPTModel):
     """GPTModel that returns (log_probs, entropy or None) of its Targets, [tokens] each; without Targets, logits."""
 
     real_vocab_size: int  # without the padding columns
+    routers: ChunkRouters
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
@@ -111,6 +113,7 @@ def build_model_chunks(
             vp_stage=stage,
         ).to(groups.device)
         chunk.real_vocab_size = arch.vocab_size
+        chunk.routers = ChunkRouters(chunk, arch, groups)
         _prepare_rotary_embeddings(chunk, arch, groups.device)
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
         _prepare_experts(chunk)
@@ -138,7 +141,7 @@ def wrap_data_parallel(
 
 
 def _prepare_rotary_embeddings(chunk: CausalLM, arch: ModelArchitecture, device: torch.device) -> None:
-    """Give every rotary embedding the model's frequencies, and have it return the angles of what it is asked for.
+    """Give every rotary embedding the model's frequencies, and have it return the angles of whole sequences.
 
     Under context parallelism it would cut them for a rank's share where sequences are not packed
     (RotaryEmbedding.forward), but a rank decodes whole ones so. Of packed ones the share is taken at their rotation.
@@ -150,9 +153,9 @@ def _prepare_rotary_embeddings(chunk: CausalLM, arch: ModelArchitecture, device:
     for module in chunk.modules():
         if isinstance(module, RotaryEmbedding):
             module.cp_group = None
-            module.register_forward_hook(take_positions)
             if isinstance(scaling, LinearRope | Llama3Rope):
                 module.inv_freq = scaled_inverse_frequencies(dim, arch.rope_theta, scaling).to(device)
+            module.register_forward_hook(take_positions)
 
 
 def _prepare_experts(chunk: torch.nn.Module) -> None:
@@ -181,17 +184,16 @@ def run_micro_batch(chunk: torch.nn.Module, batch: MicroBatch, *, compute_entrop
 
 
 def _packed(batch: MicroBatch, cp_size: int) -> PackedSeqParams:
-    if cp_size > 1:  # Megatron-Core wants the bounds of whole sequences, TransformerEngine those with padding, too
-        bounds, longest = batch.cu_seqlens * cp_size, batch.max_seqlen * cp_size
-        return PackedSeqParams("thd", bounds, bounds, bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-    if batch.segments is None:
-        bounds, longest = batch.cu_seqlens, batch.max_seqlen
-        return PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
-    bounds = torch.tensor([0, len(batch.input_ids)], dtype=torch.int32)  # on the host, where RoPE reads it
-    longest = PositionsBelow(batch.max_seqlen, batch.position_ids)
-    return SegmentedSequences(
-        "thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, segments=batch.segments
-    )
+    if batch.segments is not None:
+        bounds = torch.tensor([0, len(batch.input_ids)], dtype=torch.int32)  # on the host, where RoPE reads it
+        longest = PositionsBelow(batch.max_seqlen, batch.position_ids)
+        return SegmentedSequences(
+            "thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest, segments=batch.segments
+        )
+    bounds, length = batch.cu_seqlens * cp_size, batch.max_seqlen * cp_size  # of whole sequences
+    # TransformerEngine asks for these under context parallelism; our padding is part of its sequence.
+    padded = bounds if cp_size > 1 else None
+    return PackedSeqParams("thd", bounds, bounds, padded, padded, max_seqlen_q=length, max_seqlen_kv=length)
 
 
 def unwrap(chunk: torch.nn.Module) -> CausalLM:

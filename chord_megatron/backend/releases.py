@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import megatron.core
+import torch
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,16 @@ DIFFERENCES = (
         since="0.19",
     ),
     Difference(
+        "a router's top k is in no order where there is no gradient",
+        "backend/router_replay.py, choose",
+        since="0.18",
+    ),
+    Difference(
+        "CheckpointWithoutOutput compiles a C++ extension in the first backward pass",
+        "backend/releases.py, recompute_in_plain_torch",
+        since="0.19",
+    ),
+    Difference(
         "`megatron.core.__version__` ends with the commit of whichever Git repository the package lies in",
         "backend/releases.py, installed",
         since="0.18",
@@ -86,6 +97,28 @@ def tell_that_transformer_engine_is_missing() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
     multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+
+
+def recompute_in_plain_torch() -> None:
+    """CheckpointWithoutOutput, behind some of TransformerConfig.recompute_modules, needs nothing that is not there.
+
+    It takes its own default fp8=False for FP8, which asks TransformerEngine (all releases), and shares storages by an
+    extension that it compiles, where a machine may have no compiler: here by a copy, as up to 0.18.
+    """
+    from megatron.core.tensor_parallel import random
+
+    if not random.HAVE_TE:
+        initialize = random.CheckpointWithoutOutput.__init__
+        random.CheckpointWithoutOutput.__init__ = lambda checkpoint, fp8=None: initialize(checkpoint, fp8 or None)
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: _copy_storage  # noqa: SLF001 - has no public name
+
+
+@torch.no_grad()
+def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Below the tensors, so that autograd counts no change and views see it."""
+    target.untyped_storage().resize_(source.untyped_storage().nbytes())
+    target.untyped_storage().copy_(source.untyped_storage())
 
 
 def inference_flag() -> contextlib.AbstractContextManager[None]:

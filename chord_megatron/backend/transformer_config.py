@@ -10,6 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
 from chord_megatron.backend.acceleration import Acceleration
+from chord_megatron.backend.transformer_options import checked_options, refusals_named
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.weights.architecture import ModelArchitecture, YarnRope
@@ -20,8 +21,24 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def transformer_config(
     arch: ModelArchitecture, model: ModelConfig, parallel: ParallelConfig, acceleration: Acceleration
 ) -> TransformerConfig:
-    """Megatron-Core's configuration of this architecture under this layout."""
+    """Megatron-Core's configuration of this architecture under this layout, with the user's fields passed through.
+
+    Raises UserError where those, by themselves or with the rest, are not what Megatron-Core takes.
+    """
     config_class = TransformerConfig if arch.mla is None else MLATransformerConfig
+    options = checked_options(model.transformer_config, config_class, transformer_impl=acceleration.transformer_impl)
+    with refusals_named(model):
+        return _build(config_class, {**_defaults(acceleration), **options}, arch, model, parallel, acceleration)
+
+
+def _build(
+    config_class: type[TransformerConfig],
+    options: dict[str, Any],
+    arch: ModelArchitecture,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    acceleration: Acceleration,
+) -> TransformerConfig:
     dtype = _DTYPES[model.dtype]
     return config_class(
         num_layers=arch.num_layers,
@@ -45,20 +62,29 @@ def transformer_config(
         output_layer_init_method=torch.nn.init.zeros_,
         calculate_per_token_loss=True,  # sums over tokens, divided once by the global count
         variable_seq_lengths=True,  # packed micro-batches differ in length
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, also without experts
-        # These fusions need Apex or TransformerEngine kernels.
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=acceleration.fuse_gradient_accumulation,
         transformer_impl=acceleration.transformer_impl,
         finalize_model_grads_func=finalize_model_grads,
         **_layout(parallel, arch),
         **(_attention(arch) if arch.mla is None else _latent_attention(arch)),
         **_experts(arch, grouped_gemm=acceleration.transformer_impl == "transformer_engine"),
         **_recomputation(model),
+        **options,
     )
+
+
+def _defaults(acceleration: Acceleration) -> dict[str, Any]:
+    """What a user may choose otherwise."""
+    return {
+        "moe_token_dispatcher_type": "alltoall",  # the default refuses variable lengths, also without experts
+        # Close scores choose different experts in bfloat16, and transformers takes them in float32 as well.
+        "moe_router_dtype": "fp32",
+        # These fusions need Apex or TransformerEngine kernels.
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": acceleration.fuse_gradient_accumulation,
+    }
 
 
 def _layout(parallel: ParallelConfig, arch: ModelArchitecture) -> dict[str, Any]:
@@ -144,8 +170,6 @@ def _experts(arch: ModelArchitecture, *, grouped_gemm: bool) -> dict[str, Any]:
         "moe_router_num_groups": moe.num_groups,
         "moe_router_group_topk": moe.top_k_groups,
         "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
-        # Close scores choose different experts in bfloat16, and transformers takes them in float32 as well.
-        "moe_router_dtype": "fp32",
         # A trained router: an auxiliary loss would pull it away from what the objective asks for, and its value
         # depends on how tokens are cut into micro-batches. The bias moves by its update rate alone.
         "moe_router_load_balancing_type": "none",
@@ -158,4 +182,10 @@ def _experts(arch: ModelArchitecture, *, grouped_gemm: bool) -> dict[str, Any]:
 def _recomputation(model: ModelConfig) -> dict[str, Any]:
     if not model.recompute:
         return {}
-    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if isinstance(model.recompute, list):
+        return {"recompute_granularity": "selective", "recompute_modules": list(model.recompute)}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": model.recompute_method or "uniform",
+        "recompute_num_layers": model.recompute_num_layers or 1,
+    }

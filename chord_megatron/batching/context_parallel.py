@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chord_megatron.types import MicroBatch
+from chord_megatron.types import LIVE, MicroBatch
 
 
 def share_of_rank(batch: MicroBatch, rank: int, size: int, pad_to_multiple: int) -> MicroBatch:
@@ -39,13 +39,15 @@ def share_of_rank(batch: MicroBatch, rank: int, size: int, pad_to_multiple: int)
         lengths.append(padding)
 
     def taken(values: Tensor, fill: float = 0.0) -> Tensor:
-        return torch.cat([values, values.new_full((1,), fill)])[source]
+        return torch.cat([values, values.new_full((1, *values.shape[1:]), fill)])[source]
 
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     per_token = {name: v for name, v in vars(batch).items() if isinstance(v, Tensor) and name != "cu_seqlens"}
     fields: dict[str, Any] = {name: taken(values) for name, values in per_token.items()}
     fields["position_ids"] = torch.cat([*positions, torch.zeros(padding, dtype=torch.int64)])
     fields["temperatures"] = taken(batch.temperatures, fill=1.0)  # padding divides by 1, not by 0
+    if batch.routing is not None:
+        fields["routing"] = taken(batch.routing, fill=LIVE)
     num_tokens = int((source < batch.num_tokens).sum())
     return replace(batch, **fields, cu_seqlens=cu_seqlens, num_tokens=num_tokens, max_seqlen=max(lengths))
 

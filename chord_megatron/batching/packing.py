@@ -17,6 +17,7 @@ from torch import Tensor
 from chord_megatron.algorithm.aggregation import Mean, aggregation_weights
 from chord_megatron.batching.assignment import Cost, by_cost, by_count, imbalance, round_up
 from chord_megatron.batching.context_parallel import share_of_rank
+from chord_megatron.batching.routing import pack_routing
 from chord_megatron.batching.shared_prompts import share_prompts
 from chord_megatron.types import GlobalBatch, MicroBatch, TrainingSample
 
@@ -54,8 +55,8 @@ def build_global_batch(
 
     samples: all samples of the step, the same on every rank. micro_batch_size: sequences per micro-batch, in their
     order; shuffle_seed: None keeps it. max_tokens: of a micro-batch, with rows spread by what they cost, in place of
-    both. shares_prompts: see share_prompts. skips_idle_rows: rows whose loss has no gradient are not run; the
-    denominators stay those of all rows.
+    both. shares_prompts: see share_prompts, where the attention can. skips_idle_rows: rows whose loss has no gradient
+    are not run; the denominators stay those of all rows.
     """
     weights, num_tokens = _weights(samples, rollout_mean, expert_mean)
     order = list(range(len(samples)))
@@ -63,6 +64,7 @@ def build_global_batch(
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(shuffle_seed)).tolist()
     if skips_idle_rows:
         order = [i for i in order if not _is_idle(samples[i], weights[i])]
+    shares_prompts = shares_prompts and layout.can_share_prompts
     cost = Cost(layout.attention_length, shares_prompts)
     if max_tokens is None:
         ranks = by_count(order, layout.dp_size, micro_batch_size, layout.micro_batch_multiple)
@@ -70,7 +72,6 @@ def build_global_batch(
         ranks = by_cost(samples, order, layout.dp_size, max_tokens, layout.micro_batch_multiple, cost)
     micro_batches = [pack(samples, rows, weights, layout.pad_to_multiple) for rows in ranks[layout.dp_rank]]
     if layout.cp_size > 1:
-        assert not shares_prompts, "a prompt that is read once, and sequences that are spread over ranks"
         share = partial(share_of_rank, rank=layout.cp_rank, size=layout.cp_size, pad_to_multiple=layout.pad_to_multiple)
         micro_batches = [*map(share, micro_batches)]
     if shares_prompts:
@@ -147,6 +148,7 @@ def pack(
     return MicroBatch(
         input_ids=packed(torch.int64, [sample.tokens for sample in chosen]),
         position_ids=packed(torch.int64, [torch.arange(n) for n in lengths]),
+        is_token=torch.arange(num_tokens + padding) < num_tokens,
         labels=packed(torch.int64, [_shift(sample.tokens) for sample in chosen]),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).cumsum(0, dtype=torch.int32),
         rollout_mask=packed(torch.bool, rollout_masks),
@@ -162,6 +164,7 @@ def pack(
         num_tokens=num_tokens,
         max_seqlen=max(boundaries),
         sample_indices=tuple(indices),
+        routing=pack_routing([sample.routing for sample in chosen], [*lengths, padding]),
     )
 
 
@@ -170,11 +173,12 @@ def unpack(batch: MicroBatch, values: Tensor, lengths: Sequence[int]) -> dict[in
 
     lengths: of all samples. 0 also where other context-parallel ranks have the value.
     """
-    bounds, places, rows = batch.cu_seqlens.tolist(), batch.places, {}
+    bounds = batch.cu_seqlens.tolist()
+    rows = {}
     for slot, index in enumerate(batch.sample_indices):
         own, length = slice(bounds[slot], bounds[slot + 1]), lengths[index]
         row = values.new_zeros(length + 1)  # one place more, for what nothing follows
-        row[(places[own] + 1).clamp(max=length)] = values[own]
+        row[(batch.positions[own] + 1).clamp(max=length)] = values[own]
         rows[index] = row[:length]
     return rows
 

@@ -37,6 +37,7 @@ def rollout_training_samples(
             advantage=advantage,
             rollout_log_probs=rollout.rollout_log_probs,
             token_weights=float(stays),
+            routing=rollout.routing,
         )
         for rollout, advantage, is_known, stays in zip(rollouts, advantages.tolist(), is_scored, is_kept, strict=True)
     ]

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from chord_megatron.batching.routing import pack_routing
 from chord_megatron.types import MicroBatch, Segment, TrainingSample
 
 
@@ -18,16 +19,19 @@ def prompt_groups(samples: Sequence[TrainingSample], order: Sequence[int]) -> li
     """(tokens that they begin with, numbers of samples): those of one prompt together, in the order of the first ones.
 
     A prompt is what stands before the first token that is learnt. Of a sample that shares its prompt with none it
-    counts 0 tokens.
+    counts 0 tokens. A prompt whose experts are given is another one than that whose routers choose.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[tuple[int, ...], bool], list[int]] = {}
     for index in order:
-        groups.setdefault(_prompt(samples[index]), []).append(index)
-    return [(len(prompt) if len(rows) > 1 else 0, rows) for prompt, rows in groups.items()]
+        groups.setdefault((_prompt(samples[index]), samples[index].routing is None), []).append(index)
+    return [(len(prompt) if len(rows) > 1 else 0, rows) for (prompt, _), rows in groups.items()]
 
 
 def share_prompts(batch: MicroBatch, samples: Sequence[TrainingSample], pad_to_multiple: int) -> MicroBatch:
-    """The same rows from each prompt read once. samples: of the whole step."""
+    """The same rows from each prompt read once, by the experts that the first of its sequences has for it.
+
+    samples: of the whole step.
+    """
     groups = prompt_groups(samples, batch.sample_indices)
     if not any(prefix for prefix, _ in groups):
         return batch
@@ -61,6 +65,8 @@ def share_prompts(batch: MicroBatch, samples: Sequence[TrainingSample], pad_to_m
         batch,
         input_ids=torch.cat([batch.input_ids[places], zeros]),
         position_ids=torch.cat([batch.position_ids[places], zeros]),
+        is_token=torch.arange(len(read) + padding) < len(read),
+        routing=None if batch.routing is None else pack_routing([batch.routing[places]], [len(read), padding]),
         segments=tuple(segments),
         token_of=token_of,
     )

@@ -22,6 +22,7 @@ Nodes = Annotated[int, typer.Option("--nnodes", min=1, help="nodes, as in torchr
 def validated(config: Path, overrides: list[str] | None, world_size: int) -> tuple[Config, Plan]:
     """The configuration with its plan. Raises UserError."""
     from chord_megatron.config import load_config
+    from chord_megatron.planning.megatron import asks_megatron
     from chord_megatron.planning.plan import make_plan
     from chord_megatron.rewards import check_reward_functions
     from chord_megatron.training.objective import build_objective
@@ -29,6 +30,11 @@ def validated(config: Path, overrides: list[str] | None, world_size: int) -> tup
 
     resolved = load_config(config, overrides)
     check_reward_functions(resolved.rewards.reward_funcs, resolved.rewards.reward_weights)
-    plan = make_plan(resolved, read_architecture(Path(resolved.model.path)), world_size)
+    arch = read_architecture(Path(resolved.model.path))
+    plan = make_plan(resolved, arch, world_size)
+    if asks_megatron(resolved):
+        from chord_megatron.backend.preflight import check_machine
+
+        check_machine(resolved, arch)
     build_objective(resolved.grpo, resolved.chord)  # functions of the user's are loaded and tried
     return resolved, plan

@@ -74,6 +74,7 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
             + ", sequence parallel" * parallel.sequence_parallel
             + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
         ),
+        *_memory(config, plan, arch),
         *([("layers", _layers(config, arch))] if parallel.pipeline_model_parallel_size > 1 else []),
         ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
@@ -81,6 +82,18 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
     ):
         table.add_row(name, value)
     return table
+
+
+def _memory(config: Config, plan: Plan, arch: ModelArchitecture) -> list[tuple[str, str]]:
+    """Of the fullest process, computed."""
+    from chord_megatron.planning.activations import layers_here
+    from chord_megatron.planning.rank_memory import fullest_rank
+
+    layers = layers_here()
+    memory = fullest_rank(config, arch, plan, layers=layers)
+    modules = {"local": "Megatron-Core's own modules", "transformer_engine": "TransformerEngine's modules"}[layers]
+    beside = ", beside vLLM's share of the GPU" * (config.rollout.vllm_mode == "colocate")
+    return [("memory", memory.state_in_words), ("longest rows", f"{memory.step_in_words}{beside} ({modules})")]
 
 
 def _micro_batches(config: Config, plan: Plan) -> str:

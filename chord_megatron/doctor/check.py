@@ -49,7 +49,3 @@ def last_words(returncode: int, stderr: str) -> str:
     if returncode < 0:
         return f"the process was ended by signal {-returncode}"
     return lines[-1] if lines else f"the process ended with code {returncode}"
-
-
-def size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.1f} MB"

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chord_megatron.checkpoints import reader
-from chord_megatron.config import Config, RolloutConfig
-from chord_megatron.doctor.check import Check, size
+from chord_megatron.config import Config
+from chord_megatron.doctor.check import Check
 from chord_megatron.doctor.machine import Gpu, available_memory
-from chord_megatron.planning.memory import ModelState, bytes_beside_sampler, checkpoint_bytes, export_bytes
+from chord_megatron.planning.memory import checkpoint_bytes, export_bytes
+from chord_megatron.planning.rank_memory import RankMemory
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import size
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -21,6 +23,10 @@ _BFLOAT16_CAPABILITY = (8, 0)  # from Ampere on
 _LESS_MEMORY = (
     "raise parallel.tensor_model_parallel_size or pipeline_model_parallel_size, share the optimizer's state among "
     "more data-parallel ranks (optimizer.use_distributed_optimizer), or take a smaller model"
+)
+_SHORTER_ROWS = (
+    "bound the rows (data.max_prompt_length, rollout.max_completion_length, chord.chord_sft_max_length), lower "
+    "train.micro_batch_size or rollout.max_batch_size, or set model.recompute"
 )
 _MAKE_ROOM = "rollout.sleep_level, offload_optimizer or offload_model"
 
@@ -80,41 +86,53 @@ def check_dtype(gpus: Sequence[Gpu], dtype: str) -> Check:
     return Check("model.dtype", dtype, "ok", "slow on a CPU; model.dtype=float32 is faster there" if slow else "used")
 
 
-def check_gpu_memory(
-    state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int, rollout: RolloutConfig | None = None
-) -> Check:
+def check_gpu_memory(memory: RankMemory, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
     """What the fullest rank holds, against the GPU with the least free memory that a rank would get.
 
-    rollout: of a run with vLLM in its processes, which shares the GPU; None without.
+    It cannot run where its state does not fit; where only the longest rows do not, it may.
     """
-    gpu = min(gpus[:nproc_per_node], key=lambda gpu: gpu.free_bytes)
+    gpu = fullest_gpu(gpus, nproc_per_node)
     found = f"{size(gpu.free_bytes)} of {size(gpu.total_bytes)} free"
-    needed, what, on_top, remedy = state.on_device, _describe(state), "activations and KV cache", _LESS_MEMORY
-    if rollout is not None:
-        sampler = int(rollout.vllm_gpu_memory_utilization * gpu.total_bytes)
-        needed = max(needed + sampler * (rollout.sleep_level == 0), bytes_beside_sampler(state, rollout) + sampler)
-        what = f"{size(needed)} at once: {size(sampler)} of vLLM, and {what}"
-        on_top = "activations"
+    what, remedy = memory.state_in_words, _LESS_MEMORY
+    if memory.sampler:
+        what = f"{size(memory.always)} at once: {size(memory.sampler)} of vLLM, and {what}"
         remedy = f"lower rollout.vllm_gpu_memory_utilization, set {_MAKE_ROOM}, or {_LESS_MEMORY}"
-    if needed <= gpu.free_bytes:
-        return Check("GPU memory", found, "ok", f"needed: {what}; {on_top} come on top")
-    remedy = "end what else runs on it" if needed <= gpu.total_bytes else remedy
-    return Check("GPU memory", found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
+    if memory.always > gpu.free_bytes:
+        remedy = "end what else runs on it" if memory.always <= gpu.total_bytes else remedy
+        return Check("GPU memory", found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
+    return _with_longest_rows("GPU memory", found, gpu.free_bytes, memory.peak, memory, what)
 
 
-def check_host_memory(state: ModelState, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
+def fullest_gpu(gpus: Sequence[Gpu], nproc_per_node: int) -> Gpu:
+    """Of those that ranks get, the one with the least free memory."""
+    return min(gpus[:nproc_per_node], key=lambda gpu: gpu.free_bytes)
+
+
+def check_host_memory(memory: RankMemory, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
     """What all processes of this node hold on the host: everything without GPUs, else what a GPU need not hold."""
-    needed = nproc_per_node * (state.reference + state.aside + (0 if gpus else state.on_device))
+    state, name = memory.state, "host memory"
+    on_host = state.reference + state.aside
+    needed = nproc_per_node * (on_host + (0 if gpus else state.on_device))
     free = available_memory()
     found = f"{size(free)} free"
-    parts = [] if gpus else [_describe(state)]
+    parts = [] if gpus else [memory.state_in_words]
     parts += [f"{size(state.reference)} reference a process (grpo.beta > 0)"] if state.reference else []
     parts += [f"{size(state.aside)} a process while trainer and vLLM make room ({_MAKE_ROOM})"] if state.aside else []
     what = f"{size(needed)} for {nproc_per_node} process{'es' * (nproc_per_node > 1)}: {', '.join(parts)}"
+    if needed > free:
+        remedy = f"start fewer processes here, or {_LESS_MEMORY}"
+        return Check(name, found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
+    if gpus:
+        return Check(name, found, "ok", f"needed: {what}" if parts else "for data and libraries")
+    return _with_longest_rows(name, found, free, nproc_per_node * (on_host + memory.peak), memory, what)
+
+
+def _with_longest_rows(name: str, found: str, free: int, needed: int, memory: RankMemory, what: str) -> Check:
+    """Of a state that fits: whether a step of the longest rows does."""
+    meaning = f"needed: {what}; with the longest rows {memory.step_in_words}"
     if needed <= free:
-        return Check("host memory", found, "ok", f"needed: {what}" if parts else "for data and libraries")
-    remedy = f"start fewer processes here, or {_LESS_MEMORY}"
-    return Check("host memory", found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
+        return Check(name, found, "ok", meaning)
+    return Check(name, found, "wrong", f"{meaning}, which is too much", _SHORTER_ROWS)
 
 
 def check_output_dir(output_dir: Path) -> Check:
@@ -158,8 +176,3 @@ def _copies_to_write(config: Config, *, already: int) -> int:
 
 def _nearest_existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
-def _describe(state: ModelState) -> str:
-    parts = f"{size(state.weights)} weights + {size(state.gradients)} gradients"
-    return f"{size(state.on_device)} a process = {parts} + {size(state.optimizer)} optimizer"

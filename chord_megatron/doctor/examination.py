@@ -10,8 +10,9 @@ from pathlib import Path
 from chord_megatron.config import Config
 from chord_megatron.doctor import configuration, machine, software
 from chord_megatron.doctor.check import Check
-from chord_megatron.planning.memory import model_state
+from chord_megatron.planning.activations import layers_here
 from chord_megatron.planning.plan import Plan
+from chord_megatron.planning.rank_memory import fullest_rank
 from chord_megatron.weights.architecture import ModelArchitecture
 
 
@@ -29,17 +30,18 @@ def examine() -> list[Check]:
 def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_node: int) -> list[Check]:
     """What this machine has, and whether this run, of so many processes here, can work on it."""
     gpus = machine.find_gpus()
-    state = model_state(config, arch, plan)
-    colocated = config.rollout if config.rollout.vllm_mode == "colocate" else None  # servers have GPUs of their own
+    gpu_bytes = configuration.fullest_gpu(gpus, nproc_per_node).total_bytes if gpus else 0
+    memory = fullest_rank(config, arch, plan, layers=layers_here(), gpu_bytes=gpu_bytes)
     return [
-        *_examine_common(gpus, uses_vllm=colocated is not None),
+        # Servers have GPUs of their own.
+        *_examine_common(gpus, uses_vllm=config.rollout.vllm_mode == "colocate"),
         configuration.check_weights(Path(config.model.path), arch),
         configuration.check_tokenizer(config, arch),
         configuration.check_processes(gpus, nproc_per_node),
         configuration.check_dtype(gpus, config.model.dtype),
         *([] if gpus else [software.check_adam_on_cpu()]),
-        *([configuration.check_gpu_memory(state, gpus, nproc_per_node, colocated)] if gpus else []),
-        configuration.check_host_memory(state, gpus, nproc_per_node),
+        *([configuration.check_gpu_memory(memory, gpus, nproc_per_node)] if gpus else []),
+        configuration.check_host_memory(memory, gpus, nproc_per_node),
         configuration.check_output_dir(Path(config.train.output_dir)),
         configuration.check_disk(config, arch),
     ]

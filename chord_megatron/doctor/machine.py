@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from chord_megatron.doctor.all_reduce import time_all_reduce
-from chord_megatron.doctor.check import Check, size
+from chord_megatron.doctor.check import Check
+from chord_megatron.system.sentences import size
 
 _CGROUP = Path("/sys/fs/cgroup")  # version 2, as a container sees its own
 _DRIVER_SECONDS = 30

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +19,7 @@ from chord_megatron.weights.schema import TensorLayout
 _FLOAT32 = 4
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """How many parameters one rank holds."""
 
     dense: int
@@ -27,7 +28,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ModelState:
-    """Bytes of the rank that holds most. Activations, the KV cache and the libraries come on top."""
+    """Bytes of one rank between two steps; what a step adds is in rank_memory.py."""
 
     weights: int
     gradients: int
@@ -41,33 +42,41 @@ class ModelState:
 
 
 def model_state(config: Config, arch: ModelArchitecture, plan: Plan) -> ModelState:
-    """What weights, gradients and optimizer take on the fullest rank.
+    """What weights, gradients and optimizer take on the fullest rank."""
+    return max(model_states(config, arch, plan), key=lambda state: state.on_device)
+
+
+def model_states(config: Config, arch: ModelArchitecture, plan: Plan) -> list[ModelState]:
+    """What weights, gradients and optimizer take on a rank of each pipeline stage.
 
     Bytes per parameter: weights 2 (float32: 4), gradient sums 4, Adam's two moments 8 and, unless the weights are
     float32, their float32 copy 4. The distributed optimizer divides these 12 (8) by the ranks that hold the same
     parameters: the data-parallel and context-parallel ones, or for experts all ranks of a pipeline stage / EP.
     """
-    weight = getattr(torch, config.model.dtype).itemsize
-    optimizer = _optimizer_bytes(config)
-    expert_copies = plan.world_size // (
-        config.parallel.pipeline_model_parallel_size * config.parallel.expert_model_parallel_size
-    )
-    is_sharded = config.optimizer.use_distributed_optimizer
-    dense_copies = plan.data_parallel_size * config.parallel.context_parallel_size
-    dense_shards, expert_shards = (dense_copies, expert_copies) if is_sharded else (1, 1)
-    stages = []
-    for held in stage_parameters(arch, config.parallel):
-        count = held.dense + held.expert
-        stages.append(
+    parallel, rollout = config.parallel, config.rollout
+    weight, optimizer = getattr(torch, config.model.dtype).itemsize, _optimizer_bytes(config)
+    dense_shards, expert_shards = 1, 1
+    if config.optimizer.use_distributed_optimizer:
+        dense_shards = plan.data_parallel_size * parallel.context_parallel_size
+        ranks_of_stage = plan.world_size // parallel.pipeline_model_parallel_size
+        expert_shards = ranks_of_stage // parallel.expert_model_parallel_size
+    # Of a sampler asleep at level 1 the weights are on the host.
+    asleep = export_bytes(config, arch) // rollout.vllm_tensor_parallel_size if rollout.sleep_level == 1 else 0
+    states = []
+    for held in stage_parameters(arch, parallel):
+        weights = weight * (held.dense + held.expert)
+        moments = optimizer * held.dense // dense_shards + optimizer * held.expert // expert_shards
+        states.append(
             ModelState(
-                weights=weight * count,
-                gradients=_FLOAT32 * count,
-                optimizer=optimizer * held.dense // dense_shards + optimizer * held.expert // expert_shards,
-                reference=weight * count if config.grpo.beta > 0 else 0,
+                weights=weights,
+                gradients=_FLOAT32 * (held.dense + held.expert),
+                optimizer=moments,
+                reference=weights if config.grpo.beta > 0 else 0,
+                # Gradients are dropped while they are offloaded.
+                aside=weights * rollout.offload_model + moments * rollout.offload_optimizer + asleep,
             )
         )
-    fullest = max(stages, key=lambda state: state.on_device)
-    return replace(fullest, aside=_bytes_aside(fullest, config, arch))
+    return states
 
 
 def bytes_beside_sampler(state: ModelState, rollout: RolloutConfig) -> int:
@@ -76,31 +85,42 @@ def bytes_beside_sampler(state: ModelState, rollout: RolloutConfig) -> int:
     return state.on_device - offloaded
 
 
-def _bytes_aside(state: ModelState, config: Config, arch: ModelArchitecture) -> int:
-    """Offloaded weights and optimizer state (gradients are dropped), and the weights of a sampler asleep at level 1."""
-    rollout = config.rollout
-    sampler = export_bytes(config, arch) // rollout.vllm_tensor_parallel_size if rollout.sleep_level == 1 else 0
-    return state.weights * rollout.offload_model + state.optimizer * rollout.offload_optimizer + sampler
-
-
 def stage_parameters(arch: ModelArchitecture, parallel: ParallelConfig) -> list[Parameters]:
     """The parameters of one rank of each pipeline stage."""
-    pp = parallel.pipeline_model_parallel_size
-    counts = enumerate(stage_layers(parallel, arch))
-    stage_of = [stage % pp for stage, layers in counts for _ in range(layers)]
-    dense, expert = [0] * pp, [0] * pp
+    pp, ep = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    counts = parameters_by_place(arch, parallel.tensor_model_parallel_size)
+    stage_of = [stage % pp for stage, layers in enumerate(stage_layers(parallel, arch)) for _ in range(layers)]
+    held = [Parameters(0, 0)] * pp
+    for place, count in counts.items():
+        if place == "tied output" and pp == 1:
+            continue  # it is the embedding itself
+        stage = stage_of[place] if isinstance(place, int) else 0 if place == "embedding" else pp - 1
+        held[stage] = Parameters(held[stage].dense + count.dense, held[stage].expert + count.expert)
+    return [Parameters(count.dense, count.expert // ep) for count in held]
+
+
+@lru_cache(maxsize=64)
+def parameters_by_place(arch: ModelArchitecture, tp: int) -> dict[int | str, Parameters]:
+    """Those that one of `tp` ranks holds of each layer (0-based), "embedding", "output" and "tied output".
+
+    The last is a copy of the embedding, on the last of several stages. Of the experts all are counted.
+    """
+    counts: dict[int | str, Parameters] = {}
     for parameter in mapped_parameters(arch):
-        if parameter.mapping.is_float32 or (parameter.mapping.is_copy and pp == 1):
-            continue  # the router's bias is a buffer; a tied output is the embedding itself
+        if parameter.mapping.is_float32:
+            continue  # the router's bias is a buffer
+        place: int | str = "embedding" if parameter.mapping is EMBEDDING else "output"
         if parameter.layer is not None:
-            stage = stage_of[parameter.layer]
-        else:
-            stage = 0 if parameter.mapping is EMBEDDING else pp - 1
+            place = parameter.layer
+        elif parameter.mapping.is_copy:
+            place = "tied output"
+        dense, expert = counts.get(place, (0, 0))
         if parameter.expert is not None:
-            expert[stage] += _size(parameter, arch, tp=1)
+            expert += _size(parameter, arch, tp=1)
         else:
-            dense[stage] += _size(parameter, arch, parallel.tensor_model_parallel_size)
-    return [Parameters(d, e // parallel.expert_model_parallel_size) for d, e in zip(dense, expert)]
+            dense += _size(parameter, arch, tp)
+        counts[place] = Parameters(dense, expert)
+    return counts
 
 
 def checkpoint_bytes(config: Config, arch: ModelArchitecture) -> int:
@@ -115,7 +135,12 @@ def checkpoint_bytes(config: Config, arch: ModelArchitecture) -> int:
 
 def export_bytes(config: Config, arch: ModelArchitecture) -> int:
     """A Hugging Face export of a run."""
-    return sum(spec.nbytes for spec in hf_tensors(arch, getattr(torch, config.model.dtype)).values())
+    return _export_bytes(arch, config.model.dtype)
+
+
+@lru_cache(maxsize=8)
+def _export_bytes(arch: ModelArchitecture, dtype: str) -> int:
+    return sum(spec.nbytes for spec in hf_tensors(arch, getattr(torch, dtype)).values())
 
 
 def _optimizer_bytes(config: Config) -> int:

@@ -19,6 +19,12 @@ def check_objective(grpo: GRPOConfig) -> None:
         _check_level(grpo)
         _check_bounds(grpo)
     _check_penalty(grpo)
+    if grpo.old_log_probs == "sampler" and grpo.rollout_importance_sampling_mode is not None:
+        raise UserError(
+            "grpo.old_log_probs=sampler takes the ratio against the sampler itself, which leaves "
+            f"grpo.rollout_importance_sampling_mode={grpo.rollout_importance_sampling_mode} nothing to correct; remove "
+            "one of them"
+        )
 
 
 def _check_what_is_read(grpo: GRPOConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 from chord_megatron.config import ParallelConfig
 from chord_megatron.system.errors import UserError
@@ -22,6 +23,7 @@ class PartCosts:
     head: float
 
 
+@lru_cache(maxsize=8)
 def part_costs(arch: ModelArchitecture) -> PartCosts:
     """What a token costs in each part of the model: the weights that it meets (vectors, too: they are few).
 
@@ -64,7 +66,7 @@ def stage_layers(parallel: ParallelConfig, arch: ModelArchitecture) -> list[int]
     if isinstance(parallel.pipeline_layout, list):
         return _checked(parallel.pipeline_layout, parallel, arch)
     if is_cut_by_cost(parallel, arch):
-        return balanced(arch.num_layers, stages, part_costs(arch))
+        return [*balanced(arch.num_layers, stages, part_costs(arch))]
     return [arch.num_layers // stages] * stages
 
 
@@ -81,7 +83,8 @@ def num_stages(parallel: ParallelConfig) -> int:
     return parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
 
 
-def balanced(num_layers: int, stages: int, costs: PartCosts) -> list[int]:
+@lru_cache(maxsize=1024)
+def balanced(num_layers: int, stages: int, costs: PartCosts) -> tuple[int, ...]:
     """Layers of each stage such that the dearest one is as cheap as can be, and the others as even.
 
     Each layer goes where there is least so far, among equals to the last: early stages hold the activations of more
@@ -97,7 +100,7 @@ def balanced(num_layers: int, stages: int, costs: PartCosts) -> list[int]:
         cost, stage = queue[0]
         held[-stage] += 1
         heapq.heapreplace(queue, (cost + costs.layer, stage))
-    return held
+    return tuple(held)
 
 
 def _refuse_too_many(parallel: ParallelConfig, arch: ModelArchitecture) -> None:

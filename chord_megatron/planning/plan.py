@@ -11,8 +11,10 @@ from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
 from chord_megatron.planning.experts import check_expert_weight
 from chord_megatron.planning.layout import check_layout
+from chord_megatron.planning.megatron import check_megatron
 from chord_megatron.planning.objectives import check_objective
 from chord_megatron.planning.presets import check_preset
+from chord_megatron.planning.recomputation import check_recomputation
 from chord_megatron.planning.rewards import check_rewards
 from chord_megatron.planning.rollouts import check_rollouts
 from chord_megatron.planning.schedule import check_mu_schedule
@@ -37,6 +39,8 @@ class Plan:
 def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     """Check the configuration against the model and the number of processes. Raises UserError."""
     data_parallel_size = check_layout(config, arch, world_size)
+    check_recomputation(config.model, arch)
+    check_megatron(config)
     check_batches(config, data_parallel_size)
     check_mu_schedule(config)
     check_streams(config)

@@ -26,7 +26,8 @@ STAYS = _keys(
 )
 # Said where it differs: how the steps to come are taken, checked and written down.
 MAY_CHANGE = _keys(
-    model="recompute export_bucket_megabytes trust_remote_code",
+    model="recompute recompute_method recompute_num_layers transformer_config export_bucket_megabytes "
+    "trust_remote_code",
     parallel="tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "pipeline_layout num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage "
     "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
@@ -36,18 +37,19 @@ MAY_CHANGE = _keys(
     rollout="engine num_generations temperature top_p top_k max_completion_length stop_token_ids max_batch_size "
     "record_to replay_from vllm_mode vllm_tensor_parallel_size vllm_gpu_memory_utilization vllm_enforce_eager "
     "sleep_level offload_optimizer offload_model vllm_servers vllm_server_timeout weight_transfer weight_transfer_dir "
-    "weight_transfer_address max_staleness consistency_threshold consistency_action",
+    "weight_transfer_address max_staleness consistency_threshold consistency_action router_replay",
     grpo="loss_type policy_loss importance_sampling_level epsilon epsilon_high delta tau_pos tau_neg vespo_k_pos "
     "vespo_lambda_pos vespo_k_neg vespo_lambda_neg off_policy_sequence_mask_delta entropy_coef top_entropy_quantile "
     "beta kl_estimator kl_in_reward advantage_estimator scale_rewards overlong_filter filtered_count "
-    "steps_per_generation num_iterations rollout_importance_sampling_mode rollout_importance_sampling_threshold",
+    "old_log_probs steps_per_generation num_iterations "
+    "rollout_importance_sampling_mode rollout_importance_sampling_threshold",
     chord="chord_sft_global_batch_size chord_sft_per_device_train_batch_size chord_mu_peak chord_mu_valley "
     "chord_mu_warmup_steps chord_mu_decay_steps mu_schedule mu_target mu_start mu_smoothing mu_update_steps "
     "chord_enable_phi_function expert_weight expert_weight_cutoff luffy_gamma",
     optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
     "overlap_grad_reduce",
     train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
-    "share_prompts train_iters eval_steps eval_temperature save_steps save_total_limit save_on_signal "
+    "share_prompts train_iters eval_steps eval_temperature save_steps save_total_limit async_save save_on_signal "
     "max_skipped_steps",
     tracking="report_to log_completions diagnose_steps",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
-from chord_megatron.config import Config, RolloutConfig
+from chord_megatron.config import Config, GRPOConfig, RolloutConfig
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.listening import is_loopback
 from chord_megatron.system.sentences import shown
@@ -17,6 +17,7 @@ def check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> 
     """That each vllm_* key has the engine and the mode that it is for, and the sampler takes the numbers."""
     rollout, defaults = config.rollout, RolloutConfig()
     _check_sampling(config, arch)
+    _check_router_replay(config, arch)
     if (rollout.engine == "vllm") != (rollout.vllm_mode is not None):
         raise UserError(
             "rollout.engine=vllm and rollout.vllm_mode (colocate or server) go together; set both or neither"
@@ -57,6 +58,30 @@ def _check_sampling(config: Config, arch: ModelArchitecture) -> None:
     for key, value in temperatures.items():
         if config.rollout.engine == "vllm" and value > _HOTTEST_OF_VLLM:
             raise UserError(f"{key}={value}, but vLLM samples at {_HOTTEST_OF_VLLM} at most; lower it")
+
+
+def _check_router_replay(config: Config, arch: ModelArchitecture) -> None:
+    source, engine = config.rollout.router_replay, config.rollout.engine
+    if source is None:
+        return
+    if arch.moe is None:
+        raise UserError(f"rollout.router_replay={source} is for models with experts, and this one has none; remove it")
+    if source == "sampler" and engine == "vllm":
+        raise UserError(
+            "rollout.router_replay=sampler needs an engine that says which experts served a token, and with vLLM this "
+            "release does not ask; set it to trainer, or rollout.engine=megatron"
+        )
+    if source == "trainer" and not _are_scored_again(config.grpo):
+        raise UserError(
+            "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
+            "remove it, or set grpo.num_iterations above 1"
+        )
+
+
+def _are_scored_again(grpo: GRPOConfig) -> bool:
+    """Whether some completions are scored before an update whose weights have moved since."""
+    are_scored_before = grpo.old_log_probs == "trainer" or grpo.top_entropy_quantile < 1
+    return grpo.num_iterations > 1 or (grpo.steps_per_generation > 1 and are_scored_before)
 
 
 def _check_addresses(rollout: RolloutConfig) -> None:

@@ -11,11 +11,13 @@ from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.config import Config
 from chord_megatron.rollout.embedded import EmbeddedRollout
 from chord_megatron.rollout.protocol import RolloutEngine
+from chord_megatron.rollout.recorded_routing import RoutingForm
 from chord_megatron.rollout.replay import ReplayRollout
 from chord_megatron.rollout.servers.pool import ServerPool
 from chord_megatron.rollout.servers.rollout import ServerRollout
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 from chord_megatron.rollout.updates.agreement import identity, read_token
+from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:
@@ -26,7 +28,8 @@ def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups
             return build_embedded(config, engine, groups)
         case "replay", _:
             assert rollout.replay_from is not None
-            return ReplayRollout(Path(rollout.replay_from), vocab_size=engine.arch.vocab_size)
+            form = _routing_form(config, engine.arch)
+            return ReplayRollout(Path(rollout.replay_from), vocab_size=engine.arch.vocab_size, routing=form)
         case "vllm", "colocate":
             return _build_colocate(config, engine)
         case "vllm", "server":
@@ -37,8 +40,20 @@ def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups
 def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> EmbeddedRollout:
     """The engine that samples with the training weights."""
     return EmbeddedRollout(
-        engine, groups.dp_cp_group, groups.device, seed=config.train.seed, max_batch_size=config.rollout.max_batch_size
+        engine,
+        groups.dp_cp_group,
+        groups.device,
+        seed=config.train.seed,
+        max_batch_size=config.rollout.max_batch_size,
+        routing=_routing_form(config, engine.arch),
     )
+
+
+def _routing_form(config: Config, arch: ModelArchitecture) -> RoutingForm | None:
+    """None where nobody asks which experts a sampler used."""
+    if arch.moe is None or config.rollout.router_replay != "sampler":
+        return None
+    return RoutingForm(len(arch.moe_layers), arch.moe.experts_per_token, arch.moe.num_experts)
 
 
 def _build_colocate(config: Config, engine: MegatronEngine) -> RolloutEngine:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.rollout.recorded_routing import RoutingForm
 from chord_megatron.rollout.samples import Completion, share_samples
 from chord_megatron.types import RolloutRequest, RolloutSample, SamplingParams
 
@@ -18,8 +19,13 @@ class Generator(Protocol):
     """The part of MegatronEngine that decodes on one replica of the model."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], seeds: Sequence[Sequence[int]], params: SamplingParams
-    ) -> list[tuple[Tensor, Tensor]]: ...
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        record_routing: bool = False,
+    ) -> list[tuple[Tensor, ...]]: ...
 
 
 class EmbeddedRollout:
@@ -31,30 +37,41 @@ class EmbeddedRollout:
     generation_seconds: float | None = None
 
     def __init__(
-        self, engine: Generator, replicas: dist.ProcessGroup, device: torch.device, *, seed: int, max_batch_size: int
+        self,
+        engine: Generator,
+        replicas: dist.ProcessGroup,
+        device: torch.device,
+        *,
+        seed: int,
+        max_batch_size: int,
+        routing: RoutingForm | None = None,
     ) -> None:
+        """routing: where completions are to say which experts served them."""
         self._engine = engine
         self._replicas, self._device = replicas, device
         self._seed = seed
         self._max_batch_size = max_batch_size
+        self._routing = routing
         self.weights_version: int | None = None
 
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:
         """See RolloutEngine."""
-        repeated = request.repeated
-        mine = range(self._replicas.rank(), len(repeated), self._replicas.size())
+        repeated, rank, size = request.repeated, self._replicas.rank(), self._replicas.size()
+        # Side by side, so that the completions of a prompt stay together and the engine reads it once.
+        mine = range(len(repeated) * rank // size, len(repeated) * (rank + 1) // size)
         completions = []
         # All ranks call equally often: with experts on other ranks a call is a collective of the replicas.
-        largest_share = -(-len(repeated) // self._replicas.size())
+        largest_share = -(-len(repeated) // size)
         for start in range(0, largest_share, self._max_batch_size):
             indices = mine[start : start + self._max_batch_size]
             outputs = self._engine.generate(
                 [repeated[i].tokens for i in indices],
                 [(self._seed, request.step, i) for i in indices],
                 request.params,
+                record_routing=self._routing is not None,
             )
             completions += [Completion(i, *output) for i, output in zip(indices, outputs)]
-        return share_samples(request, completions, self._replicas, self._device)
+        return share_samples(request, completions, self._replicas, self._device, routing=self._routing)
 
     def update_weights(self, weights: WeightSource, policy_version: int) -> None:
         """Nothing to do: the trainer's weights are the sampler's."""

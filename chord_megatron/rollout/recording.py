@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from chord_megatron.rollout.recorded_routing import RoutingForm, decode
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_lines
 from chord_megatron.system.sentences import shown
@@ -40,8 +41,13 @@ class RecordedSample(NamedTuple):
     sample: RolloutSample
 
 
-def read_recording(path: Path, vocab_size: int) -> dict[int, dict[int, RecordedSample]]:
-    """The completions of each step by their place in its batch. Raises UserError naming file and line."""
+def read_recording(
+    path: Path, vocab_size: int, routing: RoutingForm | None = None
+) -> dict[int, dict[int, RecordedSample]]:
+    """The completions of each step by their place in its batch. Raises UserError naming file and line.
+
+    routing: what that of each completion must look like; None: it is left out.
+    """
     if path.is_dir():
         raise UserError(f"rollout.replay_from: {path} is a directory; name the file in it")
     if not path.exists():
@@ -50,7 +56,7 @@ def read_recording(path: Path, vocab_size: int) -> dict[int, dict[int, RecordedS
     for line, record in enumerate(read_json_lines(path), start=1):
         step = record["step"]
         try:
-            sample = _as_sample(record, vocab_size)
+            sample = _as_sample(record, vocab_size, routing)
             first = steps.setdefault(step, {}).setdefault(sample.sample_index, RecordedSample(line, sample))
             if first.line != line:
                 place = f"completion {sample.sample_index} of step {step}"
@@ -60,12 +66,14 @@ def read_recording(path: Path, vocab_size: int) -> dict[int, dict[int, RecordedS
     return steps
 
 
-def _as_sample(record: dict[str, Any], vocab_size: int) -> RolloutSample:
+def _as_sample(record: dict[str, Any], vocab_size: int, routing: RoutingForm | None) -> RolloutSample:
     """Raises ValueError saying what is wrong."""
-    values = {name: record[name] for name in RolloutSample.__dataclass_fields__ if name in record}
-    for name in RolloutSample.__dataclass_fields__:
+    needed = [name for name in RolloutSample.__dataclass_fields__ if name != "routing" or routing is not None]
+    values = {name: record[name] for name in needed if name in record}
+    for name in needed:
         if name not in values:
-            raise ValueError(f"lacks {name!r}")
+            purpose = " for rollout.router_replay=sampler" if name == "routing" else ""
+            raise ValueError(f"lacks {name!r}{purpose}")
     for name in _COUNTS:
         if type(values[name]) is not int or values[name] < 0:
             raise ValueError(f"{name!r} is {shown(values[name])}, which is no integer from 0 on")
@@ -75,6 +83,8 @@ def _as_sample(record: dict[str, Any], vocab_size: int) -> RolloutSample:
     for name, row in ROWS.items():
         _check_row(name, values[name], row)
     _check_completion(values["tokens"], values["response_mask"], values["rollout_log_probs"], vocab_size)
+    if routing is not None:
+        values["routing"] = decode(values["routing"], len(values["tokens"]), routing)
     return RolloutSample(**{**values, **{name: _tensor(values[name], row.dtype) for name, row in ROWS.items()}})
 
 

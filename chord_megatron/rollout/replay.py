@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chord_megatron.rollout.protocol import WeightSource
+from chord_megatron.rollout.recorded_routing import RoutingForm, encode
 from chord_megatron.rollout.recording import ROWS, read_recording
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines
@@ -40,7 +41,9 @@ class RolloutRecorder:
         for sample in samples:
             values = {name: getattr(sample, name) for name in sample.__dataclass_fields__}
             rows = {name: values[name].tolist() for name in ROWS}
-            self._lines.write({"step": step, **values, **rows})
+            routing = values.pop("routing")
+            routed = {} if routing is None else {"routing": encode(routing)}
+            self._lines.write({"step": step, **values, **rows, **routed})
 
     def close(self) -> None:
         """Close the file."""
@@ -52,10 +55,10 @@ class ReplayRollout:
 
     generation_seconds: float | None = None
 
-    def __init__(self, path: Path, *, vocab_size: int) -> None:
-        """`vocab_size`: of the model that is to be trained. Raises UserError naming file and line."""
+    def __init__(self, path: Path, *, vocab_size: int, routing: RoutingForm | None = None) -> None:
+        """Both of the model that is to be trained; routing: None = of no use. Raises UserError naming file and line."""
         self._path = path
-        self._steps = read_recording(path, vocab_size)
+        self._steps = read_recording(path, vocab_size, routing)
         self.weights_version: int | None = None
 
     def generate(self, request: RolloutRequest) -> list[RolloutSample]:

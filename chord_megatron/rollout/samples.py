@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chord_megatron.ops.collectives import all_gather_ragged
+from chord_megatron.rollout.recorded_routing import RoutingForm
 from chord_megatron.types import Prompt, RolloutRequest, RolloutSample
 
 
@@ -19,6 +20,7 @@ class Completion(NamedTuple):
     place: int  # in the generation batch
     tokens: Tensor  # [length] int32, with a sampled end token
     log_probs: Tensor  # [length] float32
+    routing: Tensor | None = None  # [prompt + length, layers with experts, top k] int16, as RolloutSample has it
 
 
 def completion(place: int, tokens: Sequence[int], log_probs: Sequence[float]) -> Completion:
@@ -27,12 +29,17 @@ def completion(place: int, tokens: Sequence[int], log_probs: Sequence[float]) ->
 
 
 def share_samples(
-    request: RolloutRequest, mine: Iterable[Completion], group: dist.ProcessGroup | None, device: torch.device
+    request: RolloutRequest,
+    mine: Iterable[Completion],
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    *,
+    routing: RoutingForm | None = None,
 ) -> list[RolloutSample]:
     """The samples of a whole request, of which each rank of `group` drew some. A collective call.
 
     Every rank has the prompts, so only the completions are sent, in three tensors. group: None = all ranks. device: of
-    the group's backend.
+    the group's backend. routing: of completions that come with theirs.
     """
     group = group or dist.group.WORLD
     assert group is not None, "torch.distributed is not initialized"
@@ -41,9 +48,13 @@ def share_samples(
     tokens = torch.cat([torch.empty(0, dtype=torch.int32), *(c.tokens for c in own)])
     log_probs = torch.cat([torch.empty(0), *(c.log_probs for c in own)])
     shares = zip(*(all_gather_ragged(values.to(device), group) for values in (heads, tokens, log_probs)))
-    completions = sorted(
-        (c for share in shares for c in _split(*(values.cpu() for values in share))), key=lambda c: c.place
-    )
+    completions = [c for share in shares for c in _split(*(values.cpu() for values in share))]
+    if routing is not None:
+        prompts = request.repeated
+        lengths = [len(prompts[c.place].tokens) + len(c.tokens) for c in completions]
+        rows = _share_routing([c.routing for c in own], group, device, routing).split(lengths)
+        completions = [c._replace(routing=row) for c, row in zip(completions, rows, strict=True)]
+    completions.sort(key=lambda c: c.place)
     return [make_sample(prompt, c, request) for prompt, c in zip(request.repeated, completions, strict=True)]
 
 
@@ -60,7 +71,24 @@ def make_sample(prompt: Prompt, drawn: Completion, request: RolloutRequest) -> R
         rollout_log_probs=torch.cat([torch.zeros(start), drawn.log_probs]),
         policy_version=request.policy_version,
         finish_reason="stop" if stopped else "length",
+        routing=drawn.routing,
     )
+
+
+def _share_routing(
+    own: Sequence[Tensor | None], group: dist.ProcessGroup, device: torch.device, form: RoutingForm
+) -> Tensor:
+    """[tokens of all ranks, layers, top k] int16: each rank's rows, one after the other, behind those before it.
+
+    Layer by layer, so that the device has one at a time, and as bytes: no backend sums int16.
+    """
+    nothing = torch.empty(0, form.num_layers, form.top_k, dtype=torch.int16)
+    mine = torch.cat([nothing, *(row for row in own if row is not None)])
+    layers = []
+    for layer in mine.unbind(1):
+        shares = all_gather_ragged(layer.reshape(-1).view(torch.uint8).to(device), group)
+        layers.append(torch.cat(shares).cpu().view(torch.int16).view(-1, form.top_k))
+    return torch.stack(layers, dim=1)
 
 
 def _split(heads: Tensor, tokens: Tensor, log_probs: Tensor) -> list[Completion]:

@@ -27,3 +27,8 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     """The end of a sentence that refuses a name: the nearest of the known ones; "" where none is near."""
     match = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def size(nbytes: float) -> str:
+    """Bytes in units of 10^9, or of 10^6 where they are few."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.1f} MB"

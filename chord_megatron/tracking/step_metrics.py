@@ -10,7 +10,15 @@ from typing import NamedTuple
 from chord_megatron.algorithm.diagnosis import EXPERT_PHI, EXPERT_TOKENS, NUM_DECILES, in_deciles
 from chord_megatron.algorithm.mu import gradient_share
 from chord_megatron.algorithm.objective import Objective
-from chord_megatron.types import GlobalBatch, GradientComparison, LossTotals, Metrics, ScoredRollouts, TrainingSample
+from chord_megatron.types import (
+    GlobalBatch,
+    GradientComparison,
+    LossTotals,
+    Metrics,
+    RoutingCounts,
+    ScoredRollouts,
+    TrainingSample,
+)
 
 
 class ExpertRow(NamedTuple):
@@ -71,6 +79,19 @@ def idle_row_fraction(totals: LossTotals, num_rollouts: int) -> float | None:
     """The share of a step's completions that teach nothing; None without completions."""
     active = sum(tokens > 0 for tokens in totals.rows["teaching_tokens"])
     return 1 - active / num_rollouts if num_rollouts else None
+
+
+def router_metrics(counts: RoutingCounts | None) -> Metrics:
+    """How evenly experts are used, and what routers would choose in place of replayed choices; None without experts.
+
+    The imbalance of a layer is MaxVio + 1 of arXiv 2408.15664: the tokens of its busiest expert over those of the mean.
+    """
+    keys = ("router_imbalance_mean", "router_imbalance_max", "router_replay_mismatch")
+    if counts is None:
+        return dict.fromkeys(keys)
+    imbalances = (counts.load.amax(1) / counts.load.double().mean(1)).tolist()
+    mismatch = counts.differing / counts.replayed if counts.replayed else None
+    return dict(zip(keys, (statistics.fmean(imbalances), max(imbalances), mismatch), strict=True))
 
 
 def gradient_metrics(gradients: GradientComparison | None, mu: float) -> Metrics:

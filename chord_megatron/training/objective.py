@@ -43,6 +43,7 @@ def build_objective(grpo: GRPOConfig, chord: ChordConfig) -> Objective:
         log_ratio_bound=semantics.log_ratio_bound,
         weighs_kl=semantics.weighs_kl,
         off_policy_delta=grpo.off_policy_sequence_mask_delta,
+        old_is_sampler=grpo.old_log_probs == "sampler",
         is_scaled_by_advantage=grpo.policy_loss is None,
     )
 

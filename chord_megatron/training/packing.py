@@ -23,9 +23,17 @@ def pack_all(samples: Sequence[TrainingSample], layout: BatchLayout, config: Con
         layout,
         micro_batch_size=train.micro_batch_size,
         max_tokens=train.max_tokens_per_micro_batch,
-        shares_prompts=train.share_prompts and layout.can_share_prompts,
+        shares_prompts=train.share_prompts,
         **settings,
     )
+
+
+def pack_learnt(
+    samples: Sequence[TrainingSample], layout: BatchLayout, config: Config, objective: Objective, **settings: Any
+) -> GlobalBatch:
+    """Without idle rows, where these are skipped; otherwise as pack_all."""
+    skips_idle_rows = config.train.skip_idle_rows and not objective.needs_idle_rows
+    return pack_all(samples, layout, config, skips_idle_rows=skips_idle_rows, **settings)
 
 
 def pack_step(
@@ -39,12 +47,12 @@ def pack_step(
 ) -> GlobalBatch:
     """Those that the step learns from. means: of the rollout and of the expert stream."""
     train = config.train
-    return pack_all(
+    return pack_learnt(
         samples,
         layout,
         config,
+        objective,
         shuffle_seed=train.seed + step if train.packing_order == "shuffled" else None,
-        skips_idle_rows=train.skip_idle_rows and not objective.needs_idle_rows,
         rollout_mean=means[0],
         expert_mean=means[1],
     )

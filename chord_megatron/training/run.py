@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,13 +34,13 @@ from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.beginning import find_beginning
 from chord_megatron.training.evaluation import Evaluator
 from chord_megatron.training.expert_stream import ExpertStream
-from chord_megatron.training.export import exported_hf
 from chord_megatron.training.mu_control import MuControl
 from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.packing import expert_name, refuse_longer_rows
 from chord_megatron.training.rollout_stream import RolloutStream
 from chord_megatron.training.sampler import Sampler
+from chord_megatron.training.saving import Saves
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.training.stopping import Stopped, StopSignals
 from chord_megatron.training.trainer import ChordTrainer, StepResult
@@ -108,6 +109,14 @@ class Run:
                     config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=beginning.changed
                 )
                 opened.callback(self.outputs.close)
+            self.saves = Saves(
+                self.engine,
+                self.run_dir,
+                model_dir,
+                keep=config.train.save_total_limit,
+                say=self.outputs.log.message if self.outputs else None,
+            )
+            opened.callback(self.saves.abandon)
             self._opened = opened.pop_all()
 
     def _build_evaluator(self, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer) -> Evaluator:
@@ -123,7 +132,8 @@ class Run:
         self.signals.is_noted_only = self.config.train.save_on_signal
         with self._opened, self.where.within("log"):
             if self._lacks_export:
-                self._finish_save()
+                with self.where.within("save"):
+                    self.saves.export(self.next_step)
             while self.next_step < self.config.train.train_iters:
                 self.where.step = self.next_step
                 self._evaluate()
@@ -133,6 +143,8 @@ class Run:
                 self._save(told)
                 self._stop_if_diverged()
             self._evaluate()
+            with self.where.within("save"):
+                self.saves.finish()
         if self.outputs:
             self.outputs.finish(self.next_step)
 
@@ -191,38 +203,24 @@ class Run:
         train, step = self.config.train, self.next_step
         is_due = step == train.train_iters or (train.save_steps is not None and step % train.save_steps == 0)
         is_last = told and step % self._steps_per_rollout == 0  # elsewhere a run cannot be resumed
-        if is_due or is_last:
-            with self.where.within("save"):
-                self._save_now(step)
+        with self.where.within("save"):
+            if is_due or is_last:
+                self.saves.begin(step, self._state(), in_background=train.async_save and not is_last)
+            else:
+                self.saves.finish_if_written()
         if is_last and step != train.train_iters:
             dist.barrier()  # the pointer is written
             raise Stopped(told, saved_step=step)
 
-    def _save_now(self, step: int) -> None:
-        """The Hugging Face export and the checkpoint, then the pointer that makes them the latest."""
-        state = {
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint has of the run beside the engine's."""
+        return {
             "trainer": self.trainer.state_dict(),
             "data": self._fingerprints,
-            "step": step,  # of mu and of everything else that follows a schedule
+            "step": self.next_step,  # of mu and of everything else that follows a schedule
             "skipped_steps": self.skipped_steps,
             "skipped_in_row": self.skipped_in_row,
         }
-        with self._exported(step):
-            self.engine.save(self.run_dir.checkpoint(step), state)
-
-    def _finish_save(self) -> None:
-        """What the run that was killed in its first save had still to do."""
-        with self.where.within("save"), self._exported(self.next_step):
-            pass
-
-    @contextmanager
-    def _exported(self, step: int) -> Iterator[None]:
-        """Within, the checkpoint is saved, if it is not there."""
-        with exported_hf(self.engine, Path(self.config.model.path), self.run_dir.hf(step)):
-            yield
-        if self.outputs:
-            for note in self.run_dir.publish(step, self.config.train.save_total_limit):
-                self.outputs.log.message(note)
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_row >= self.config.train.max_skipped_steps:
@@ -248,7 +246,9 @@ def _build_trainer(
         means=build_means(config, plan),
         objective=objective,
         engine=sampler.engine,
-        rollout_stream=RolloutStream(config, plan, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed),
+        rollout_stream=RolloutStream(
+            config, plan, objective, data.prompts, params, sampler=sampler, scorer=scorer, seed=seed
+        ),
         expert_stream=ExpertStream(config, data.experts, plan.expert_rows_per_step, seed + 1),
         mu=MuControl(config),
         timer=sampler.timer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from chord_megatron.tracking.step_metrics import (
     idle_row_fraction,
     loss_metrics,
     rollout_metrics,
+    router_metrics,
 )
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.expert_stream import ExpertStream
@@ -77,13 +79,19 @@ class ChordTrainer:
             )
             with self.timer("train"):
                 gradients = self.compare_gradients(batch) if self.is_diagnosed(step) else None
-                totals = self.engine.forward_backward(batch, self.loss(mu))
+                with self.engine.recorded_routing(batch) if rollouts.lack_routing else nullcontext() as routing:
+                    totals = self.engine.forward_backward(
+                        batch, self.loss(mu), keep_log_probs=rollouts.lack_old_log_probs
+                    )
+                counts = self.engine.count_routing()
                 update = self.engine.optimizer_step()
+        self.rollout_stream.remember(step, totals.log_probs, routing)
         described = self.describe(rollouts.scored)
         self.mu.observe(step, described["reward_mean"], gradients)
         metrics = {
             **loss_metrics(totals, batch, self.objective, mu),
             "idle_row_fraction": idle_row_fraction(totals, len(rollouts.samples)),
+            **router_metrics(counts),
             "grad_norm": update.grad_norm,
             **(gradient_metrics(gradients, mu) if self.is_diagnosed(step) else {}),
             "lr": update.lr,

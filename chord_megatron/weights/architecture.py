@@ -89,6 +89,11 @@ class ModelArchitecture:
         """Whether a layer (0-based) has experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
 
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers (0-based) that have experts."""
+        return tuple(filter(self.is_moe_layer, range(self.num_layers)))
+
     def flat(self) -> dict[str, Any]:
         """Every field by name; in place of the parts their fields, behind `moe.` and `mla.`."""
         parts = {"moe": self.moe, "mla": self.mla}

@@ -65,17 +65,12 @@ def answer(path: str, parallel: ParallelConfig, groups: ParallelGroups, question
     )
     if groups.tp_size > 1 and engine.arch.moe is not None:
         answers["sampled_astray"] = generate_astray(engine, prompts, seeds, params)
-    if groups.cp_size > 1:
-        answers["sampled_in_shares"] = generate_in_shares(engine, prompts, seeds, params)
     completed = [as_sample([*p, *c], params.temperature) for p, (c, _) in zip(prompts, answers["sampled"])]
     answers["log_probs_of_sampled"] = log_probs(completed)
     greedy = SamplingParams(**{**questions["sampling"], "temperature": 0.0})
     answers["greedy"] = [tokens for tokens, _ in generate(engine, prompts, seeds, greedy)]
 
-    if engine.batch_layout.can_share_prompts:
-        answers["apart"], answers["shared"] = (
-            rows_of_one_prompt(engine, questions, shares) for shares in (False, True)
-        )
+    answers["apart"], answers["shared"] = (rows_of_one_prompt(engine, questions, shares) for shares in (False, True))
     answers["loss"], answers["grad_norm"] = train_step(engine, samples)
     answers["trained_weights"] = copy_weights(engine)
     answers["trained_log_probs"] = log_probs(samples)
@@ -105,16 +100,6 @@ def generate_astray(engine: MegatronEngine, prompts: list, seeds: list, params: 
     everyone: list = [None] * engine.groups.tp_size
     dist.all_gather_object(everyone, mine, group=engine.groups.tp_group)
     return everyone
-
-
-def generate_in_shares(engine: MegatronEngine, prompts: list, seeds: list, params: SamplingParams) -> list:
-    """The completions of which each replica generates some: all but the last one, that one, and then none more."""
-    group = engine.groups.dp_cp_group
-    bounds = [0, len(prompts) - 1, *[len(prompts)] * (group.size() - 1)]
-    mine = slice(bounds[group.rank()], bounds[group.rank() + 1])
-    everyone: list = [None] * group.size()
-    dist.all_gather_object(everyone, generate(engine, prompts[mine], seeds[mine], params), group=group)
-    return [completion for share in everyone for completion in share]
 
 
 def count_parameters(engine: MegatronEngine) -> list[tuple[int, int]]:
@@ -148,8 +133,10 @@ def rows_of_one_prompt(
     prompt, *endings = sorted(questions["sequences"], key=len, reverse=True)
     rows = [torch.tensor([*prompt, *ending]) for ending in endings]
     samples = [TrainingSample(r, torch.arange(len(r)) >= len(prompt), is_expert=True, temperature=1.0) for r in rows]
-    batch = build_global_batch(samples, engine.batch_layout, micro_batch_size=len(rows), shares_prompts=shares_prompts)
-    assert (batch.micro_batches[0].token_of is not None) == shares_prompts
+    layout = engine.batch_layout
+    batch = build_global_batch(samples, layout, micro_batch_size=len(rows), shares_prompts=shares_prompts)
+    is_shared = batch.micro_batches[0].token_of is not None
+    assert is_shared == (shares_prompts and layout.can_share_prompts)
     log_probs = engine.compute_log_probs(batch)
     objective = Objective(partial(clipped_policy_loss, epsilon=0.2, epsilon_high=0.2))
     engine.forward_backward(batch, partial(chord_loss, objective=objective, mu=1.0))

@@ -65,14 +65,19 @@ def train(config: Config) -> list[Step]:
     expert_order = ShuffledCursor(len(experts), 2 * config.train.seed + 1)
     steps = []
     for step in range(config.train.train_iters):
-        mu = mu_at(config.chord, step)
-        if step % config.grpo.num_iterations == 0:
+        mu, grpo = mu_at(config.chord, step), config.grpo
+        if step % (grpo.steps_per_generation * grpo.num_iterations) == 0:
             rollouts = read_rollouts(config, step) if mu < 1 else []
             old_log_probs = detached_log_probs(model, rollouts, config.rollout.temperature)
+            if grpo.old_log_probs == "sampler":
+                old_log_probs = [rollout.sampler_log_probs for rollout in rollouts]
             ref_log_probs = detached_log_probs(initial_model, rollouts, config.rollout.temperature)
             rollouts = with_advantages(rollouts, old_log_probs, ref_log_probs, config)
             rollouts = with_uncertain_tokens(model, rollouts, config)
-        loss = (1 - mu) * rollout_loss(model, rollouts, old_log_probs, ref_log_probs, config)
+        start = step % grpo.steps_per_generation * config.train.global_batch_size
+        of_step = slice(start, start + config.train.global_batch_size)
+        of_rollouts = (values[of_step] for values in (rollouts, old_log_probs, ref_log_probs))
+        loss = (1 - mu) * rollout_loss(model, *of_rollouts, config)
         if mu > 0:
             rows = expert_order.next(config.chord.chord_sft_global_batch_size)
             loss = loss + mu * expert_loss(model, [experts[row] for row in rows], config.chord)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import context_parallel_worker as worker
@@ -12,8 +11,7 @@ import torch
 from forked import launch
 from torch import Tensor
 
-from chord_megatron.backend.attention import packed_attention
-from chord_megatron.types import Segment
+from chord_megatron.backend.attention import packed_attention, segments_of
 
 pytestmark = pytest.mark.distributed
 
@@ -25,13 +23,11 @@ Answers = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def alone() -> Answers:
     """What one process says."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+        return packed_attention(query, key, value, segments_of(cu_seqlens), scale)
+
     return worker.everything(worker.batch_of(), attention)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """Of whole sequences."""
-    segments = [Segment(start, end - start) for start, end in pairwise(cu_seqlens.tolist())]
-    return packed_attention(query, key, value, segments, scale)
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])

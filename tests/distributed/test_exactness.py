@@ -31,11 +31,15 @@ STEPS = 3
 
 # Relative errors at the first step and at the next two, whose weights already differ by rounding. Measured: at
 # most 3e-7 and 4e-6.
-TOLERANCES = (1e-6, 1e-5, 1e-5)
+TOLERANCES = (1e-6, 1e-5, 1e-5, 1e-5)
 SMALLEST_LOSS = 0.1  # the losses of on-policy groups may cancel
 
 # Three steps on one generation batch.
 OFF_POLICY = {"chord.chord_mu_valley": 0.4, "grpo.num_iterations": STEPS, "optimizer.lr": 5e-4}
+
+# Twice over a generation batch of two steps: the first step has no old log-probs, the second those of a pass before it,
+# the third those of the first step itself.
+IN_TWOS = {"grpo.steps_per_generation": 2, "grpo.num_iterations": 2, "train.train_iters": 4}
 
 # Each with a term or a bound of its own.
 POLICY_LOSSES: dict[str, dict[str, Any]] = {
@@ -73,6 +77,22 @@ POLICY_LOSSES: dict[str, dict[str, Any]] = {
         "grpo.num_iterations": 1,
         "grpo.loss_type": "gpg",
         "grpo.beta": 0.5,
+        "grpo.kl_in_reward": True,
+    },
+    "two steps a generation": {
+        **OFF_POLICY,
+        **IN_TWOS,
+        "grpo.loss_type": "grpo",
+        "grpo.epsilon": 0.02,
+        "rollout.replay_from": "twos.jsonl",
+    },
+    # The sampler's temperature was another: already the first ratios are far from 1.
+    "the sampler's old log-probs": {
+        **OFF_POLICY,
+        "grpo.old_log_probs": "sampler",
+        "rollout.temperature": 0.6,
+        "grpo.loss_type": "grpo",
+        "grpo.beta": 0.1,
         "grpo.kl_in_reward": True,
     },
     "gmpo": {**OFF_POLICY, "grpo.loss_type": "gmpo", "grpo.epsilon": 0.01},
@@ -229,6 +249,7 @@ SAMPLING_LAYOUTS = (
     *("CP 2", "CP 2 x PP 2"),
 )
 SAMPLED = "sampled"  # "mu 0.4" with rollouts drawn under the layout and recorded
+SAMPLED_IN_TWOS = "sampled in twos"  # the same with two steps a generation, for the case that replays them
 
 # Every case runs at two layouts, and three under all that they are for, which between them have all terms of the loss,
 # both kinds of head and uneven pipelines; but for LONG_LAYOUTS. `make test-all` adds the others, except where they
@@ -272,6 +293,8 @@ BETWEEN_0_AND_1 = {
     "GSPO-token, dr_grpo": ("clip_fraction_low", "clip_fraction_high"),
     "luspo": ("clip_fraction_low", "clip_fraction_high"),
     "bnpo, delta": ("clip_fraction_low", "clip_fraction_high"),
+    "two steps a generation": ("clip_fraction_low", "clip_fraction_high"),
+    "the sampler's old log-probs": ("clip_fraction_low", "clip_fraction_high"),
     "gmpo": ("clip_fraction_low", "clip_fraction_high"),
 }
 
@@ -354,12 +377,19 @@ def make_config(assets: Path, name: str, settings: dict[str, Any]) -> Config:
 
 
 def make_configs(assets: Path, layout: str, cases: list[str]) -> Configs:
-    """All runs under a layout; the one that samples comes first."""
+    """All runs under a layout; those that sample come first."""
     _, settings = LAYOUTS[layout]
     settings_of = {
-        case: {**CASES[case], "rollout.engine": "replay", "rollout.replay_from": str(assets / f"{BASELINE}.jsonl")}
+        case: {
+            **CASES[case],
+            "rollout.engine": "replay",
+            "rollout.replay_from": str(assets / CASES[case].get("rollout.replay_from", f"{BASELINE}.jsonl")),
+        }
         for case in cases
     }
+    if layout == BASELINE:
+        record = {"rollout.record_to": str(assets / "twos.jsonl")}
+        settings_of = {SAMPLED_IN_TWOS: {**CASES["mu 0.4"], **IN_TWOS, **record}, **settings_of}
     if layout in SAMPLING_LAYOUTS:
         record = {"rollout.record_to": str(assets / f"{layout}.jsonl")}
         settings_of = {SAMPLED: {**CASES["mu 0.4"], **record}, **settings_of}
@@ -431,13 +461,13 @@ def test_sampler_and_trainer_have_the_same_log_probs(layout: str, runs: Configs)
 def test_the_case_is_not_trivial(case: str, runs: Configs) -> None:
     """What the comparisons rest on: the weights move, rewards differ, ratios are clipped."""
     lines = metrics(runs[BASELINE, case])
-    assert len({line["loss"] for line in lines}) == STEPS
+    assert len({line["loss"] for line in lines}) == len(lines) >= STEPS
     if case not in ("mu 1", "no rewards"):
         assert all(line["reward_std"] > 0.1 and line["zero_std_fraction"] < 1 for line in lines)
     if case == "off-policy":
         assert 0 < lines[-1]["clip_fraction"] < 1 and lines[-1]["kl"] > 0
     if case in POLICY_LOSSES:
-        assert len({line["loss_rollout"] for line in lines}) == STEPS
+        assert len({line["loss_rollout"] for line in lines}) == len(lines)
         for key in BETWEEN_0_AND_1.get(case, ()):
             assert 0 < lines[-1][key] < 1, key
         assert ("grpo.beta" in CASES[case]) == bool(lines[-1]["kl"])

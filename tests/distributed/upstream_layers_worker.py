@@ -57,7 +57,7 @@ def main(questions: dict[str, Any], results: Path) -> None:
 def build_upstream(
     arch: ModelArchitecture, parallel: ParallelConfig, layers: Literal["transformer_engine", "local"] = "local"
 ) -> GPTModel:
-    config = transformer_config(arch, MODEL, parallel, Acceleration(layers, False, False, False))
+    config = transformer_config(arch, MODEL, parallel, Acceleration(layers, False, False))
     if arch.moe and not arch.moe.dense_layers:
         config.moe_layer_freq = 1  # as Megatron-LM says it by default: layers are then stored together
     on_te = layers == "transformer_engine"

@@ -70,6 +70,26 @@ BEFORE_THE_FIRST_STEP = {
         ("parallel.pipeline_model_parallel_size=5",),
         ("=5 stages are more than the model's 2 layers fill; choose at most 4",),
     ),
+    "a part that the model lacks": (
+        ("model.recompute=[core_attn, moe]",),
+        ("model.recompute names moe, but the model has no experts",),
+    ),
+    "no field of Megatron-Core": (
+        ("model.transformer_config.tp_comm_overlop=true",),
+        ("model.transformer_config.tp_comm_overlop is no field of", "did you mean 'tp_comm_overlap'?"),
+    ),
+    "not the user's": (
+        ("model.transformer_config.hidden_dropout=0.1",),
+        ("model.transformer_config.hidden_dropout would train on other log-probs",),
+    ),
+    "needs TransformerEngine": (
+        ("model.transformer_config.tp_comm_overlap=true",),
+        ("model.transformer_config.tp_comm_overlap=True needs TransformerEngine on a GPU",),
+    ),
+    "FP8 token by token": (
+        ("model.transformer_config.fp8=hybrid",),
+        ("model.transformer_config.fp8 multiplies blocks of tokens", "rollout.engine=vllm"),
+    ),
     "too few processes": (
         ("parallel.tensor_model_parallel_size=2",),
         ("1 process cannot hold tensor x pipeline = 2 x 1", "--nproc-per-node"),

@@ -19,11 +19,12 @@ pytestmark = [pytest.mark.attack, pytest.mark.e2e, pytest.mark.distributed]
 _SECONDS_TO_END = 10
 
 
-def test_a_save_starts_no_process(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("in_background", ["false", "true"])
+def test_a_save_starts_no_process(in_background: str, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Megatron-Core's writers are children, for which it waits without a limit, and a server for their answers."""
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: pytest.fail(f"started {self}"))
-    succeeded(train_here(config, "train.train_iters=2"))
+    succeeded(train_here(config, "train.train_iters=2", f"train.async_save={in_background}"))
     assert (tmp_path / "run" / "checkpoints" / "step_2" / "__0_0_0.distcp").is_file()
 
 
@@ -39,7 +40,11 @@ def test_a_link_that_is_not_copied_is_said_once(config: Path, assets: Path, tmp_
 
 
 # What is killed: the launcher, or a rank. Always amid a save.
-LAYOUTS = {"one process": (), "two ranks": ("--nproc-per-node", "2", "parallel.tensor_model_parallel_size=2")}
+LAYOUTS = {
+    "one process": (),
+    "one process, in the background": ("train.async_save=true",),
+    "two ranks": ("--nproc-per-node", "2", "parallel.tensor_model_parallel_size=2"),
+}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +52,7 @@ LAYOUTS = {"one process": (), "two ranks": ("--nproc-per-node", "2", "parallel.t
     [
         ("one process", 3),
         ("two ranks", 2),
+        pytest.param("one process, in the background", 15, marks=pytest.mark.slow),
         pytest.param("one process", 15, marks=pytest.mark.slow),
         pytest.param("two ranks", 15, marks=pytest.mark.slow),
     ],
@@ -71,7 +77,7 @@ def test_nothing_outlives_a_run_that_is_killed_while_it_saves(
         measure("kills survived", 1)
         measure("survivors found", len(survivors))
         assert survivors == []
-    run = train_here if layout == "one process" else train_on_forks
+    run = train_on_forks if layout == "two ranks" else train_here
     options = [option for option in LAYOUTS[layout] if "=" in option]
     succeeded(run(config, *overrides, *options))
     undisturbed = tmp_path / "undisturbed"

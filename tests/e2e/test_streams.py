@@ -163,6 +163,9 @@ def test_off_policy_steps_clip_against_the_policy_that_drew(config: Path, tmp_pa
     # The trainer's log-probs move away from the sampler's, at rounding distance while on-policy.
     differences = [line["log_prob_diff_mean"] for line in lines]
     assert max(differences[0], differences[4]) < 1e-5 < min(differences[1:4] + differences[5:8])
+    # One pass finds old log-probs, those of the second half; the first step itself finds those of the first.
+    times = [line["time_log_probs"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert [time > 0 for time in times] == [True, False, False, False] * 2
     # The old log-probs stay with the sampler's, so there is nothing to correct.
     assert all(abs(line["importance_weight_mean"] - 1) < 1e-5 for line in lines)
     assert all(line["effective_sample_size"] > 1 - 1e-9 for line in lines)
@@ -228,7 +231,7 @@ def test_a_recording_is_not_overwritten(config: Path, recording: Path):
 
 
 def test_passes_without_a_loss_ask_the_head_for_no_entropy(config: Path, monkeypatch: pytest.MonkeyPatch):
-    """Old policy, reference, then the two steps of the generation batch, one micro-batch each."""
+    """Reference, two micro-batches; old policy of the second step; the two steps of the generation batch."""
     asked: list[bool] = []
 
     def observed(*args: Any, compute_entropy: bool, **kwargs: Any) -> Any:
@@ -236,9 +239,9 @@ def test_passes_without_a_loss_ask_the_head_for_no_entropy(config: Path, monkeyp
         return linear_log_probs(*args, compute_entropy=compute_entropy, **kwargs)
 
     monkeypatch.setattr("chord_megatron.backend.model.linear_log_probs", observed)
-    overrides = ("grpo.num_iterations=2", "grpo.beta=0.1", "train.train_iters=2", "train.micro_batch_size=8")
+    overrides = ("grpo.steps_per_generation=2", "grpo.beta=0.1", "train.train_iters=2", "train.micro_batch_size=8")
     succeeded(train_here(config, *overrides, *fixed_mu(0.0)))
-    assert asked == [False, False, True, True]
+    assert asked == [False, False, False, True, True]
 
 
 def test_a_checkpoint_inside_a_generation_batch_is_refused(config: Path, tmp_path: Path):

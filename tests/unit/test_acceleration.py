@@ -37,20 +37,13 @@ def test_every_combination_is_here():
 @pytest.mark.parametrize(("facts", "choice"), CHOICES.items())
 @pytest.mark.parametrize("adam", ["TransformerEngine", "Apex", "torch"])
 @pytest.mark.parametrize("data_parallel_size", [1, 2])
-@pytest.mark.parametrize("context_parallel_size", [1, 2])
 @pytest.mark.parametrize("asked", [None, False, True])
-def test_the_choice(
-    facts: tuple[bool, bool, bool], choice: tuple, adam: str, data_parallel_size: int, context_parallel_size: int, asked
-):
+def test_the_choice(facts: tuple[bool, bool, bool], choice: tuple, adam: str, data_parallel_size: int, asked):
     installed = Installed(*facts, adam)
-    chosen = choose_acceleration(
-        installed,
-        data_parallel_size=data_parallel_size,
-        context_parallel_size=context_parallel_size,
-        overlap_grad_reduce=asked,
-    )
+    chosen = choose_acceleration(installed, data_parallel_size=data_parallel_size, overlap_grad_reduce=asked)
     overlaps = data_parallel_size == 2 and (facts[0] if asked is None else asked)
-    assert chosen == Acceleration(*choice, overlaps, choice[0] == "local" and context_parallel_size == 1)
+    assert chosen == Acceleration(*choice, overlaps, share_prompts=chosen.transformer_impl == "local")
+    assert not choose_acceleration(installed, context_parallel_size=2).share_prompts
 
 
 def test_the_line_of_a_run():

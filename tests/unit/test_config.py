@@ -251,7 +251,9 @@ def test_a_small_number_needs_no_point(minimal: Path):
 def test_words_are_text_and_only_true_and_false_are_not(minimal: Path):
     config = load_config(minimal, ["data.dataset_split=no", "data.system_prompt=yes", "model.recompute=True"])
     assert (config.data.dataset_split, config.data.system_prompt, config.model.recompute) == ("no", "yes", True)
-    assert refusal(minimal, "model.recompute=yes") == "model.recompute='yes': must be true or false"
+    assert refusal(minimal, "model.recompute=yes") == (
+        "model.recompute='yes': must be true, false, full, or a list of modules such as [core_attn, mlp]"
+    )
 
 
 def test_aliases_of_aliases_do_not_run_away(minimal: Path):

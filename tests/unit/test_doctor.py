@@ -25,11 +25,13 @@ from chord_megatron.checkpoints.conversion import hf_to_megatron
 from chord_megatron.cli import app
 from chord_megatron.config import RolloutConfig, load_config
 from chord_megatron.doctor import configuration, examination, machine, software
-from chord_megatron.doctor.check import Check, import_error, size
+from chord_megatron.doctor.check import Check, import_error
 from chord_megatron.doctor.machine import Gpu
 from chord_megatron.doctor.report import as_json, as_table, problems
-from chord_megatron.planning.memory import ModelState
+from chord_megatron.planning.memory import ModelState, bytes_beside_sampler
 from chord_megatron.planning.plan import make_plan
+from chord_megatron.planning.rank_memory import RankMemory
+from chord_megatron.system.sentences import size
 from chord_megatron.system.versions import VLLM_RANGE, declared_ranges, installed_version, is_within
 from chord_megatron.weights.hf_config import read_architecture
 from chord_megatron.weights.mapping import hf_tensors
@@ -450,44 +452,68 @@ def test_a_disk_that_is_almost_full(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 # Qwen2.5-7B in bfloat16: 7.6156 billion parameters x (2 + 4 + 12) bytes.
 STATE_7B = ModelState(15_231_233_024, 30_462_466_048, 91_387_398_144, reference=0)
+HALF_7B = replace(STATE_7B, optimizer=STATE_7B.optimizer // 4)  # 15.2 + 30.5 + 22.8 = 68.5 GB
+
+
+def rank_of(state: ModelState, rollout: RolloutConfig | None = None, *, activations: int = 0) -> RankMemory:
+    """With a vLLM on an H100 where there is a rollout."""
+    rollout = rollout or RolloutConfig()
+    sampler = int(rollout.vllm_gpu_memory_utilization * H100.total_bytes) if rollout.vllm_mode else 0
+    return RankMemory(
+        state,
+        activations,
+        head=0,
+        sampler=sampler,
+        beside_sampler=bytes_beside_sampler(state, rollout),
+        sampler_stays=rollout.sleep_level == 0,
+    )
 
 
 def test_gpu_memory_against_the_state_of_a_rank():
-    check = configuration.check_gpu_memory(STATE_7B, [H100], 1)
+    check = configuration.check_gpu_memory(rank_of(STATE_7B), [H100], 1)
     assert (check.status, check.is_blocking) == ("wrong", True)
     assert check.meaning == (
         "80.0 GB of 85.0 GB free, but needed are "
         "137.1 GB a process = 15.2 GB weights + 30.5 GB gradients + 91.4 GB optimizer"
     )
     assert "use_distributed_optimizer" in str(check.remedy)
-    half = replace(STATE_7B, optimizer=STATE_7B.optimizer // 4)  # 68.5 GB
+    half = rank_of(HALF_7B)
     assert configuration.check_gpu_memory(half, [H100], 1).status == "ok"
     busy = replace(H100, free_bytes=60 * GB)
     assert configuration.check_gpu_memory(half, [H100, busy], 2).remedy == "end what else runs on it"
     assert configuration.check_gpu_memory(half, [H100, busy], 1).status == "ok"  # the second is not asked for
 
 
+def test_a_gpu_that_the_longest_rows_do_not_fit_may_do():
+    check = configuration.check_gpu_memory(rank_of(HALF_7B, activations=11 * GB), [H100], 1)
+    assert check.status == "ok"
+    assert check.meaning.endswith("; with the longest rows 79.5 GB in training, with 11.0 GB activations")
+    check = configuration.check_gpu_memory(rank_of(HALF_7B, activations=12 * GB), [H100], 1)
+    assert (check.status, check.is_blocking) == ("wrong", False)
+    assert check.meaning.endswith("80.5 GB in training, with 12.0 GB activations, which is too much")
+    assert "model.recompute" in str(check.remedy)
+
+
 def test_a_colocated_vllm_shares_the_gpu():
     rollout = RolloutConfig(vllm_mode="colocate", vllm_gpu_memory_utilization=0.4)  # 0.4 of 85 GB: 34
-    half = replace(STATE_7B, optimizer=STATE_7B.optimizer // 4)  # 15.2 + 30.5 + 22.8 = 68.5 GB
-    check = configuration.check_gpu_memory(half, [H100], 1, rollout)
+    check = configuration.check_gpu_memory(rank_of(HALF_7B, rollout), [H100], 1)
     assert check.is_blocking and check.meaning.startswith(
         "80.0 GB of 85.0 GB free, but needed are 102.5 GB at once: 34.0 GB of vLLM, and 68.5 GB a process = "
     )
     assert str(check.remedy).startswith("lower rollout.vllm_gpu_memory_utilization, set rollout.sleep_level, ")
     # Asleep, vLLM leaves the GPU while training, but both are there while it generates...
     asleep = rollout.model_copy(update={"sleep_level": 1})
-    assert configuration.check_gpu_memory(half, [H100], 1, asleep).is_blocking
+    assert configuration.check_gpu_memory(rank_of(HALF_7B, asleep), [H100], 1).is_blocking
     # ... unless the trainer makes room: 15.2 GB of weights stay.
     both = asleep.model_copy(update={"offload_optimizer": True})
-    check = configuration.check_gpu_memory(half, [H100], 1, both)
+    check = configuration.check_gpu_memory(rank_of(HALF_7B, both), [H100], 1)
     assert check.status == "ok" and check.meaning.startswith("needed: 68.5 GB at once: 34.0 GB of vLLM, and ")
 
 
 def test_what_makes_room_on_a_gpu_takes_memory_of_the_host(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(configuration, "available_memory", lambda: 500 * GB)
     state = replace(STATE_7B, aside=STATE_7B.weights + STATE_7B.optimizer)  # 106.6 GB
-    check = configuration.check_host_memory(state, [H100] * 8, 8)
+    check = configuration.check_host_memory(rank_of(state), [H100] * 8, 8)
     assert check.is_blocking and check.meaning.startswith(
         "500.0 GB free, but needed are 852.9 GB for 8 processes: 106.6 GB a process while trainer and vLLM make room"
     )
@@ -495,15 +521,19 @@ def test_what_makes_room_on_a_gpu_takes_memory_of_the_host(monkeypatch: pytest.M
 
 def test_host_memory_holds_everything_without_gpus_and_the_reference_with_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(configuration, "available_memory", lambda: 150 * GB)
-    assert configuration.check_host_memory(STATE_7B, [], 1).status == "ok"
-    check = configuration.check_host_memory(STATE_7B, [], 2)
+    assert configuration.check_host_memory(rank_of(STATE_7B), [], 1).status == "ok"
+    check = configuration.check_host_memory(rank_of(STATE_7B), [], 2)
     assert check.meaning.startswith("150.0 GB free, but needed are 274.2 GB for 2 processes: 137.1 GB a process = ")
     assert check.is_blocking
-    with_reference = replace(STATE_7B, reference=STATE_7B.weights)
-    assert not configuration.check_host_memory(STATE_7B, [], 1).is_blocking
+    with_reference = rank_of(replace(STATE_7B, reference=STATE_7B.weights))
+    assert not configuration.check_host_memory(rank_of(STATE_7B), [], 1).is_blocking
     assert configuration.check_host_memory(with_reference, [], 1).is_blocking  # 152.3 GB
     on_gpus = configuration.check_host_memory(with_reference, [H100] * 8, 8)
     assert on_gpus.meaning == "needed: 121.8 GB for 8 processes: 15.2 GB reference a process (grpo.beta > 0)"
+    long_rows = rank_of(HALF_7B, activations=10 * GB)
+    assert configuration.check_host_memory(long_rows, [], 1).status == "ok"
+    check = configuration.check_host_memory(long_rows, [], 2)  # 137.0 GB, and 157.0 GB with them
+    assert (check.status, check.is_blocking) == ("wrong", False)
 
 
 def test_every_process_needs_a_gpu_of_its_own():

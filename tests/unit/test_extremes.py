@@ -259,7 +259,37 @@ SENTENCES: list[tuple[str, Any, str]] = [
         "k4",
         "grpo.kl_estimator='k4': must be 'k1', 'k2' or 'k3'",
     ),
-    ("model.recompute", 1, "model.recompute=1: must be true or false"),
+    (
+        "model.recompute",
+        1,
+        "model.recompute=1: must be true, false, full, or a list of modules such as [core_attn, mlp]",
+    ),
+    (
+        "model.recompute",
+        ["core_atn"],
+        "model.recompute=['core_atn']: 'core_atn' is no module; did you mean 'core_attn'?",
+    ),
+    (
+        "model.recompute",
+        ["x"],
+        "model.recompute=['x']: 'x' is no module; choose among core_attn, mlp, layernorm, mla_up_proj, moe, moe_act, "
+        "shared_experts",
+    ),
+    (
+        "model.recompute",
+        ["mlp", "moe"],
+        "model.recompute names moe, but the model has no experts; remove it from the list",
+    ),
+    (
+        "model.recompute",
+        ["mla_up_proj"],
+        "model.recompute names mla_up_proj, but the model has no latent attention; remove it from the list",
+    ),
+    (
+        "model.recompute_num_layers",
+        2,
+        "model.recompute_num_layers=2 is for model.recompute=full, whole layers; remove it or set that",
+    ),
     (
         "data.reference_pattern",
         "(",

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from mutations import check_damaged
 
 from chord_megatron.config import load_config
 from chord_megatron.planning.resuming import changes
+from chord_megatron.rollout.recorded_routing import RoutingForm, encode
 from chord_megatron.rollout.replay import ReplayRollout, RolloutRecorder
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking import report
@@ -20,7 +22,7 @@ from chord_megatron.tracking.plots import draw_history
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
-from chord_megatron.types import Prompt, RolloutRequest, SamplingParams
+from chord_megatron.types import LIVE, Prompt, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.attack
 
@@ -44,6 +46,8 @@ def json_lines(rows: list[dict[str, object]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
+FORM = RoutingForm(num_layers=2, top_k=2, num_experts=4)
+ROUTING = encode(torch.tensor([[[0, 3], [2, 1]]] * 3 + [[[LIVE, LIVE]] * 2], dtype=torch.int16))
 RECORDING = json_lines(
     [
         {
@@ -55,6 +59,7 @@ RECORDING = json_lines(
             "rollout_log_probs": [0.0, 0.0, -0.5, None],
             "policy_version": step,
             "finish_reason": "stop",
+            "routing": ROUTING,
         }
         for step in (0, 1)
         for index in (0, 1)
@@ -100,7 +105,7 @@ def read_overrides(path: Path) -> None:
 
 
 def replay(path: Path) -> None:
-    engine = ReplayRollout(path, vocab_size=50)
+    engine = ReplayRollout(path, vocab_size=50, routing=FORM)
     for step in (0, 1):
         engine.generate(RolloutRequest([Prompt(3, "", (5, 6), "")], SamplingParams(), 2, step, step))
 

@@ -364,6 +364,33 @@ def test_context_parallel_ranks_share_a_model_too(model_dir: Path, world_size: i
             "parallel.expert_model_parallel_size=2, but the model has no experts; set it to 1",
         ),
         (
+            {},
+            {"rollout__router_replay": "sampler"},
+            "rollout.router_replay=sampler is for models with experts, and this one has none; remove it",
+        ),
+        (
+            {"moe": EXPERTS},
+            SERVER | {"rollout__router_replay": "sampler"},
+            "rollout.router_replay=sampler needs an engine that says which experts served a token, and with vLLM this "
+            "release does not ask; set it to trainer, or rollout.engine=megatron",
+        ),
+        (
+            {"moe": EXPERTS},
+            {"rollout__router_replay": "trainer"},
+            "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
+            "remove it, or set grpo.num_iterations above 1",
+        ),
+        (
+            {"moe": EXPERTS},
+            {
+                "rollout__router_replay": "trainer",
+                "grpo__steps_per_generation": 2,
+                "grpo__old_log_probs": "sampler",
+            },
+            "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
+            "remove it, or set grpo.num_iterations above 1",
+        ),
+        (
             {"moe": EXPERTS},
             {"parallel__expert_model_parallel_size": 8},
             "parallel.expert_model_parallel_size=8 does not divide the model's 60 experts; choose a divisor of 60",
@@ -420,6 +447,20 @@ def test_a_rule_of_experts_or_latent_attention(
 ):
     arch = replace(read_architecture(model_dir), **features)
     assert refusal(model_dir, arch=arch, **changes) == message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout__router_replay": "sampler"},
+        {"rollout__router_replay": "trainer", "grpo__num_iterations": 2},
+        SERVER | {"rollout__router_replay": "trainer", "grpo__steps_per_generation": 2},
+    ],
+)
+def test_routing_is_replayed_where_there_is_any(model_dir: Path, changes: dict[str, Any]):
+    arch = replace(read_architecture(model_dir), moe=EXPERTS)
+    updates = 1 if changes["rollout__router_replay"] == "sampler" else 2
+    assert plan_of(model_dir, 8, arch, **changes).steps_per_rollout == updates
 
 
 @pytest.mark.parametrize("context_parallel", [1, 2])

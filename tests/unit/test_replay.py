@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from chord_megatron.rollout.recorded_routing import RoutingForm, encode
 from chord_megatron.rollout.replay import ReplayRollout, RolloutRecorder
 from chord_megatron.system.errors import UserError
-from chord_megatron.types import Prompt, RolloutRequest, RolloutSample, SamplingParams
+from chord_megatron.types import LIVE, Prompt, RolloutRequest, RolloutSample, SamplingParams
 
 VOCABULARY = 50
 PROMPTS = (Prompt(3, "", (5, 6), ""), Prompt(8, "", (7,), ""))
@@ -103,6 +104,67 @@ def test_a_log_prob_that_is_no_number_is_read_as_one(literal: str, tmp_path: Pat
     text = "".join(json.dumps(line) + "\n" for line in LINES).replace("-0.5", literal)
     (tmp_path / "r.jsonl").write_text(text, encoding="utf-8")
     assert replayed(tmp_path / "r.jsonl")[0].rollout_log_probs.isfinite().tolist() == [True, True, False, True]
+
+
+FORM = RoutingForm(num_layers=3, top_k=2, num_experts=300)
+
+
+def routed_lines(**changes: Any) -> list[dict[str, Any]]:
+    """LINES with the routing of each; `changes` are the second line's."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.rand(len(line["tokens"]), 3, 300, generator=generator).topk(2).indices.short() for line in LINES]
+    for row in rows:
+        row[-1] = LIVE
+    first, second = ({**line, "routing": encode(row)} for line, row in zip(LINES, rows))
+    return [first, {**second, **changes}]
+
+
+def test_the_routing_of_completions_reads_back(tmp_path: Path):
+    path = write(tmp_path / "r.jsonl", routed_lines())
+    samples = ReplayRollout(path, vocab_size=VOCABULARY, routing=FORM).generate(request())
+    for sample, line in zip(samples, routed_lines(), strict=True):
+        assert sample.routing is not None and sample.routing.dtype == torch.int16
+        assert sample.routing.shape == (len(line["tokens"]), 3, 2) and sample.routing.max() > 255
+        assert (sample.routing[-1] == LIVE).all() and (sample.routing[:-1] >= 0).all()
+        assert encode(sample.routing) == line["routing"]
+    recorder = RolloutRecorder(tmp_path / "again.jsonl", resume_step=None)
+    recorder.write(0, samples)
+    recorder.close()
+    assert (tmp_path / "again.jsonl").read_text() == path.read_text()
+
+
+def test_routing_that_nobody_asks_for_is_left_out(tmp_path: Path):
+    """Also a recording's that would be refused."""
+    path = write(tmp_path / "r.jsonl", routed_lines(routing=7))
+    assert [sample.routing for sample in replayed(path)] == [None, None]
+
+
+NOT_OF_THIS_FORM = "'routing' is not what a recording holds of 2 tokens with 2 experts in each of 3 layers"
+NOT_EXPERTS = "'routing' names something else than 2 of the model's 300 experts"
+
+
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [
+        (..., "lacks 'routing' for rollout.router_replay=sampler"),
+        (None, NOT_OF_THIS_FORM),
+        ([[[0, 1]] * 3] * 2, NOT_OF_THIS_FORM),
+        ("", NOT_OF_THIS_FORM),
+        ("no base64", NOT_OF_THIS_FORM),
+        (encode(torch.zeros(2, 3, 1, dtype=torch.int16)), NOT_OF_THIS_FORM),  # of another model
+        (encode(torch.zeros(2**22, 3, 2, dtype=torch.int16)), NOT_OF_THIS_FORM),  # 25 MB out of 33 kB
+        (encode(torch.full((2, 3, 2), 7, dtype=torch.int16)), NOT_EXPERTS),  # one of them twice
+        (encode(torch.tensor([[[0, 300]] * 3] * 2, dtype=torch.int16)), NOT_EXPERTS),
+        (encode(torch.tensor([[[0, LIVE]] * 3] * 2, dtype=torch.int16)), NOT_EXPERTS),
+        (encode(torch.tensor([[[-2, -2]] * 3] * 2, dtype=torch.int16)), NOT_EXPERTS),
+    ],
+)
+def test_damaged_routing_is_named(value: Any, sentence: str, tmp_path: Path):
+    lines = [{k: v for k, v in line.items() if v is not ...} for line in routed_lines(routing=value)]
+    path = write(tmp_path / "r.jsonl", lines)
+    with pytest.raises(UserError) as error:
+        ReplayRollout(path, vocab_size=VOCABULARY, routing=FORM)
+    assert str(error.value) == f"{path}:2: {sentence}{AGAIN}"
 
 
 AGAIN = "; record it again with rollout.record_to"

@@ -10,6 +10,7 @@ import torch
 
 from chord_megatron.ops import collectives
 from chord_megatron.ops.collectives import all_gather_ragged
+from chord_megatron.rollout.recorded_routing import RoutingForm
 from chord_megatron.rollout.samples import Completion, completion, share_samples
 from chord_megatron.rollout.servers.rollout import _completion as served_completion
 from chord_megatron.types import Prompt, RolloutRequest, SamplingParams
@@ -69,6 +70,22 @@ def test_every_rank_has_all_samples_in_order(places: tuple[tuple[int, ...], ...]
         assert {sample.policy_version for sample in samples} == {3}
         for sample in samples:
             assert sample.tokens.dtype == torch.int32 and sample.rollout_log_probs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("places", [((0, 2), (1, 3)), ((), (0, 1, 2, 3)), ((3, 0), (), (2, 1))])
+def test_the_routing_of_a_completion_goes_with_it(places: tuple[tuple[int, ...], ...]):
+    """Numbers that need both bytes, and LIVE; of prompt and completion; also where a rank drew nothing."""
+    form = RoutingForm(num_layers=3, top_k=2, num_experts=512)
+    generator = torch.Generator().manual_seed(0)
+    lengths = [len(prompt.tokens) + len(drawn.tokens) for prompt, drawn in zip(REQUEST.repeated, COMPLETIONS)]
+    rows = [torch.randint(-1, 512, (n, 3, 2), generator=generator, dtype=torch.int16) for n in lengths]
+    group = thread_group.Group(len(places))
+    mine = [[COMPLETIONS[place]._replace(routing=rows[place]) for place in of_rank] for of_rank in places]
+    device = torch.device("cpu")
+    for samples in group.run(lambda: share_samples(REQUEST, mine[group.rank()], group, device, routing=form)):
+        assert [sample.tokens.tolist() for sample in samples] == [[1, 2, 10, 99], [1, 2, 11, 12, 13], [3], [3, 99]]
+        for sample, row in zip(samples, rows, strict=True):
+            assert sample.routing is not None and sample.routing.dtype == torch.int16 and sample.routing.equal(row)
 
 
 def test_a_completion_that_nobody_drew_is_an_error():

@@ -242,3 +242,30 @@ def test_logits_that_are_not_finite_stop_the_run(temperature: float):
     message = "^the model's logits are not finite, so the weights have diverged; lower optimizer.lr .* checkpoint$"
     with pytest.raises(UserError, match=message):
         sample_tokens(logits, torch.zeros(2, dtype=torch.float64), temperature=temperature)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.001, 0.5, 3.0, 40.0])
+@pytest.mark.parametrize("digits", [0, 1, 6])  # few: many ties, and slices of their own
+def test_a_draw_from_all_tokens_is_the_inverse_of_the_sorted_distribution(spread: float, digits: int):
+    """Of every token, low and high in its interval, so that none is left out or has another's place."""
+    generator = torch.Generator().manual_seed(11)
+    logits = (spread * torch.randn(1, 300, generator=generator)).round(decimals=digits)
+    logits[0, 7] = -torch.inf
+    sizes, order = torch.log_softmax(logits, dim=-1).double().exp()[0].sort(descending=True, stable=True)
+    ends = sizes.cumsum(0)
+    uniforms, expected = [], []
+    for start, end, token in zip([0.0, *ends.tolist()], ends.tolist(), order.tolist()):
+        if end - start > 1e-12:
+            uniforms += [(start + (end - start) * share) / ends[-1].item() for share in (0.01, 0.99)]
+            expected += [token, token]
+    assert len(set(expected)) > (250 if spread < 3 else 1)
+    assert draw(logits, uniforms, temperature=1.0)[0] == expected
+
+
+def test_rows_of_a_batch_have_slices_of_their_own():
+    """Rows whose slices hold one token, many, and all of them."""
+    logits = torch.stack([torch.zeros(500), torch.linspace(0, 30, 500), 1e-3 * torch.arange(500).float()])
+    uniforms = torch.tensor([0.501, 0.9, 0.1], dtype=torch.float64)
+    together, _ = sample_tokens(logits, uniforms, temperature=1.0)
+    alone = [sample_tokens(logits[i : i + 1], uniforms[i : i + 1], temperature=1.0)[0].item() for i in range(3)]
+    assert together.tolist() == alone and alone[0] == 250

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chord_megatron.backend.attention import packed_attention
-from chord_megatron.batching.packing import pack, unpack
+from chord_megatron.batching.packing import pack
 from chord_megatron.batching.shared_prompts import prompt_groups, share_prompts
 from chord_megatron.types import Segment, TrainingSample
 
@@ -49,9 +49,6 @@ def test_a_micro_batch_by_hand():
     # What the loss reads is the same.
     for name in ("labels", "rollout_mask", "expert_mask", "rollout_weights", "cu_seqlens", "temperatures"):
         assert torch.equal(getattr(batch, name), getattr(apart, name)), name
-    values, lengths = torch.arange(1.0, 21.0), [len(sample.tokens) for sample in SAMPLES]
-    rows, rows_apart = (unpack(each, values, lengths) for each in (batch, apart))
-    assert all(torch.equal(rows[index], rows_apart[index]) for index in range(5))
     # Each row's label follows the token that predicts it, or another completion of its prompt does.
     for place, token in enumerate(batch.token_of.tolist()):
         if apart.counts[place]:

@@ -1,0 +1,56 @@
+"""The planner's tables of what a layer keeps for its backward pass, against autograd."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import launch
+from kept_tensors_worker import LENGTH
+from tiny_families import MODELS, TP_2, write_model
+
+from chord_megatron.config import ParallelConfig
+from chord_megatron.planning.activations import layer_bytes
+from chord_megatron.weights.hf_config import read_architecture
+
+pytestmark = pytest.mark.distributed
+
+DENSE = ("qwen2", "qwen3")
+# Layout -> processes, keys of parallel, dtype, models; without sequence parallelism latent attention is refused.
+CASES: dict[str, tuple[int, dict[str, Any], str, tuple[str, ...]]] = {
+    "float32": (1, {}, "float32", tuple(MODELS)),
+    "bfloat16": (1, {}, "bfloat16", ("qwen3", "qwen3_moe")),
+    "TP 2": (2, {"tensor_model_parallel_size": 2}, "float32", DENSE),
+    "TP 2 + SP": (2, TP_2, "float32", (*DENSE, "qwen3_moe-mixed", "deepseek_v3", "deepseek_v3-plain")),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_keeps_what_the_planner_says(tmp_path: Path, case: str):
+    processes, parallel, dtype, models = CASES[case]
+    for model in models:
+        # Several groups on each of two ranks, of several queries each: otherwise the queries are no copy.
+        write_model(tmp_path / model, model, num_attention_heads=8, num_key_value_heads=4)
+    settings = json.dumps({"parallel": parallel, "dtype": dtype, "recompute": False})
+    worker = Path(__file__).parent / "kept_tensors_worker.py"
+    output = launch(worker, settings, *(tmp_path / model for model in models), processes=processes)
+    lines = (line.split(" ", 1) for line in output.splitlines() if line.startswith(str(tmp_path)))
+    found = {Path(folder).name: json.loads(sizes) for folder, sizes in lines}
+    assert found == {model: expected(tmp_path / model, parallel, dtype) for model in models}
+
+
+def expected(model_dir: Path, parallel: dict[str, Any], dtype: str) -> list[float]:
+    arch = read_architecture(model_dir)
+    return [
+        layer_bytes(
+            arch,
+            ParallelConfig(**parallel),
+            is_moe=arch.is_moe_layer(layer),
+            layers="local",
+            itemsize={"float32": 4, "bfloat16": 2}[dtype],
+            longest=LENGTH,
+        )
+        for layer in range(arch.num_layers)
+    ]
