@@ -204,8 +204,8 @@ class MegatronEngine:
         return totals._replace(log_probs=gather_rows(batch, kept, self.groups)) if keep_log_probs else totals
 
     def count_routing(self) -> RoutingCounts | None:
-        """What the routers did in the last `forward_backward`; None of a model without experts."""
-        return count_routing(self._routers) if self.arch.moe is not None else None
+        """What the routers did in the last `forward_backward`; None without experts, or of fused routers."""
+        return count_routing(self._routers)
 
     def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
         """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.

@@ -117,7 +117,7 @@ def _title(before: Config, best: Proposal, cluster: Cluster, assumptions: Assump
         f"{gpu.bf16_tflops:g} TFLOP/s, HBM {gpu.hbm_gb_per_s:g}, NVLink {gpu.nvlink_gb_per_s:g}, network "
         f"{gpu.network_gb_per_s:g} GB/s ({gpu.source})\n"
         f"memory: every row of {load.longest_row} tokens, TransformerEngine's layers; time: rows of "
-        f"{load.tokens / max(1, load.completions + load.expert_rows):.0f} tokens, {assumptions.mfu:.0%} of the peak; "
+        f"{load.tokens / load.rows:.0f} tokens, {assumptions.mfu:.0%} of the peak; "
         "computed, not measured"
     )
 
@@ -183,8 +183,10 @@ def _time(best: Proposal) -> Table:
 
 
 def _messages(best: Proposal) -> Table:
+    from chord_megatron.planning.traffic import merged
+
     table = _table("What a GPU sends in a step", ["", "", "MB each", "how many", "over", "s"])
-    for message in best.step.messages:
+    for message in merged(best.step.messages):
         table.add_row(
             message.parallelism,
             message.what,
@@ -245,6 +247,7 @@ def _as_json(before: Config, proposal: Proposal) -> Mapping[str, Any]:
     from dataclasses import asdict
 
     from chord_megatron.planning.proposals import changes
+    from chord_megatron.planning.traffic import merged
 
     layout, step = proposal.layout, proposal.step
     return {
@@ -254,6 +257,6 @@ def _as_json(before: Config, proposal: Proposal) -> Mapping[str, Any]:
             {**stage.parts(), "training": stage.training, "generating": stage.generating} for stage in layout.stages
         ],
         "seconds": {**step.time.parts(), "total": step.time.total},
-        "messages": [asdict(message) for message in step.messages],
+        "messages": [asdict(message) for message in merged(step.messages)],
         "model_flops": step.model_flops,
     }

@@ -12,7 +12,6 @@ s b h (10 + 24 / t + 5 a s / (h t)) bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple
@@ -38,73 +37,94 @@ class Kept(NamedTuple):
     numbers: float  # a token
     itemsize: int  # bytes of one
     split: Split
+    module: str = ""  # that it belongs to, where Megatron-Core can compute it again (recompute_modules)
 
 
-def kept_by_layer(arch: ModelArchitecture, *, is_moe: bool, layers: Layers, itemsize: int, longest: int) -> list[Kept]:
-    """What one layer keeps for its backward pass without recomputation.
+class Kind(NamedTuple):
+    """What the tensors of a layer depend on beside the architecture."""
 
-    itemsize: bytes of a number of the model's dtype. longest: tokens of a sequence, for attention that keeps its
-    scores.
+    layers: Layers
+    itemsize: int  # bytes of a number of the model's dtype
+    longest: int  # tokens of a sequence
+    cp: int = 1  # ranks that share each sequence
+    recompute: frozenset[str] = frozenset()  # modules that are computed again
+
+
+def kept_by_layer(arch: ModelArchitecture, *, is_moe: bool, kind: Kind) -> list[Kept]:
+    """What one layer keeps for its backward pass where whole layers are not computed again.
+
+    Of modules that are, the input stays, which is what comes before them. Of attention and the up projections of latent
+    attention nothing is taken to be saved: a flash kernel keeps no scores.
     """
-    attention = _attention(arch, layers, itemsize)
-    if arch.mla is not None:
-        attention = _latent_attention(arch, arch.mla, layers, itemsize, longest)
-    mlp = _mlp("MLP", arch.ffn_hidden_size, itemsize)
+    attention = _attention(arch, kind) if arch.mla is None else _latent_attention(arch, arch.mla, kind)
+    mlp = _mlp("mlp", arch.ffn_hidden_size, kind.itemsize)
     if is_moe and arch.moe is not None:
-        mlp = _experts(arch.moe, arch.hidden_size, itemsize)
-    norms = (_norm(f"before the {part}", arch.hidden_size, layers, itemsize) for part in ("attention", "MLP"))
-    return [*(tensor for norm in norms for tensor in norm), *attention, *mlp]
+        mlp = _experts(arch.moe, arch.hidden_size, kind)
+    # TransformerEngine has the norm in the projection after it, but for experts and latent attention.
+    is_fused = kind.layers == "transformer_engine"
+    norms = [
+        *_norm("attention", "" if is_fused and arch.mla is None else "layernorm", arch.hidden_size, kind),
+        *_norm("MLP", "mlp" if is_fused and not is_moe else "layernorm", arch.hidden_size, kind),
+    ]
+    return [tensor for tensor in (*norms, *attention, *mlp) if tensor.module not in kind.recompute]
 
 
-def _norm(
-    where: str,
-    size: int,
-    layers: Layers,
-    itemsize: int,
-) -> Iterator[Kept]:
-    """RMSNorm and the input of the projection after it. torch's is made of float32 operations, which keep theirs."""
-    scale = Kept(f"scale of the norm {where}", 1, _FLOAT32, "sequence")
-    if layers == "transformer_engine":
-        return iter((Kept(f"input and output of the norm {where}", 2 * size, itemsize, "sequence"), scale))
-    return iter(
-        (
-            Kept(f"input of the norm {where} and the normalised input", 2 * size, _FLOAT32, "sequence"),
-            Kept(f"output of the norm {where}", size, itemsize, "sequence"),
-            scale,
-        )
-    )
+def _norm(what: str, module: str, size: int, kind: Kind) -> list[Kept]:
+    """RMSNorm before attention or MLP, and the input of the projection after it.
+
+    torch's is made of float32 operations, which keep theirs.
+    """
+    if kind.layers == "local" and "layernorm" not in kind.recompute:
+        return [
+            Kept(f"input of the norm before {what} and the normalised input", 2 * size, _FLOAT32, "sequence"),
+            Kept(f"output of the norm before {what}", size, kind.itemsize, "sequence"),
+            Kept(f"scale of the norm before {what}", 1, _FLOAT32, "sequence"),
+        ]
+    return [
+        Kept(f"input of the norm before {what}", size, kind.itemsize, "sequence"),
+        Kept(f"output of the norm before {what}", size, kind.itemsize, "sequence", module),
+        Kept(f"scale of the norm before {what}", 1, _FLOAT32, "sequence", module),
+    ]
 
 
-def _attention(arch: ModelArchitecture, layers: Layers, itemsize: int) -> list[Kept]:
-    """Grouped-query attention by a flash kernel: queries, keys, values, output and a statistic of each head's row."""
-    heads, groups = arch.num_attention_heads, arch.num_query_groups
+def _attention(arch: ModelArchitecture, kind: Kind) -> list[Kept]:
+    """Grouped-query attention by a flash kernel: queries, keys, values, output and a statistic of each head's row.
+
+    Under context parallelism the local layers keep the keys and values of all ranks, TransformerEngine's ring its own.
+    """
+    heads, groups, itemsize = arch.num_attention_heads, arch.num_query_groups, kind.itemsize
     query, key = heads * arch.head_dim, groups * arch.head_dim
+    of_ranks = kind.cp if kind.layers == "local" else 1
     kept = [
         Kept("cosines and sines of queries and keys", 4 * arch.head_dim, itemsize, "none"),
-        Kept("queries, keys, values, attention's output", 2 * query + 2 * key, itemsize, "heads"),
+        Kept("queries, attention's output", 2 * query, itemsize, "heads"),
+        Kept("keys, values", 2 * key * of_ranks, itemsize, "heads"),
         Kept("log-sum-exp of the scores", heads, _FLOAT32, "heads"),
     ]
-    if layers == "local":
-        kept += [
-            # SDPA takes sequences of one length together, so that its output is put in order again.
-            Kept("input of the output projection", query, itemsize, "heads"),
-            Kept("places of the sequences", 2, _INT64, "none"),
-        ]
+    if kind.layers == "local":
+        # SDPA takes sequences of one length together, so that its output is put in order again.
+        kept += [Kept("input of the output projection", query, itemsize, "heads"), _places(kind)]
+        if kind.cp > 1:  # of one sequence: its two chunks on a rank by what stands before their ends
+            kept.append(Kept("masks", kind.longest * (2 * kind.cp + 1) / (4 * kind.cp), itemsize, "none"))
     if arch.qk_layernorm:
-        kept += _qk_norms(arch, query, key, layers, itemsize)
+        kept += _qk_norms(arch, query, key, kind)
     return kept
 
 
-def _qk_norms(arch: ModelArchitecture, query: int, key: int, layers: Layers, itemsize: int) -> list[Kept]:
+def _places(kind: Kind) -> Kept:
+    """Of tokens in their sequences: of queries and of what they attend to, and back."""
+    return Kept("places of the sequences", 2 + kind.cp, _INT64, "none")
+
+
+def _qk_norms(arch: ModelArchitecture, query: int, key: int, kind: Kind) -> list[Kept]:
     """Their outputs are rotated next, which keeps none of them."""
-    scales = Kept(
-        "scales of the norms of queries and keys", arch.num_attention_heads + arch.num_query_groups, 4, "heads"
-    )
-    if layers == "transformer_engine":
-        return [Kept("inputs of the norms of queries and keys", query + key, itemsize, "heads"), scales]
+    heads = arch.num_attention_heads + arch.num_query_groups
+    scales = Kept("scales of the norms of queries and keys", heads, _FLOAT32, "heads")
+    if kind.layers == "transformer_engine":
+        return [Kept("inputs of the norms of queries and keys", query + key, kind.itemsize, "heads"), scales]
     # In float32 the input is a view of the projection's output, which stays as a whole; with one group on a rank, or
     # one query a group, the queries are a view of it, too, and take nothing more.
-    keys_in = query + 2 * key if itemsize == _FLOAT32 else key
+    keys_in = query + 2 * key if kind.itemsize == _FLOAT32 else key
     return [
         Kept("inputs of the norms of queries and keys", query + keys_in, _FLOAT32, "heads"),
         Kept("normalised queries and keys", query + key, _FLOAT32, "heads"),
@@ -112,54 +132,66 @@ def _qk_norms(arch: ModelArchitecture, query: int, key: int, layers: Layers, ite
     ]
 
 
-def _latent_attention(
-    arch: ModelArchitecture, mla: LatentAttention, layers: Layers, itemsize: int, longest: int
-) -> list[Kept]:
-    """Multi-head latent attention; the down projections work on a rank's share of the sequence."""
-    heads, rope = arch.num_attention_heads, mla.qk_rope_head_dim
+def _latent_attention(arch: ModelArchitecture, mla: LatentAttention, kind: Kind) -> list[Kept]:
+    """Multi-head latent attention; the down projections work on a rank's share of the sequence.
+
+    torch has no flash kernel for values of another size than keys on a CPU: scores are kept, everything in float32, and
+    under context parallelism the values of all ranks, and the keys up to the end of each of a rank's two chunks.
+    """
+    heads, rope, itemsize, cp = arch.num_attention_heads, mla.qk_rope_head_dim, kind.itemsize, kind.cp
     query, value = heads * (mla.qk_nope_head_dim + rope), heads * mla.v_head_dim
+    is_gathered = cp > 1 and kind.layers == "local"
+    seen = (2 * cp + 1) / 2 if is_gathered else 1.0
+    in_attention = _FLOAT32 if kind.layers == "local" else itemsize
     kept = [
         Kept("cosines and sines of queries and keys", 4 * rope, itemsize, "none"),
-        Kept("queries and keys", 2 * query, itemsize, "heads"),
-        Kept("values and the input of the output projection", 2 * value, itemsize, "heads"),
-        *_latent_norm("query latents", mla.q_lora_rank or 0, mla.q_lora_rank or 0, layers, itemsize),
-        *_latent_norm("key/value latents", mla.kv_lora_rank, mla.kv_lora_rank + rope, layers, itemsize),
+        Kept("queries", query, in_attention, "heads"),
+        Kept("keys", query * seen, in_attention, "heads"),
+        Kept("values", value * (cp if is_gathered else 1), in_attention, "heads"),
+        Kept("input of the output projection", value, itemsize, "heads"),
+        *_latent_norm("query latents", mla.q_lora_rank or 0, mla.q_lora_rank or 0, kind),
+        *_latent_norm("key/value latents", mla.kv_lora_rank, mla.kv_lora_rank + rope, kind),
     ]
-    if layers == "transformer_engine":
+    if kind.layers == "transformer_engine":
         return [*kept, Kept("log-sum-exp of the scores", heads, _FLOAT32, "heads")]
-    # torch has no flash kernel for values of another size than keys on a CPU.
-    scores = Kept("scores", heads * longest, itemsize, "heads")
-    return [*kept, scores, Kept("places of the sequences", 2, _INT64, "none")]
+    of_length = seen / (2 * cp) if cp > 1 else 1.0
+    return [*kept, Kept("scores", heads * kind.longest * of_length, in_attention, "heads"), _places(kind)]
 
 
-def _latent_norm(where: str, size: int, whole: int, layers: Layers, itemsize: int) -> list[Kept]:
+def _latent_norm(where: str, size: int, whole: int, kind: Kind) -> list[Kept]:
     """whole: numbers of the tensor that the norm's input is a part of."""
     if not size:
         return []
-    inputs = Kept(f"input of the norm of the {where}", whole, itemsize, "sequence")
-    output = Kept(f"output of the norm of the {where}", size, itemsize, "sequence")
+    inputs = Kept(f"input of the norm of the {where}", whole, kind.itemsize, "sequence")
+    output = Kept(f"output of the norm of the {where}", size, kind.itemsize, "sequence")
     scale = Kept(f"scale of the norm of the {where}", 1, _FLOAT32, "sequence")
-    if layers == "transformer_engine":
+    if kind.layers == "transformer_engine":
         return [inputs, output, scale]
-    float_input = inputs if itemsize == _FLOAT32 else inputs._replace(numbers=size, itemsize=_FLOAT32)
+    float_input = inputs if kind.itemsize == _FLOAT32 else inputs._replace(numbers=size, itemsize=_FLOAT32)
     return [float_input, Kept(f"normalised {where}", size, _FLOAT32, "sequence"), output, scale]
 
 
-def _mlp(name: str, ffn: int, itemsize: int) -> list[Kept]:
+def _mlp(module: str, ffn: int, itemsize: int) -> list[Kept]:
     """A gated MLP in separate operations (megatron/core/transformer/mlp.py, `glu`)."""
     return [
-        Kept(f"{name}: gate and up", 2 * ffn, itemsize, "heads"),
-        Kept(f"{name}: silu(gate), up + 0, their product", 3 * ffn, itemsize, "heads"),
+        Kept(f"{module}: gate and up", 2 * ffn, itemsize, "heads", module),
+        Kept(f"{module}: silu(gate), up + 0, their product", 3 * ffn, itemsize, "heads", module),
     ]
 
 
-def _experts(moe: MixtureOfExperts, hidden: int, itemsize: int) -> list[Kept]:
+def _experts(moe: MixtureOfExperts, hidden: int, kind: Kind) -> list[Kept]:
     """Routed experts, whole on their ranks, which see a share of the sequence; and those that see every token."""
     chosen, ffn, experts = moe.experts_per_token, moe.ffn_hidden_size, moe.num_experts
     kept = [
-        Kept("tokens of the experts", chosen * hidden, itemsize, "experts"),
-        Kept("experts: gate and up", 2 * chosen * ffn, itemsize, "experts"),
-        Kept("experts: silu(gate), up + 0, their product, weighted", 4 * chosen * ffn, itemsize, "experts"),
+        Kept("tokens of the experts", chosen * hidden, kind.itemsize, "experts"),
+        Kept("experts: gate and up", 2 * chosen * ffn, kind.itemsize, "experts"),
+        Kept(
+            "experts: silu(gate), up + 0, their product, weighted",
+            4 * chosen * ffn,
+            kind.itemsize,
+            "experts",
+            "moe_act",
+        ),
         Kept("experts chosen, and places of their tokens", 2 * chosen, _INT64, "sequence"),
         Kept("weights of the experts chosen", chosen, _FLOAT32, "sequence"),
         Kept("weights of all experts", experts, _FLOAT32, "sequence"),
@@ -177,23 +209,19 @@ def _experts(moe: MixtureOfExperts, hidden: int, itemsize: int) -> list[Kept]:
         kept.append(Kept("best experts of each group, best groups", best, _INT64, "sequence"))
         kept.append(Kept("experts outside of the best groups", experts, _BOOL, "sequence"))
     shared = moe.shared_ffn_hidden_size
-    return [*kept, *(_mlp("shared experts", shared, itemsize) if shared else [])]
+    kept += _mlp("shared_experts", shared, kind.itemsize) if shared else []
+    return [] if "moe" in kind.recompute else kept
 
 
-def layer_bytes(
-    arch: ModelArchitecture, parallel: ParallelConfig, *, is_moe: bool, layers: Layers, itemsize: int, longest: int
-) -> float:
-    """What a rank keeps of one layer for each token, [bytes], without recomputation."""
-    by_split = _bytes_by_split(arch, is_moe, layers, itemsize, longest)
-    return sum(size * share_of(split, parallel) for split, size in by_split.items())
+def layer_bytes(arch: ModelArchitecture, parallel: ParallelConfig, *, is_moe: bool, kind: Kind) -> float:
+    """What a rank keeps of one layer for each of its tokens, [bytes], without recomputation."""
+    return sum(size * share_of(split, parallel) for split, size in _bytes_by_split(arch, is_moe, kind).items())
 
 
-@lru_cache(maxsize=64)
-def _bytes_by_split(
-    arch: ModelArchitecture, is_moe: bool, layers: Layers, itemsize: int, longest: int
-) -> dict[Split, float]:
+@lru_cache(maxsize=256)
+def _bytes_by_split(arch: ModelArchitecture, is_moe: bool, kind: Kind) -> dict[Split, float]:
     sizes: dict[Split, float] = {}
-    for tensor in kept_by_layer(arch, is_moe=is_moe, layers=layers, itemsize=itemsize, longest=longest):
+    for tensor in kept_by_layer(arch, is_moe=is_moe, kind=kind):
         sizes[tensor.split] = sizes.get(tensor.split, 0.0) + tensor.numbers * tensor.itemsize
     return sizes
 
@@ -222,9 +250,7 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, micro_batches: int) -
     return counts
 
 
-def backward_bytes(
-    arch: ModelArchitecture, parallel: ParallelConfig, *, is_moe: bool, layers: Layers, itemsize: int, tokens: int
-) -> int:
+def backward_bytes(arch: ModelArchitecture, parallel: ParallelConfig, *, is_moe: bool, kind: Kind, tokens: int) -> int:
     """What the backward pass of one layer needs beside what is kept, at its worst moment, in the MLP.
 
     The gradients of silu(gate) and up exist beside the gradient of their product, and the residual stream's beside
@@ -239,10 +265,10 @@ def backward_bytes(
         routed = moe.experts_per_token * share_of("experts", parallel)
         streams, width = streams + 2 * routed * hidden, routed * moe.ffn_hidden_size
         weight = 2 * moe.ffn_hidden_size * hidden
-        if layers == "transformer_engine":  # a grouped multiplication makes those of all its experts
+        if kind.layers == "transformer_engine":  # a grouped multiplication makes those of all its experts
             weight *= moe.num_experts / parallel.expert_model_parallel_size
     gathered = 2 * hidden if parallel.sequence_parallel and tp > 1 else 0
-    return math.ceil(itemsize * (tokens * (2 * width + streams + gathered) + weight))
+    return math.ceil(kind.itemsize * (tokens * (2 * width + streams + gathered) + weight))
 
 
 def layers_here() -> Layers:

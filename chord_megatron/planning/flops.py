@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from chord_megatron.planning.memory import parameters_by_place
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -25,7 +27,9 @@ def head_flops(arch: ModelArchitecture) -> float:
 
 def token_flops(arch: ModelArchitecture, mean_row: float = 0.0) -> float:
     """Of one token's forward pass through all layers, without the head."""
-    return sum(layer_flops(arch, layer, mean_row) for layer in range(arch.num_layers))
+    kinds = {arch.is_moe_layer(layer): layer for layer in range(arch.num_layers)}
+    counts = Counter(arch.is_moe_layer(layer) for layer in range(arch.num_layers))
+    return sum(count * layer_flops(arch, kinds[is_moe], mean_row) for is_moe, count in counts.items())
 
 
 def active_share(arch: ModelArchitecture) -> float:

@@ -88,15 +88,22 @@ def bytes_beside_sampler(state: ModelState, rollout: RolloutConfig) -> int:
 def stage_parameters(arch: ModelArchitecture, parallel: ParallelConfig) -> list[Parameters]:
     """The parameters of one rank of each pipeline stage."""
     pp, ep = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
-    counts = parameters_by_place(arch, parallel.tensor_model_parallel_size)
-    stage_of = [stage % pp for stage, layers in enumerate(stage_layers(parallel, arch)) for _ in range(layers)]
+    held = _held(arch, parallel.tensor_model_parallel_size, pp, tuple(stage_layers(parallel, arch)))
+    return [Parameters(count.dense, count.expert // ep) for count in held]
+
+
+@lru_cache(maxsize=1024)
+def _held(arch: ModelArchitecture, tp: int, pp: int, layers: tuple[int, ...]) -> list[Parameters]:
+    """With the experts of all expert-parallel ranks. layers: of each virtual stage."""
+    counts = parameters_by_place(arch, tp)
+    stage_of = [stage % pp for stage, count in enumerate(layers) for _ in range(count)]
     held = [Parameters(0, 0)] * pp
     for place, count in counts.items():
         if place == "tied output" and pp == 1:
             continue  # it is the embedding itself
         stage = stage_of[place] if isinstance(place, int) else 0 if place == "embedding" else pp - 1
         held[stage] = Parameters(held[stage].dense + count.dense, held[stage].expert + count.expert)
-    return [Parameters(count.dense, count.expert // ep) for count in held]
+    return held
 
 
 @lru_cache(maxsize=64)

@@ -11,20 +11,25 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 from chord_megatron.algorithm.presets import SEMANTICS
-from chord_megatron.config import Config, ParallelConfig
+from chord_megatron.config import Config
+from chord_megatron.planning.batches import counts_rows, expert_max_length
 from chord_megatron.planning.gpus import Assumptions, Cluster
 from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.memory import export_bytes
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.rank_memory import RankMemory, rank_memories
 from chord_megatron.planning.step_time import StepEstimate, estimate_step
+from chord_megatron.planning.workload import longest_row
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
 _ABOUT_AS_FAST = 1.03
+# Context parallelism leaves a rank at least so many tokens of the longest row: with few, matrices are small, which the
+# estimate of time does not know. Llama 3 has 8192 (arXiv 2407.21783, table 4).
+_FEWEST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -84,21 +89,22 @@ def search(config: Config, arch: ModelArchitecture, cluster: Cluster, assumption
     """Try all layouts. Raises UserError where none fits."""
     usable = int(assumptions.usable_memory * cluster.gpu.memory)
     _check_sampler(config, arch, cluster)
+    attempt = _Attempt(config, arch, cluster)
     fitting: list[Layout] = []
     too_large: list[Layout] = []
     refused = Counter[str]()
-    for sizes in _sizes(arch, cluster):
+    for sizes in _sizes(arch, cluster, longest_row(config, expert_max_length(config, arch))):
         try:
-            smallest = [_lay_out(config, arch, cluster, sizes, cut, True) for cut in _cuts(arch, sizes, 1)]
+            smallest = [attempt.lay_out(sizes, cut, recompute=True) for cut in _cuts(arch, sizes, 1)]
         except UserError as error:
             refused[str(error)] += 1
             continue
         if min(layout.fullest.peak for layout in smallest) > usable:
             too_large += smallest  # without recomputation and with more chunks, a stage keeps more
             continue
-        variants = [(cut, recompute) for cut in _cuts(arch, sizes, arch.num_layers) for recompute in (False, True)]
-        for layout in (_lay_out(config, arch, cluster, sizes, cut, recompute) for cut, recompute in variants):
-            (fitting if layout.fullest.peak <= usable else too_large).append(layout)
+        for cut in _cuts(arch, sizes, arch.num_layers):
+            for layout in (attempt.lay_out(sizes, cut, recompute=recompute) for recompute in (False, True)):
+                (fitting if layout.fullest.peak <= usable else too_large).append(layout)
     too_large.sort(key=lambda layout: layout.fullest.peak)
     if not fitting:
         raise UserError(_why_none(too_large, refused, cluster, usable))
@@ -118,10 +124,12 @@ def _best(proposals: list[Proposal]) -> Proposal:
     return min(keep, key=lambda proposal: proposal.layout.fullest.peak)
 
 
-def _sizes(arch: ModelArchitecture, cluster: Cluster) -> Iterator[dict[str, Any]]:
-    """Sizes that multiply to the GPUs, as keys of `parallel`; TP stays within a node."""
+def _sizes(arch: ModelArchitecture, cluster: Cluster, longest: int) -> Iterator[dict[str, Any]]:
+    """Sizes that multiply to the GPUs, as keys of `parallel`; TP stays within a node. longest: tokens of a row."""
     for tp in _divisors(math.gcd(cluster.gpus, cluster.gpus_per_node)):
-        for cp in _allowed("context_parallel_size", _divisors(cluster.gpus // tp)):
+        for cp in _divisors(cluster.gpus // tp):
+            if cp > max(1, longest // _FEWEST_TOKENS):
+                continue
             for pp in _divisors(cluster.gpus // (tp * cp)):
                 if pp > arch.num_layers:
                     continue
@@ -157,36 +165,48 @@ def _cuts(arch: ModelArchitecture, sizes: dict[str, Any], most_chunks: int) -> I
             yield by_cost
 
 
-def _lay_out(
-    config: Config,
-    arch: ModelArchitecture,
-    cluster: Cluster,
-    sizes: dict[str, Any],
-    cut: dict[str, Any],
-    recompute: bool,
-) -> Layout:
-    """Raises UserError where a rule forbids it."""
-    config = config.model_copy(
-        update={
-            "parallel": config.parallel.model_copy(update={**sizes, **cut}),
-            "model": config.model.model_copy(update={"recompute": recompute}),
-        }
-    )
-    data_parallel_size = check_layout(config, arch, cluster.gpus)
-    copies = data_parallel_size * config.parallel.context_parallel_size
-    optimizer = config.optimizer.model_copy(update={"use_distributed_optimizer": copies > 1})
-    config = with_fitting_batches(config.model_copy(update={"optimizer": optimizer}), data_parallel_size)
-    plan = make_plan(config, arch, cluster.gpus)
-    memories = rank_memories(config, arch, plan, layers="transformer_engine", gpu_bytes=cluster.gpu.memory)
-    return Layout(config, plan, memories)
+class _Attempt:
+    """A configuration that is tried under layouts; what does not depend on them is looked at once."""
+
+    def __init__(self, config: Config, arch: ModelArchitecture, cluster: Cluster) -> None:
+        self._config, self._arch, self._cluster = config, arch, cluster
+        self._plans: dict[tuple, Plan] = {}
+
+    def lay_out(self, sizes: dict[str, Any], cut: dict[str, Any], *, recompute: bool) -> Layout:
+        """Raises UserError where a rule forbids it."""
+        parallel = self._config.parallel.model_copy(update={**sizes, **cut})
+        # With whole layers one at a time; without, the parts that the configuration names, if it does.
+        own = self._config.model.recompute if isinstance(self._config.model.recompute, list) else False
+        whole = {"recompute": True, "recompute_method": None, "recompute_num_layers": None}
+        model = self._config.model.model_copy(update=whole if recompute else {**whole, "recompute": own})
+        config = self._config.model_copy(update={"parallel": parallel, "model": model})
+        data_parallel_size = check_layout(config, self._arch, self._cluster.gpus)
+        copies = data_parallel_size * parallel.context_parallel_size
+        optimizer = config.optimizer.model_copy(update={"use_distributed_optimizer": copies > 1})
+        config = with_fitting_batches(config.model_copy(update={"optimizer": optimizer}), data_parallel_size)
+        plan, gpu_bytes = self._plan(config, data_parallel_size), self._cluster.gpu.memory
+        memories = rank_memories(config, self._arch, plan, layers="transformer_engine", gpu_bytes=gpu_bytes)
+        return Layout(config, plan, memories)
+
+    def _plan(self, config: Config, data_parallel_size: int) -> Plan:
+        train, parallel = config.train, config.parallel
+        interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+        stages = parallel.pipeline_model_parallel_size if interleaved else 1
+        key = (data_parallel_size, train.global_batch_size, train.micro_batch_size, stages)
+        if key not in self._plans:
+            self._plans[key] = make_plan(config, self._arch, self._cluster.gpus)
+        return self._plans[key]
 
 
 def with_fitting_batches(config: Config, data_parallel_size: int) -> Config:
     """Micro-batches that come out even: of fewer rows where that changes no number, else more rows in a step.
 
-    The least number of rows that is no smaller than configured, in the largest micro-batches.
+    The least number of rows that is no smaller than configured, in the largest micro-batches. Under a budget of tokens
+    any number of rows comes out.
     """
     train, num_generations = config.train, config.rollout.num_generations
+    if not counts_rows(config):
+        return config
     is_free = SEMANTICS[config.chord.semantics].micro_batches is None
     is_free &= config.chord.chord_sft_per_device_train_batch_size is None
     choices = []
@@ -255,12 +275,6 @@ def _remedy(part: str) -> str:
         "vLLM": "lower rollout.vllm_gpu_memory_utilization, or set rollout.sleep_level, offload_optimizer or "
         "offload_model",
     }.get(part, "take more GPUs, or larger ones")
-
-
-def _allowed(field: str, sizes: list[int]) -> list[int]:
-    """Those of the sizes that the configuration takes for a key of `parallel`."""
-    annotation = ParallelConfig.model_fields[field].annotation
-    return [size for size in sizes if get_origin(annotation) is not Literal or size in get_args(annotation)]
 
 
 @cache

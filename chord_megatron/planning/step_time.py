@@ -6,7 +6,8 @@ assumed of the rates: gpus.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +24,6 @@ from chord_megatron.planning.traffic import (
     data_parallel_messages,
     head_messages,
     layer_messages,
-    merged,
     seconds_of,
     stage_messages,
 )
@@ -112,53 +112,72 @@ def estimate_step(
         optimizer=_optimizer_seconds(config, arch, plan, links) + seconds_of(parameters),
         sync=sync_seconds(config, arch, links) + offload_seconds(config, arch, plan, assumptions),
     )
-    of_micro_batches = [m.times(micro_batches) for m in slowest.messages_forward + slowest.messages_backward]
+    sent = [m.times(micro_batches) for m in slowest.messages_forward + slowest.messages_backward]
     flops = 3 * (token_flops(arch, load.mean_row) * load.tokens + head_flops(arch) * load.counted_tokens)
-    return StepEstimate(time, merged([*of_micro_batches, *reduction, *parameters]), flops)
+    return StepEstimate(time, [*sent, *reduction, *parameters], flops)
 
 
 def _stage_work(config: Config, arch: ModelArchitecture, plan: Plan, load: Workload, links: Links) -> list[_StageWork]:
     """Of each pipeline rank, for a micro-batch of mean size."""
     parallel = config.parallel
-    pp = parallel.pipeline_model_parallel_size
     slots = plan.data_parallel_size * load.micro_batches
     tokens, counted = load.tokens / slots, load.counted_tokens / slots
     shares = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     rate = links.cluster.gpu.bf16_tflops * 1e12 * links.assumptions.mfu * shares
-    slowness = {False: 1.0, True: 1 / links.assumptions.experts_share}  # of layers with experts
     backward_passes = 3 if config.model.recomputes_layers else 2
-    stage_of = [stage % pp for stage, count in enumerate(stage_layers(parallel, arch)) for _ in range(count)]
-    passes = {
-        is_moe: [
-            layer_messages(config, arch, links, tokens=tokens, is_moe=is_moe, backward=backward)
-            for backward in (False, True)
-        ]
-        for is_moe in {arch.is_moe_layer(layer) for layer in range(arch.num_layers)}
-    }
+    # Layers of one kind are alike: their operations, as if at the rate of those without experts, and their messages.
+    kinds = {arch.is_moe_layer(layer): layer for layer in range(arch.num_layers)}
+    slowness = {False: 1.0, True: 1 / links.assumptions.experts_share}
+    flops = {is_moe: slowness[is_moe] * layer_flops(arch, layer, load.mean_row) for is_moe, layer in kinds.items()}
+    sent, sent_back = (
+        {
+            is_moe: layer_messages(config, arch, links, tokens=tokens, is_moe=is_moe, backward=backward)
+            for is_moe in kinds
+        }
+        for backward in (False, True)
+    )
+    between = stage_messages(config, arch, links, tokens=tokens)
     work = []
-    for stage in range(pp):
-        layers = [layer for layer in range(arch.num_layers) if stage_of[layer] == stage]
-        flops = (layer_flops(arch, layer, load.mean_row) * slowness[arch.is_moe_layer(layer)] for layer in layers)
-        forward = sum(flops) * tokens
-        backward = backward_passes * forward
-        sent, sent_back = ([m for layer in layers for m in passes[arch.is_moe_layer(layer)][i]] for i in (0, 1))
-        if stage == pp - 1:
-            # The backward pass computes the logits again, and two gradients (ops/linear_log_probs.py).
-            forward, backward = forward + head_flops(arch) * counted, backward + 3 * head_flops(arch) * counted
-            sent_back = sent_back + head_messages(config, arch, links, tokens=counted)
-        sent = merged(sent + stage_messages(config, arch, links, tokens=tokens))
-        work.append(_StageWork(forward / rate, backward / rate, sent, merged(sent_back)))
+    for counts in _kinds_of_stages(config, arch):
+        forward = sum(flops[is_moe] * count for is_moe, count in counts.items()) * tokens
+        messages, messages_back = (
+            [m.times(count) for is_moe, count in counts.items() for m in of_kind[is_moe]]
+            for of_kind in (sent, sent_back)
+        )
+        work.append(_StageWork(forward / rate, backward_passes * forward / rate, messages + between, messages_back))
+    # The head's backward pass computes the logits again, and two gradients (ops/linear_log_probs.py).
+    head, last = head_flops(arch) * counted / rate, work[-1]
+    work[-1] = replace(
+        last,
+        forward=last.forward + head,
+        backward=last.backward + 3 * head,
+        messages_backward=last.messages_backward + head_messages(config, arch, links, tokens=counted),
+    )
     return work
+
+
+def _kinds_of_stages(config: Config, arch: ModelArchitecture) -> list[Counter[bool]]:
+    """How many layers with experts (True) and without each pipeline rank has."""
+    pp, first = config.parallel.pipeline_model_parallel_size, 0
+    counts = [Counter[bool]() for _ in range(pp)]
+    for stage, count in enumerate(stage_layers(config.parallel, arch)):
+        counts[stage % pp].update(arch.is_moe_layer(layer) for layer in range(first, first + count))
+        first += count
+    return counts
 
 
 def _log_prob_seconds(config: Config, plan: Plan, load: Workload, work: list[_StageWork]) -> float:
     """Forward passes over the completions of a generation batch, shared by the steps that use it.
 
-    As RolloutStream._log_probs decides (training/rollout_stream.py).
+    As training/rollout_stream.py decides: of the old policy over those that the first step leaves, as that one finds
+    its own; over all of them, and of the reference, where rewards or penalties need them.
     """
     grpo, parallel = config.grpo, config.parallel
-    old = plan.steps_per_rollout > 1 or grpo.kl_in_reward or grpo.top_entropy_quantile < 1
-    passes = (old + (grpo.beta > 0)) / grpo.num_iterations
+    needs_all = grpo.top_entropy_quantile < 1 or (grpo.kl_in_reward and grpo.old_log_probs == "trainer")
+    needs_old = plan.steps_per_rollout > 1 and grpo.old_log_probs == "trainer"
+    batches = grpo.steps_per_generation
+    old = batches if needs_all else (batches - 1) * needs_old
+    passes = (old + batches * (grpo.beta > 0)) / plan.steps_per_rollout
     if not passes or not load.tokens:
         return 0.0
     pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1

@@ -15,6 +15,7 @@ import torch
 
 from chord_megatron.config import Config
 from chord_megatron.planning.activations import FULLEST_EXPERTS
+from chord_megatron.planning.decoding_memory import cached_numbers
 from chord_megatron.planning.gpus import Assumptions, Cluster
 from chord_megatron.planning.memory import stage_parameters
 from chord_megatron.planning.plan import Plan
@@ -85,7 +86,7 @@ def _layer_pass(
     cp = parallel.context_parallel_size
     messages = _tensor_parallel(config, arch, links, tokens=tokens / cp, is_moe=is_moe, backward=backward)
     if cp > 1:
-        messages += _context_parallel(config, arch, links, tokens)
+        messages += _context_parallel(config, arch, links, tokens=tokens, backward=backward)
     if is_moe and parallel.expert_model_parallel_size > 1:
         messages += _expert_parallel(config, arch, links, tokens / cp)
     return messages
@@ -116,13 +117,15 @@ def _tensor_parallel(
     return messages
 
 
-def _context_parallel(config: Config, arch: ModelArchitecture, links: Links, tokens: float) -> list[Message]:
-    """Keys and values of the other ranks, or the gradients of theirs."""
+def _context_parallel(
+    config: Config, arch: ModelArchitecture, links: Links, *, tokens: float, backward: bool
+) -> list[Message]:
+    """Keys and values of the other ranks; TransformerEngine's ring sends them backward again, with their gradients."""
     tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
-    numbers = 2 * arch.num_query_groups * arch.head_dim / tp
     within_node = links.cluster.within_node(stride=tp, size=cp)
-    nbytes = tokens * numbers * _itemsize(config) * (cp - 1) / cp
-    return [links.message("CP", "keys and values of a layer", nbytes, 1, within_node=within_node)]
+    nbytes = tokens * cached_numbers(arch) / tp * _itemsize(config) * (cp - 1) / cp
+    count = 2 if backward else 1
+    return [links.message("CP", "keys and values of a layer", nbytes, count, within_node=within_node)]
 
 
 def _expert_parallel(config: Config, arch: ModelArchitecture, links: Links, tokens: float) -> list[Message]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from chord_megatron.config import Config
 from chord_megatron.planning.plan import Plan
@@ -24,12 +25,18 @@ class Workload:
 
     longest_row: int  # tokens
     tokens_per_micro_batch: int  # at most, of all ranks that share a model
-    micro_batches: int  # of each data-parallel rank
+    most_micro_batches: int  # of each data-parallel rank, where all rows are as long as they may be
+    micro_batches: int  # on average
     completions: int
     expert_rows: int
     prompt_tokens: float  # mean
     completion_tokens: float  # mean
     expert_tokens: float  # mean, prompt and answer
+
+    @property
+    def rows(self) -> int:
+        """Of both streams."""
+        return self.completions + self.expert_rows
 
     @property
     def rollout_tokens(self) -> float:
@@ -54,31 +61,44 @@ class Workload:
         return squares / self.tokens if self.tokens else 0.0
 
 
+def reads_experts(config: Config) -> bool:
+    """Whether a step may have expert rows that are learnt."""
+    return config.chord.chord_sft_dataset is not None and mu_range(config)[1] > 0
+
+
+def longest_row(config: Config, expert_max_length: int) -> int:
+    """Tokens, of both streams, as far as a run has them."""
+    rollout = config.data.max_prompt_length + config.rollout.max_completion_length
+    return max(rollout * needs_rollouts(config), expert_max_length * reads_experts(config))
+
+
 def workload(config: Config, plan: Plan, fill: Fill | None = None) -> Workload:
     """Of a step with both streams, where a run has both."""
     fill = fill or Fill()
     data, rollout = config.data, config.rollout
     completions = plan.completions_per_step if needs_rollouts(config) else 0
-    expert_rows = plan.expert_rows_per_step if mu_range(config)[1] > 0 else 0
-    longest = max(
-        data.max_prompt_length + rollout.max_completion_length if completions else 0,
-        plan.expert_max_length if expert_rows else 0,
-    )
-    return Workload(
+    expert_rows = plan.expert_rows_per_step if reads_experts(config) else 0
+    longest = longest_row(config, plan.expert_max_length)
+    budget, size = config.train.max_tokens_per_micro_batch, config.train.micro_batch_size
+    most_rows = budget // longest if budget else size
+    load = Workload(
         longest_row=longest,
-        tokens_per_micro_batch=config.train.micro_batch_size * longest,
-        micro_batches=_micro_batches(config, plan, completions + expert_rows),
+        tokens_per_micro_batch=budget or size * longest,
+        most_micro_batches=_micro_batches(config, plan, completions + expert_rows, most_rows),
+        micro_batches=0,
         completions=completions,
         expert_rows=expert_rows,
         prompt_tokens=fill.prompt * data.max_prompt_length,
         completion_tokens=fill.completion * rollout.max_completion_length,
         expert_tokens=fill.expert * plan.expert_max_length,
     )
+    mean_rows = budget * load.rows / load.tokens if budget else size
+    return replace(load, micro_batches=_micro_batches(config, plan, load.rows, mean_rows))
 
 
-def _micro_batches(config: Config, plan: Plan, rows: int) -> int:
-    """As make_plan counts them, for the streams that there are."""
+def _micro_batches(config: Config, plan: Plan, rows: int, rows_of_one: float) -> int:
+    """As batching/assignment.py counts them; rows_of_one: how many rows one of them has."""
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
     multiple = config.parallel.pipeline_model_parallel_size if interleaved else 1
     rows_of_rank = -(-rows // plan.data_parallel_size)
-    return -(-rows_of_rank // (config.train.micro_batch_size * multiple)) * multiple
+    return math.ceil(rows_of_rank / (rows_of_one * multiple)) * multiple

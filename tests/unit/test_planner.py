@@ -14,15 +14,22 @@ from tiny_tokenizer import write_tokenizer
 from typer.testing import CliRunner, Result
 
 from chord_megatron.cli import app
-from chord_megatron.config import Config, ParallelConfig, load_config
-from chord_megatron.planning.activations import FULLEST_EXPERTS, backward_bytes, chunks_in_flight, layer_bytes
-from chord_megatron.planning.decoding_memory import kv_cache_bytes, prefill_bytes, rows_at_once, sampling_bytes
+from chord_megatron.config import Config, ModelConfig, ParallelConfig, load_config
+from chord_megatron.planning.activations import FULLEST_EXPERTS, Kind, backward_bytes, chunks_in_flight, layer_bytes
+from chord_megatron.planning.decoding_memory import (
+    kv_cache_bytes,
+    prefill_bytes,
+    rows_at_once,
+    rows_of_cohort,
+    sampling_bytes,
+)
 from chord_megatron.planning.flops import head_flops, layer_flops, token_flops
 from chord_megatron.planning.gpus import GPUS, Assumptions, Cluster
 from chord_megatron.planning.memory import ModelState
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.proposals import changes, search, with_fitting_batches
 from chord_megatron.planning.rank_memory import RankMemory, rank_memories
+from chord_megatron.planning.recomputation import Recomputation
 from chord_megatron.planning.rollout_time import server_gpus
 from chord_megatron.planning.step_time import StepEstimate, estimate_step
 from chord_megatron.planning.traffic import Links, Message, data_parallel_messages, layer_messages, stage_messages
@@ -36,6 +43,7 @@ TP_2 = {"parallel__tensor_model_parallel_size": 2, "parallel__sequence_parallel"
 SHARDED = {"optimizer__use_distributed_optimizer": True}
 PP_2 = {"parallel__pipeline_model_parallel_size": 2}
 H100 = GPUS["h100"]
+BF16_ON_TE = Kind("transformer_engine", itemsize=2, longest=3072)
 QWEN3_30B = replace(
     QWEN2_5_7B,
     family="qwen3_moe",
@@ -80,27 +88,20 @@ def planned(arch: ModelArchitecture, world_size: int, **settings: Any) -> tuple[
 def test_what_a_layer_of_the_7b_keeps_of_a_token(parallel: dict[str, bool], norms: float, whole: float, split: float):
     """Norms 2 (2 x 3584 x 2 + 4); rotations 4 x 128 x 2; (2 x 3584 + 2 x 512 + 5 x 18944) x 2 and 28 x 4 by heads."""
     tp_4 = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True) if parallel else ParallelConfig()
-    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, layers="transformer_engine", itemsize=2, longest=3072)
+    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, kind=BF16_ON_TE)
     assert found == norms + whole + split
 
 
 def test_without_sequence_parallelism_norms_are_whole_on_each_rank():
     tp_4 = ParallelConfig(tensor_model_parallel_size=4)
-    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, layers="transformer_engine", itemsize=2, longest=3072)
+    found = layer_bytes(QWEN2_5_7B, tp_4, is_moe=False, kind=BF16_ON_TE)
     assert found == 28680 + 1024 + 205936 / 4
 
 
 def test_what_experts_keep_is_that_of_the_fullest_rank():
     """8 experts a token: 2048 numbers of it and 6 x 768 in the expert, each, at 2 bytes."""
     alone, spread = (
-        layer_bytes(
-            QWEN3_30B,
-            ParallelConfig(expert_model_parallel_size=ep),
-            is_moe=True,
-            layers="transformer_engine",
-            itemsize=2,
-            longest=1,
-        )
+        layer_bytes(QWEN3_30B, ParallelConfig(expert_model_parallel_size=ep), is_moe=True, kind=BF16_ON_TE)
         for ep in (1, 8)
     )
     assert spread - alone == pytest.approx((FULLEST_EXPERTS - 1) * 8 * (2048 + 6 * 768) * 2)
@@ -125,11 +126,11 @@ def test_micro_batches_under_way(stages: int, chunks: int | None, micro_batches:
 
 def test_a_backward_pass_needs_two_widths_two_streams_and_a_weight_gradient():
     """Under sequence parallelism half of each stream, and two whole ones that are gathered."""
-    common = {"is_moe": False, "layers": "local", "itemsize": 4, "tokens": 100}
-    alone = backward_bytes(QWEN2_5_7B, ParallelConfig(), **common)
+    kind = Kind("local", itemsize=4, longest=100)
+    alone = backward_bytes(QWEN2_5_7B, ParallelConfig(), is_moe=False, kind=kind, tokens=100)
     assert alone == 4 * (100 * (2 * 18944 + 2 * 3584) + 2 * 18944 * 3584)
     tp_2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    halves = backward_bytes(QWEN2_5_7B, tp_2, **common)
+    halves = backward_bytes(QWEN2_5_7B, tp_2, is_moe=False, kind=kind, tokens=100)
     assert halves == 4 * (100 * (18944 + 3584 + 2 * 3584) + 18944 * 3584)
 
 
@@ -140,15 +141,31 @@ def test_activations_of_two_stages(recompute: bool):
     tokens, hidden = 2 * 3072, 3584 * 2
     first, last = rank_memories(config, QWEN2_5_7B, plan, layers="transformer_engine")
     parallel = config.parallel
-    common = {"is_moe": False, "layers": "transformer_engine", "itemsize": 2}
-    kept = layer_bytes(QWEN2_5_7B, parallel, **common, longest=3072)
-    working = backward_bytes(QWEN2_5_7B, parallel, **common, tokens=tokens) + tokens * kept * recompute
+    kept = layer_bytes(QWEN2_5_7B, parallel, is_moe=False, kind=BF16_ON_TE)
+    backward = backward_bytes(QWEN2_5_7B, parallel, is_moe=False, kind=BF16_ON_TE, tokens=tokens)
+    working = backward + tokens * kept * recompute
     of_stage = 14 * (hidden if recompute else kept)
     assert first.activations == tokens * 2 * (of_stage + hidden) + working
     assert last.activations == tokens * of_stage + working
     # Norm and gradient 3 x 3584 x 2 a token; tiles and blocks of 2048 rows in float32; the weight's gradient.
     of_head = 3 * tokens * hidden + 2 * 2048 * (4096 + 3584) * 4 + 152064 * hidden
     assert (first.head, last.head) == (0, of_head)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers", "at_once"),
+    [
+        ({"recompute": False}, 14 * 1000, 0),
+        ({"recompute": ["mlp"]}, 14 * 1000, 0),
+        ({"recompute": True}, 14 * 10, 1),
+        ({"recompute": "full", "recompute_num_layers": 4}, 4 * 10, 4),
+        ({"recompute": True, "recompute_method": "block", "recompute_num_layers": 4}, 4 * 10 + 10 * 1000, 1),
+    ],
+)
+def test_what_whole_layers_that_are_computed_again_keep(settings: dict[str, Any], layers: int, at_once: int):
+    """14 layers of 1000 bytes with an input of 10."""
+    again = Recomputation(ModelConfig(path="model", **settings))
+    assert (again.kept([1000.0] * 14, 10.0), again.layers_at_once) == (layers, at_once)
 
 
 def test_the_gradient_of_the_embedding_may_be_the_worst_moment():
@@ -161,6 +178,18 @@ def test_the_gradient_of_the_embedding_may_be_the_worst_moment():
     assert rank.activations == 152064 * 3584 * 4
 
 
+def test_context_parallelism_divides_tokens_and_copies_of_the_model():
+    """Of a rank's tokens it keeps the same; each rank draws completions of its own; Adam's state is shared by all."""
+    config, plan = planned(QWEN2_5_7B, 4, **SHARDED, parallel__context_parallel_size=4)
+    (rank,) = rank_memories(config, QWEN2_5_7B, plan, layers="transformer_engine")
+    alone, plan_alone = planned(QWEN2_5_7B, 1)
+    (whole,) = rank_memories(alone, QWEN2_5_7B, plan_alone, layers="transformer_engine")
+    assert (rank.state.weights, rank.state.optimizer) == (2 * NUM_7B, 12 * NUM_7B // 4)
+    weight = 2 * 2 * 18944 * 3584
+    assert rank.activations - weight == (whole.activations - weight) / 4
+    assert rows_at_once(config, plan) == 64
+
+
 def test_training_and_drawing_share_the_state():
     rank = RankMemory(ModelState(1, 2, 4, 0), 8, 16, kv_cache=32, generation=64, sampler=128, beside_sampler=3)
     assert (rank.training, rank.generating, rank.peak) == (31, 227, 227)
@@ -168,15 +197,25 @@ def test_training_and_drawing_share_the_state():
 
 
 def test_memory_of_the_embedded_engine():
-    """docs/sizing.md: 29 kB a token and rank at TP 2. Rows that go on are copied while the old cache is there."""
+    """docs/sizing.md: 29 kB a token and rank at TP 2, and a copy of one layer. 128 rows of 16 prompts."""
     config, plan = planned(QWEN2_5_7B, 2, **TP_2, rollout__max_batch_size=128)
-    assert rows_at_once(config, plan) == 128
-    assert kv_cache_bytes(config, QWEN2_5_7B, plan, layers=28, itemsize=2) == 255 * 3072 * 28672
-    assert sampling_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 128 * 152064 * (2 + 4 + 4 * 8 + 1)
+    assert (rows_at_once(config, plan), rows_of_cohort(config, plan)) == (128, 128)
+    of_layer = 128 * 3072 * 28672 // 28
+    assert kv_cache_bytes(config, QWEN2_5_7B, plan, layers=28, itemsize=2) == 29 * of_layer
+    assert sampling_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 128 * 152064 * (4 + 4 + 8 + 8 + 4)
+    cut = config.model_copy(update={"rollout": config.rollout.model_copy(update={"top_p": 0.9})})
+    assert sampling_bytes(cut, QWEN2_5_7B, plan, itemsize=2) == 128 * 152064 * (4 + 4 + 8 + 3 * 8 + 1)
     of_token = 2 * (3 * 3584 + 5 * 18944 / 2) + 5 * 1024
-    assert prefill_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 128 * 1024 * of_token
+    assert prefill_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 16 * 1024 * of_token
     few, plan = planned(QWEN2_5_7B, 4, **TP_2, train__global_batch_size=8)
     assert rows_at_once(few, plan) == 4
+
+
+def test_stages_decode_a_cohort_each():
+    config, plan = planned(QWEN2_5_7B, 2, **PP_2, rollout__max_batch_size=128)
+    assert (rows_at_once(config, plan), rows_of_cohort(config, plan)) == (128, 64)
+    of_layer_and_row = 3072 * 1024 * 2
+    assert kv_cache_bytes(config, QWEN2_5_7B, plan, layers=14, itemsize=2) == (14 * 128 + 64) * of_layer_and_row
 
 
 def test_a_colocated_vllm_takes_its_share():
@@ -202,6 +241,10 @@ def test_tokens_of_a_step():
     assert load.tokens == 256 * (512 + 512) + 64 * 2048
     assert load.counted_tokens == 256 * 512 + 64 * 2048
     assert load.mean_row == (256 * 1024**2 + 64 * 2048**2) / load.tokens
+    budget = config.model_copy(update={"train": config.train.model_copy(update={"max_tokens_per_micro_batch": 10000})})
+    load = workload(budget, plan, Fill(prompt=0.5, completion=0.25, expert=0.5))
+    # 320 rows: two of the longest fit, and 10000 / 1228.8 of the mean.
+    assert (load.tokens_per_micro_batch, load.most_micro_batches, load.micro_batches) == (10000, 160, 40)
     rollouts = workload(config_of(), plan, Fill())
     assert (rollouts.longest_row, rollouts.expert_rows, rollouts.micro_batches) == (3072, 0, 256)  # mu is 0
 
@@ -258,12 +301,22 @@ def test_recomputation_takes_another_forward_pass():
 
 
 def test_log_probs_that_a_step_needs():
-    """Of the old policy where several steps share a batch, and of the reference, each a forward pass."""
+    """Forward passes of the reference, and of the old policy over what the first step of a batch does not find."""
     forward = (token_flops(QWEN2_5_7B, 1536) * 1536 + head_flops(QWEN2_5_7B) * 1024) * 256 / (989e12 * 0.5)
-    assert step_of(1).time.log_probs == 0
-    assert step_of(1, grpo__beta=0.1).time.log_probs == pytest.approx(forward)
-    assert step_of(1, grpo__num_iterations=2).time.log_probs == pytest.approx(forward / 2)
-    assert step_of(1, grpo__steps_per_generation=2, grpo__beta=0.1).time.log_probs == pytest.approx(2 * forward)
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({}, 0),
+        ({"beta": 0.1}, 1),
+        ({"num_iterations": 2}, 0),
+        ({"num_iterations": 2, "beta": 0.1}, 1 / 2),
+        ({"steps_per_generation": 2}, 1 / 2),
+        ({"steps_per_generation": 2, "old_log_probs": "sampler"}, 0),
+        ({"steps_per_generation": 2, "beta": 0.1}, 3 / 2),
+        ({"beta": 0.1, "kl_in_reward": True}, 2),
+        ({"top_entropy_quantile": 0.2}, 1),
+    ]
+    for settings, passes in cases:
+        time = step_of(1, **{f"grpo__{key}": value for key, value in settings.items()}).time
+        assert time.log_probs == pytest.approx(passes * forward), settings
 
 
 def links(gpus: int) -> Links:
@@ -292,6 +345,14 @@ def test_messages_of_tensor_parallelism():
     for backward in (False, True):
         messages = layer_messages(plain, QWEN2_5_7B, links(8), tokens=1000, is_moe=False, backward=backward)
         assert total(messages, "all-reduce") == (4 * half, 2)
+
+
+def test_messages_of_context_parallelism():
+    """Half of the keys and values, 2 x 512 numbers a token; in the backward pass also their gradients."""
+    config = config_of(parallel__context_parallel_size=2)
+    for backward, count in ((False, 1), (True, 2)):
+        messages = layer_messages(config, QWEN2_5_7B, links(8), tokens=1000, is_moe=False, backward=backward)
+        assert total(messages, "keys and values") == (count * 1000 * 1024 * 2 / 2, count)
 
 
 def test_messages_of_experts():
@@ -344,11 +405,22 @@ def test_drawing_with_the_training_weights():
     weights = 28 * NUM_LAYER + 3584 + 3584 * 152064
     cache = 16 * (512 + 512) * 28 * 2 * 4 * 128
     token = 2 * (weights + cache) / (3350e9 * 0.7)
-    prefill = 32 * 512 * token_flops(QWEN2_5_7B, 512) / (989e12 * 0.5)
+    prefill = 4 * 512 * token_flops(QWEN2_5_7B, 512) / (989e12 * 0.5)
     assert step.time.rollout == pytest.approx(2048 * token + prefill)
     few = config_of(rollout__max_batch_size=16)
     twice = estimate_step(few, QWEN2_5_7B, plan, Cluster(H100, 8, 8), Assumptions()).time.rollout
     assert 1.9 * step.time.rollout < twice < 2 * step.time.rollout
+
+
+def test_stages_draw_at_the_same_time():
+    """Of two, each reads its weights for each of two cohorts, and its half of the cache once."""
+    config, plan = planned(QWEN2_5_7B, 2, **PP_2, train__global_batch_size=64)
+    cluster = Cluster(H100, 2, 8)
+    weights, cache = 28 * NUM_LAYER + 3584 + 3584 * 152064, 32 * (512 + 512) * 28 * 2 * 4 * 128
+    token = 2 * (weights + cache / 2) / (3350e9 * 0.7)
+    prefill = 8 * 512 * token_flops(QWEN2_5_7B, 512) / (2 * 989e12 * 0.5)
+    rollout = estimate_step(config, QWEN2_5_7B, plan, cluster, Assumptions()).time.rollout
+    assert rollout == pytest.approx(2048 * token + prefill)
 
 
 SERVERS = {
@@ -386,6 +458,7 @@ def test_drawing_elsewhere():
         ({"train__micro_batch_size": 4}, 512, 512, 1),
         ({"train__micro_batch_size": 6}, 32, 256, 2),
         ({"train__micro_batch_size": 4}, 24, 264, 1),  # the next multiple of 24 and of 8 completions
+        ({"train__micro_batch_size": 4, "train__max_tokens_per_micro_batch": 10000}, 24, 256, 4),
         # Where micro-batches change the numbers they stay.
         ({"train__micro_batch_size": 4, "chord__semantics": "trinity"}, 128, 512, 4),
     ],
@@ -417,6 +490,20 @@ def test_a_batch_that_stays_comes_before_one_that_grows():
     flags = [proposal.changed_rows for proposal in found.proposals]
     assert flags == sorted(flags) and set(flags) == {False, True}
     assert found.best.layout.config.train.global_batch_size == 8
+
+
+def test_long_rows_are_cut_over_ranks():
+    """Ranks keep at least 4096 tokens of a row of 66,560; without context parallelism fewer rows' tokens fit."""
+    config = config_of(
+        rollout__engine="replay", rollout__replay_from="r.jsonl", rollout__max_completion_length=65536,
+        train__global_batch_size=64,
+    )  # fmt: skip
+    arch = replace(QWEN2_5_7B, max_position_embeddings=131072)
+    found = search(config, arch, Cluster(H100, 32, 8), Assumptions())
+    sizes = {proposal.layout.config.parallel.context_parallel_size for proposal in found.proposals}
+    assert sizes == {1, 2, 4, 8, 16}
+    assert found.best.layout.config.parallel.context_parallel_size > 1
+    assert " x CP " in found.best.layout.name
 
 
 # The command.
