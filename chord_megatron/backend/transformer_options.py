@@ -50,7 +50,6 @@ _OWNED: dict[str, str] = {
     "moe_input_jitter_eps moe_router_bias_update_rate moe_router_force_* moe_router_quantile_* moe_token_drop* "
     "moe_expert_*capacity_factor moe_pad_expert_input_to_capacity qk_clip* test_mode "
     "log_max_attention_logit cross_entropy_* defer_embedding_wgrad_compute wgrad_deferral_limit",
-    "would choose experts unseen, which metrics count and rollout.router_replay sets": "moe_router_fusion",
     "is for CUDA graphs, which cannot replay micro-batches of other lengths": "*cuda_graph* use_te_rng_tracker "
     "inference_rng_tracker",
     "is for Megatron-Core's own inference, which is not what samples here": "inference_* use_inference_* flash_decode "
