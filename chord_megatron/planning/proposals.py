@@ -26,7 +26,7 @@ from chord_megatron.planning.workload import longest_row
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
-_ABOUT_AS_FAST = 1.03
+_ABOUT_AS_FAST, _ROOMY = 1.03, 0.9
 # Context parallelism leaves a rank at least so many tokens of the longest row: with few, matrices are small, which the
 # estimate of time does not know. Llama 3 has 8192 (arXiv 2407.21783, table 4).
 _FEWEST_TOKENS = 4096
@@ -110,18 +110,19 @@ def search(config: Config, arch: ModelArchitecture, cluster: Cluster, assumption
         raise UserError(_why_none(too_large, refused, cluster, usable))
     proposals = [_propose(layout, config, arch, cluster, assumptions) for layout in fitting]
     proposals.sort(key=lambda proposal: (proposal.changed_rows, proposal.step.time.total))
-    return Search(proposals, _best(proposals), too_large, refused, usable)
+    return Search(proposals, _best(proposals, usable), too_large, refused, usable)
 
 
-def _best(proposals: list[Proposal]) -> Proposal:
-    """Of those that are about as fast as the fastest the one that holds least: the estimate is not that exact.
+def _best(proposals: list[Proposal], usable: int) -> Proposal:
+    """The fastest with room to spare of those that are about as fast as the fastest; without any, what holds least.
 
     About as fast: in what differs between layouts, which drawing completions elsewhere and updating weights do not.
     """
     common = min(proposal.step.time.rollout + proposal.step.time.sync for proposal in proposals)
     limit = _ABOUT_AS_FAST * (proposals[0].step.time.total - common) + common
-    keep = [p for p in proposals if p.step.time.total <= limit and p.changed_rows == proposals[0].changed_rows]
-    return min(keep, key=lambda proposal: proposal.layout.fullest.peak)
+    close = [p for p in proposals if p.step.time.total <= limit and p.changed_rows == proposals[0].changed_rows]
+    roomy = [proposal for proposal in close if proposal.layout.fullest.peak <= _ROOMY * usable]
+    return roomy[0] if roomy else min(close, key=lambda proposal: proposal.layout.fullest.peak)
 
 
 def _sizes(arch: ModelArchitecture, cluster: Cluster, longest: int) -> Iterator[dict[str, Any]]:

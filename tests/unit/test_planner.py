@@ -475,9 +475,9 @@ def test_everything_that_fits_is_ranked():
     assert times == sorted(times)
     assert all(proposal.layout.fullest.peak <= found.usable == 72 * 10**9 for proposal in found.proposals)
     assert all(layout.fullest.peak > found.usable for layout in found.too_large)
-    assert found.best.step.time.total <= 1.03 * times[0]
-    close = [p for p in found.proposals if p.step.time.total <= 1.03 * times[0]]
-    assert found.best.layout.fullest.peak == min(p.layout.fullest.peak for p in close)
+    # The fastest that leaves a tenth of what is usable, though others are up to 3% faster.
+    roomy = [p for p in found.proposals if p.layout.fullest.peak <= 0.9 * found.usable]
+    assert found.best is roomy[0] and found.best.step.time.total <= 1.03 * times[0]
     (refused,) = found.refused
     assert refused.startswith("parallel.tensor_model_parallel_size=8 does not divide the model's 28 attention heads")
     layouts = {proposal.layout.name for proposal in found.proposals}
