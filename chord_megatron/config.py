@@ -42,6 +42,7 @@ from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_valu
 
 PromptFormat = Literal["chat", "text"]
 OnBadRow = Literal["stop", "skip"]
+MomentDtype = Literal["float32", "bfloat16", "float16", "fp8"]
 
 
 class _Group(BaseModel):
@@ -215,6 +216,14 @@ class OptimizerConfig(_Group):
     adam_eps: float = Field(default=1e-8, ge=1e-30, le=1)  # float32 has to hold it: without it, 0 / 0
     clip_grad: NonNegativeNumber = 1.0  # 0 = no clipping
     use_distributed_optimizer: bool = False
+    # As in Megatron-LM; gradient sums, the copy of the weights and Adam's moments in fewer bits. TransformerEngine's.
+    use_precision_aware_optimizer: bool = False
+    main_grads_dtype: Literal["float32", "bfloat16"] = "float32"
+    main_params_dtype: Literal["float32", "float16"] = "float32"
+    exp_avg_dtype: MomentDtype = "float32"
+    exp_avg_sq_dtype: MomentDtype = "float32"
+    optimizer_cpu_offload: bool = False  # states on the host, which computes their steps
+    optimizer_offload_fraction: float = Field(default=1.0, gt=0, le=1)  # of the parameters
     overlap_grad_reduce: bool | None = None  # sum gradients while others are computed; None = on GPUs
 
 

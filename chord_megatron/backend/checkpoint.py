@@ -27,6 +27,12 @@ from chord_megatron.backend import releases
 from chord_megatron.backend.checkpoint_writer import Copies, begin_sharded
 from chord_megatron.backend.groups import ParallelGroups
 from chord_megatron.backend.model import unwrap
+from chord_megatron.backend.optimizer import (
+    TORCH_ADAMS,
+    allocate_adam_state,
+    drop_hybrid_settings,
+    plain_optimizers,
+)
 from chord_megatron.backend.sharded_state import READ_ERRORS, load_sharded, set_weights
 from chord_megatron.checkpoints.common_state import read_common_state
 from chord_megatron.checkpoints.metadata import cause_of, refuse_unsafe
@@ -48,7 +54,7 @@ _METADATA = {
 
 # What the configuration says again on resuming, so that a user can change it; Megatron-Core keeps it in the
 # optimizer's parameter groups, and its scheduler believes those.
-_CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps")
+_CONFIGURED = ("lr", "max_lr", "min_lr", "betas", "eps", "fused", "foreach")
 
 
 @contextlib.contextmanager
@@ -71,7 +77,7 @@ def saving(
     be converted by itself. Raises UserError, on all ranks, where the tensors cannot be written.
     """
     with failed_writes_named(directory), _folder_of_all_ranks(directory, groups) as folder:
-        _allocate_adam_state(optimizer)
+        allocate_adam_state(optimizer)
         tensors = begin_sharded(_sharded_state(chunks, optimizer, is_loading=False), folder, copies)
         (folder / _rng_file(groups)).write_bytes(safetensors_bytes(_rng_state()))
         if groups.rank == 0:
@@ -92,7 +98,7 @@ def load(
     refuse_unsafe(directory)
     remedy = f"name an earlier one in {directory.parent}/latest"
     configured = [dict(group) for group in optimizer.param_groups]
-    _allocate_adam_state(optimizer)
+    allocate_adam_state(optimizer)
     sharded_state = _sharded_state(chunks, optimizer, is_loading=True)
     with _failed_reads_named(directory, remedy):
         document = _read_document(directory / "state.json")
@@ -187,20 +193,10 @@ def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, is_loading:
     }
     models = state["model"] if len(chunks) == 1 else dict(state)
     state["optimizer"] = optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=metadata)
+    drop_hybrid_settings(state["optimizer"])
     # Objects (as against tensors) are pickled and unpickled without checks; nothing here needs one.
     _, state = extract_matching_values(state, lambda value: isinstance(value, ShardedObject))
     return state
-
-
-def _allocate_adam_state(optimizer: Any) -> None:
-    """Give every parameter the state of a first step: no Adam has any before, so nothing would be saved or loaded."""
-    for inner in optimizer.chained_optimizers:
-        for group in inner.optimizer.param_groups:
-            for parameter in group["params"]:
-                if not inner.optimizer.state[parameter]:
-                    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                    steps = {"step": torch.zeros((), dtype=torch.float32)} if _counts_by_parameter(optimizer) else {}
-                    inner.optimizer.state[parameter] = {**steps, **moments}
 
 
 @contextlib.contextmanager
@@ -229,9 +225,8 @@ def _set_present_states(
 
 def _counts_by_parameter(optimizer: Any) -> bool:
     """Torch's Adam does; TransformerEngine's and Apex's count by group."""
-    return any(
-        isinstance(each.optimizer, torch.optim.Adam | torch.optim.AdamW) for each in optimizer.chained_optimizers
-    )
+    plain = (each for inner in optimizer.chained_optimizers for each in plain_optimizers(inner))
+    return any(isinstance(each, TORCH_ADAMS) for each in plain)
 
 
 def _translate_steps(state: dict[str, Any], *, by_parameter: bool) -> None:

@@ -99,6 +99,7 @@ class MegatronEngine:
             chunks,
             use_distributed_optimizer=optimizer.use_distributed_optimizer,
             overlap_grad_reduce=acceleration.overlap_grad_reduce,
+            grad_reduce_in_fp32=optimizer.main_grads_dtype == "float32",
         )
         self._optimizer = build_optimizer(optimizer, model, self._chunks)
         self._scheduler = build_scheduler(self._optimizer, optimizer, train_iters)
@@ -204,8 +205,8 @@ class MegatronEngine:
         return totals._replace(log_probs=gather_rows(batch, kept, self.groups)) if keep_log_probs else totals
 
     def count_routing(self) -> RoutingCounts | None:
-        """What the routers did in the last `forward_backward`; None of a model without experts."""
-        return count_routing(self._routers) if self.arch.moe is not None else None
+        """What the routers did in the last `forward_backward`; None without experts, or of fused routers."""
+        return count_routing(self._routers)
 
     def compare_gradients(self, batch: GlobalBatch, loss_a: LossFunction, loss_b: LossFunction) -> GradientComparison:
         """The norms of two losses' gradients and their cosine, by two backward passes. No gradient is left behind.
@@ -248,7 +249,8 @@ class MegatronEngine:
         if stepped:
             for inner in self._optimizer.chained_optimizers:
                 if self._clip_grad > 0:
-                    clip_grad_by_total_norm_fp32(inner.get_parameters(), self._clip_grad, grad_norm)
+                    is_decoupled = inner.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                    clip_grad_by_total_norm_fp32(inner.get_parameters(), self._clip_grad, grad_norm, is_decoupled)
             self._optimizer.step_with_ready_grads()
             self.policy_version += 1
         self._scheduler.step(increment=1)

@@ -121,12 +121,16 @@ def build_model_chunks(
 
 
 def wrap_data_parallel(
-    chunks: list[torch.nn.Module], *, use_distributed_optimizer: bool, overlap_grad_reduce: bool
+    chunks: list[torch.nn.Module],
+    *,
+    use_distributed_optimizer: bool,
+    overlap_grad_reduce: bool,
+    grad_reduce_in_fp32: bool = True,
 ) -> list[DistributedDataParallel]:
-    """DDP around each chunk: gradients accumulate in fp32 and are summed over the data-parallel ranks."""
+    """DDP around each chunk: gradients accumulate, in fp32 or the model's dtype, and are summed over the ranks."""
     config = unwrap(chunks[0]).config  # the same of all chunks
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=grad_reduce_in_fp32,
         use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=overlap_grad_reduce,
     )

@@ -8,7 +8,7 @@ all named offload_to_cpu, exchange the tensors instead (MegatronOptimizer), or k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,19 +78,20 @@ class HostMemory:
             torch.cuda.synchronize()
 
 
-def optimizer_tensors(optimizer: Any, parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Master weights and moments of a Megatron-Core optimizer, as far as it has them yet.
+def optimizer_tensors(optimizer: Any, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Master weights and moments of a Megatron-Core optimizer on the device, as far as it has them yet.
 
     Not the model's `parameters`, whose float32 ones are their own master weights.
     """
-    of_model = _storages(parameters)
+    of_model, device = _storages(parameters), parameters[0].device
     tensors = []
     for inner in optimizer.chained_optimizers:
         tensors += inner.get_parameters()
         for state in inner.optimizer.state.values():
             # Numbers are step counts: too small to move, and torch's Adam has them on the host anyway.
             tensors += [value for value in state.values() if isinstance(value, Tensor) and value.ndim > 0]
-    return [tensor for tensor in tensors if tensor.untyped_storage().data_ptr() not in of_model]
+    there = [tensor for tensor in tensors if tensor.device == device]  # HybridDeviceOptimizer has others on the host
+    return [tensor for tensor in there if tensor.untyped_storage().data_ptr() not in of_model]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, UntypedStorage]:

@@ -46,8 +46,9 @@ class ChunkRouters:
         self._load = torch.zeros(shape, dtype=torch.int64, device=groups.device)
         # Choices, and those that differ from the router's own.
         self._replayed = torch.zeros(2, dtype=torch.int64, device=groups.device)
+        self.can_be_heard = arch.moe is not None and not chunk.config.moe_router_fusion  # a fused one asks nobody
         for router in (module for module in chunk.modules() if isinstance(module, TopKRouter)):
-            assert router.layer_number is not None and not router.config.moe_router_fusion
+            assert router.layer_number is not None
             router.router_replay = _LayerChoice(self, arch.moe_layers.index(router.layer_number - 1))
         if chunk.config.recompute_granularity is not None:
             chunk.decoder.register_forward_hook(self._remember)
@@ -115,8 +116,10 @@ class _LayerChoice:
         return (values, live) if chosen is live else (scores.gather(1, chosen), chosen)
 
 
-def count_routing(chunks: Iterable[ChunkRouters]) -> RoutingCounts:
-    """The counts of all ranks since the last time. A collective call of all ranks."""
+def count_routing(chunks: Sequence[ChunkRouters]) -> RoutingCounts | None:
+    """The counts of all ranks since the last time; None where nothing can be heard. A collective call of all ranks."""
+    if not chunks[0].can_be_heard:
+        return None
     load, replayed = (torch.stack([*values]).sum(0) for values in zip(*(chunk.take_counts() for chunk in chunks)))
     for values in (load, replayed):
         dist.all_reduce(values)

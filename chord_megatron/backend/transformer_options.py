@@ -31,6 +31,7 @@ _OWNED: dict[str, str] = {
     "is set by parallel.pipeline_layout": "pipeline_model_parallel_layout account_for_*",
     "is set by parallel.context_parallel_size": "hierarchical_context_* hybrid_context_* max_seqlen_per_dp_cp_rank",
     "is set by parallel.expert_model_parallel_size": "expert_tensor_parallel_size moe_extended_tp",
+    "is set by rollout.router_replay": "moe_enable_routing_replay",
     "is set by what is installed (docs/deployment.md)": "transformer_impl moe_grouped_gemm moe_use_legacy_*",
     "says what the model is, as its config.json does": "num_layers hidden_size num_attention_heads num_query_groups "
     "ffn_hidden_size kv_channels softmax_* "
@@ -47,9 +48,8 @@ _OWNED: dict[str, str] = {
     "would train on other log-probs, or another loss, than the objective has": "hidden_dropout attention_dropout "
     "calculate_per_token_loss moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff "
     "moe_input_jitter_eps moe_router_bias_update_rate moe_router_force_* moe_router_quantile_* moe_token_drop* "
-    "moe_expert_*capacity_factor moe_pad_expert_input_to_capacity moe_enable_routing_replay qk_clip* test_mode "
+    "moe_expert_*capacity_factor moe_pad_expert_input_to_capacity qk_clip* test_mode "
     "log_max_attention_logit cross_entropy_* defer_embedding_wgrad_compute wgrad_deferral_limit",
-    "would choose experts unseen, which metrics count and rollout.router_replay sets": "moe_router_fusion",
     "is for CUDA graphs, which cannot replay micro-batches of other lengths": "*cuda_graph* use_te_rng_tracker "
     "inference_rng_tracker",
     "is for Megatron-Core's own inference, which is not what samples here": "inference_* use_inference_* flash_decode "

@@ -108,23 +108,28 @@ def fullest_gpu(gpus: Sequence[Gpu], nproc_per_node: int) -> Gpu:
     return min(gpus[:nproc_per_node], key=lambda gpu: gpu.free_bytes)
 
 
-def check_host_memory(memory: RankMemory, gpus: Sequence[Gpu], nproc_per_node: int) -> Check:
+def check_host_memory(
+    memory: RankMemory, gpus: Sequence[Gpu], nproc_per_node: int, ranks_of_stage: int | None = None
+) -> Check:
     """What all processes of this node hold on the host: everything without GPUs, else what a GPU need not hold."""
     state, name = memory.state, "host memory"
-    on_host = state.reference + state.aside
-    needed = nproc_per_node * (on_host + (0 if gpus else state.on_device))
+    on_host = state.reference + state.aside + state.offloaded
+    saving = state.saving * -(-nproc_per_node // (ranks_of_stage or nproc_per_node))
+    needed = nproc_per_node * (on_host + (0 if gpus else state.on_device)) + saving
     free = available_memory()
     found = f"{size(free)} free"
     parts = [] if gpus else [memory.state_in_words]
     parts += [f"{size(state.reference)} reference a process (grpo.beta > 0)"] if state.reference else []
     parts += [f"{size(state.aside)} a process while trainer and vLLM make room ({_MAKE_ROOM})"] if state.aside else []
+    parts += [f"{size(state.offloaded)} optimizer a process"] if state.offloaded else []
+    parts += [f"{size(saving)} of checkpoints that are being written (train.async_save)"] if saving else []
     what = f"{size(needed)} for {nproc_per_node} process{'es' * (nproc_per_node > 1)}: {', '.join(parts)}"
     if needed > free:
         remedy = f"start fewer processes here, or {_LESS_MEMORY}"
         return Check(name, found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)
     if gpus:
         return Check(name, found, "ok", f"needed: {what}" if parts else "for data and libraries")
-    return _with_longest_rows(name, found, free, nproc_per_node * (on_host + memory.peak), memory, what)
+    return _with_longest_rows(name, found, free, nproc_per_node * (on_host + memory.peak) + saving, memory, what)
 
 
 def _with_longest_rows(name: str, found: str, free: int, needed: int, memory: RankMemory, what: str) -> Check:

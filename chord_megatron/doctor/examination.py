@@ -30,6 +30,7 @@ def examine() -> list[Check]:
 def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_node: int) -> list[Check]:
     """What this machine has, and whether this run, of so many processes here, can work on it."""
     gpus = machine.find_gpus()
+    ranks_of_stage = plan.world_size // config.parallel.pipeline_model_parallel_size
     gpu_bytes = configuration.fullest_gpu(gpus, nproc_per_node).total_bytes if gpus else 0
     memory = fullest_rank(config, arch, plan, layers=layers_here(), gpu_bytes=gpu_bytes)
     return [
@@ -41,7 +42,7 @@ def examine_for(config: Config, arch: ModelArchitecture, plan: Plan, nproc_per_n
         configuration.check_dtype(gpus, config.model.dtype),
         *([] if gpus else [software.check_adam_on_cpu()]),
         *([configuration.check_gpu_memory(memory, gpus, nproc_per_node)] if gpus else []),
-        configuration.check_host_memory(memory, gpus, nproc_per_node),
+        configuration.check_host_memory(memory, gpus, nproc_per_node, ranks_of_stage),
         configuration.check_output_dir(Path(config.train.output_dir)),
         configuration.check_disk(config, arch),
     ]

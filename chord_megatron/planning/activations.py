@@ -37,6 +37,7 @@ class Kept(NamedTuple):
     numbers: float  # a token
     itemsize: int  # bytes of one
     split: Split
+    module: str = ""  # that it belongs to, where Megatron-Core can compute it again (recompute_modules)
 
 
 class Kind(NamedTuple):
@@ -46,27 +47,43 @@ class Kind(NamedTuple):
     itemsize: int  # bytes of a number of the model's dtype
     longest: int  # tokens of a sequence
     cp: int = 1  # ranks that share each sequence
+    recompute: frozenset[str] = frozenset()  # modules that are computed again
 
 
 def kept_by_layer(arch: ModelArchitecture, *, is_moe: bool, kind: Kind) -> list[Kept]:
-    """What one layer keeps for its backward pass without recomputation."""
+    """What one layer keeps for its backward pass where whole layers are not computed again.
+
+    Of modules that are, the input stays, which is what comes before them. Of attention and the up projections of latent
+    attention nothing is taken to be saved: a flash kernel keeps no scores.
+    """
     attention = _attention(arch, kind) if arch.mla is None else _latent_attention(arch, arch.mla, kind)
-    mlp = _mlp("MLP", arch.ffn_hidden_size, kind.itemsize)
+    mlp = _mlp("mlp", arch.ffn_hidden_size, kind.itemsize)
     if is_moe and arch.moe is not None:
-        mlp = _experts(arch.moe, arch.hidden_size, kind.itemsize)
-    norms = (_norm(f"before the {part}", arch.hidden_size, kind) for part in ("attention", "MLP"))
-    return [*(tensor for norm in norms for tensor in norm), *attention, *mlp]
+        mlp = _experts(arch.moe, arch.hidden_size, kind)
+    # TransformerEngine has the norm in the projection after it, but for experts and latent attention.
+    is_fused = kind.layers == "transformer_engine"
+    norms = [
+        *_norm("attention", "" if is_fused and arch.mla is None else "layernorm", arch.hidden_size, kind),
+        *_norm("MLP", "mlp" if is_fused and not is_moe else "layernorm", arch.hidden_size, kind),
+    ]
+    return [tensor for tensor in (*norms, *attention, *mlp) if tensor.module not in kind.recompute]
 
 
-def _norm(where: str, size: int, kind: Kind) -> list[Kept]:
-    """RMSNorm and the input of the projection after it. torch's is made of float32 operations, which keep theirs."""
-    scale = Kept(f"scale of the norm {where}", 1, _FLOAT32, "sequence")
-    if kind.layers == "transformer_engine":
-        return [Kept(f"input and output of the norm {where}", 2 * size, kind.itemsize, "sequence"), scale]
+def _norm(what: str, module: str, size: int, kind: Kind) -> list[Kept]:
+    """RMSNorm before attention or MLP, and the input of the projection after it.
+
+    torch's is made of float32 operations, which keep theirs.
+    """
+    if kind.layers == "local" and "layernorm" not in kind.recompute:
+        return [
+            Kept(f"input of the norm before {what} and the normalised input", 2 * size, _FLOAT32, "sequence"),
+            Kept(f"output of the norm before {what}", size, kind.itemsize, "sequence"),
+            Kept(f"scale of the norm before {what}", 1, _FLOAT32, "sequence"),
+        ]
     return [
-        Kept(f"input of the norm {where} and the normalised input", 2 * size, _FLOAT32, "sequence"),
-        Kept(f"output of the norm {where}", size, kind.itemsize, "sequence"),
-        scale,
+        Kept(f"input of the norm before {what}", size, kind.itemsize, "sequence"),
+        Kept(f"output of the norm before {what}", size, kind.itemsize, "sequence", module),
+        Kept(f"scale of the norm before {what}", 1, _FLOAT32, "sequence", module),
     ]
 
 
@@ -118,18 +135,19 @@ def _qk_norms(arch: ModelArchitecture, query: int, key: int, kind: Kind) -> list
 def _latent_attention(arch: ModelArchitecture, mla: LatentAttention, kind: Kind) -> list[Kept]:
     """Multi-head latent attention; the down projections work on a rank's share of the sequence.
 
-    torch has no flash kernel for values of another size than keys on a CPU: scores are kept, and under context
-    parallelism the values of all ranks, and the keys up to the end of each of a rank's two chunks.
+    torch has no flash kernel for values of another size than keys on a CPU: scores are kept, everything in float32, and
+    under context parallelism the values of all ranks, and the keys up to the end of each of a rank's two chunks.
     """
     heads, rope, itemsize, cp = arch.num_attention_heads, mla.qk_rope_head_dim, kind.itemsize, kind.cp
     query, value = heads * (mla.qk_nope_head_dim + rope), heads * mla.v_head_dim
     is_gathered = cp > 1 and kind.layers == "local"
     seen = (2 * cp + 1) / 2 if is_gathered else 1.0
+    in_attention = _FLOAT32 if kind.layers == "local" else itemsize
     kept = [
         Kept("cosines and sines of queries and keys", 4 * rope, itemsize, "none"),
-        Kept("queries", query, itemsize, "heads"),
-        Kept("keys", query * seen, itemsize, "heads"),
-        Kept("values", value * (cp if is_gathered else 1), itemsize, "heads"),
+        Kept("queries", query, in_attention, "heads"),
+        Kept("keys", query * seen, in_attention, "heads"),
+        Kept("values", value * (cp if is_gathered else 1), in_attention, "heads"),
         Kept("input of the output projection", value, itemsize, "heads"),
         *_latent_norm("query latents", mla.q_lora_rank or 0, mla.q_lora_rank or 0, kind),
         *_latent_norm("key/value latents", mla.kv_lora_rank, mla.kv_lora_rank + rope, kind),
@@ -137,7 +155,7 @@ def _latent_attention(arch: ModelArchitecture, mla: LatentAttention, kind: Kind)
     if kind.layers == "transformer_engine":
         return [*kept, Kept("log-sum-exp of the scores", heads, _FLOAT32, "heads")]
     of_length = seen / (2 * cp) if cp > 1 else 1.0
-    return [*kept, Kept("scores", heads * kind.longest * of_length, itemsize, "heads"), _places(kind)]
+    return [*kept, Kept("scores", heads * kind.longest * of_length, in_attention, "heads"), _places(kind)]
 
 
 def _latent_norm(where: str, size: int, whole: int, kind: Kind) -> list[Kept]:
@@ -153,21 +171,27 @@ def _latent_norm(where: str, size: int, whole: int, kind: Kind) -> list[Kept]:
     return [float_input, Kept(f"normalised {where}", size, _FLOAT32, "sequence"), output, scale]
 
 
-def _mlp(name: str, ffn: int, itemsize: int) -> list[Kept]:
+def _mlp(module: str, ffn: int, itemsize: int) -> list[Kept]:
     """A gated MLP in separate operations (megatron/core/transformer/mlp.py, `glu`)."""
     return [
-        Kept(f"{name}: gate and up", 2 * ffn, itemsize, "heads"),
-        Kept(f"{name}: silu(gate), up + 0, their product", 3 * ffn, itemsize, "heads"),
+        Kept(f"{module}: gate and up", 2 * ffn, itemsize, "heads", module),
+        Kept(f"{module}: silu(gate), up + 0, their product", 3 * ffn, itemsize, "heads", module),
     ]
 
 
-def _experts(moe: MixtureOfExperts, hidden: int, itemsize: int) -> list[Kept]:
+def _experts(moe: MixtureOfExperts, hidden: int, kind: Kind) -> list[Kept]:
     """Routed experts, whole on their ranks, which see a share of the sequence; and those that see every token."""
     chosen, ffn, experts = moe.experts_per_token, moe.ffn_hidden_size, moe.num_experts
     kept = [
-        Kept("tokens of the experts", chosen * hidden, itemsize, "experts"),
-        Kept("experts: gate and up", 2 * chosen * ffn, itemsize, "experts"),
-        Kept("experts: silu(gate), up + 0, their product, weighted", 4 * chosen * ffn, itemsize, "experts"),
+        Kept("tokens of the experts", chosen * hidden, kind.itemsize, "experts"),
+        Kept("experts: gate and up", 2 * chosen * ffn, kind.itemsize, "experts"),
+        Kept(
+            "experts: silu(gate), up + 0, their product, weighted",
+            4 * chosen * ffn,
+            kind.itemsize,
+            "experts",
+            "moe_act",
+        ),
         Kept("experts chosen, and places of their tokens", 2 * chosen, _INT64, "sequence"),
         Kept("weights of the experts chosen", chosen, _FLOAT32, "sequence"),
         Kept("weights of all experts", experts, _FLOAT32, "sequence"),
@@ -185,7 +209,8 @@ def _experts(moe: MixtureOfExperts, hidden: int, itemsize: int) -> list[Kept]:
         kept.append(Kept("best experts of each group, best groups", best, _INT64, "sequence"))
         kept.append(Kept("experts outside of the best groups", experts, _BOOL, "sequence"))
     shared = moe.shared_ffn_hidden_size
-    return [*kept, *(_mlp("shared experts", shared, itemsize) if shared else [])]
+    kept += _mlp("shared_experts", shared, kind.itemsize) if shared else []
+    return [] if "moe" in kind.recompute else kept
 
 
 def layer_bytes(arch: ModelArchitecture, parallel: ParallelConfig, *, is_moe: bool, kind: Kind) -> float:

@@ -9,8 +9,13 @@ from chord_megatron.system.errors import UserError
 
 def asks_megatron(config: Config) -> bool:
     """Whether backend/preflight.py has anything to check, for which Megatron-Core is imported: some seconds."""
-    recompute = config.model.recompute
-    return bool(config.model.transformer_config) or (isinstance(recompute, list) and "moe_act" in recompute)
+    model, optimizer = config.model, config.optimizer
+    return (
+        bool(model.transformer_config)
+        or (isinstance(model.recompute, list) and "moe_act" in model.recompute)
+        or optimizer.use_precision_aware_optimizer
+        or optimizer.optimizer_cpu_offload
+    )
 
 
 def check_megatron(config: Config) -> None:

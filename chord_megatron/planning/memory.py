@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from chord_megatron.config import Config, ParallelConfig, RolloutConfig
+from chord_megatron.planning.optimizer import BYTES
 from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.planning.plan import Plan
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -17,6 +18,7 @@ from chord_megatron.weights.mapping import MappedParameter, hf_shapes, hf_tensor
 from chord_megatron.weights.schema import TensorLayout
 
 _FLOAT32 = 4
+_ONE_RANK_A_STAGE = {"tensor_model_parallel_size": 1, "expert_model_parallel_size": 1}
 
 
 class Parameters(NamedTuple):
@@ -35,6 +37,8 @@ class ModelState:
     optimizer: int
     reference: int  # on the host, whatever the device
     aside: int = 0  # on the host, while trainer and colocated sampler make room for one another
+    offloaded: int = 0  # on the host, all the time: optimizer.optimizer_cpu_offload
+    saving: int = 0  # on the host, of all ranks of the stage together: train.async_save
 
     @property
     def on_device(self) -> int:
@@ -50,11 +54,12 @@ def model_states(config: Config, arch: ModelArchitecture, plan: Plan) -> list[Mo
     """What weights, gradients and optimizer take on a rank of each pipeline stage.
 
     Bytes per parameter: weights 2 (float32: 4), gradient sums 4, Adam's two moments 8 and, unless the weights are
-    float32, their float32 copy 4. The distributed optimizer divides these 12 (8) by the ranks that hold the same
-    parameters: the data-parallel and context-parallel ones, or for experts all ranks of a pipeline stage / EP.
+    float32, their float32 copy 4; fewer where the optimizer's *_dtype say so. The distributed optimizer divides these
+    12 (8) by the ranks that hold the same parameters: the data-parallel and context-parallel ones, or for experts all
+    ranks of a pipeline stage / EP.
     """
     parallel, rollout = config.parallel, config.rollout
-    weight, optimizer = getattr(torch, config.model.dtype).itemsize, _optimizer_bytes(config)
+    weight, gradient = getattr(torch, config.model.dtype).itemsize, BYTES[config.optimizer.main_grads_dtype]
     dense_shards, expert_shards = 1, 1
     if config.optimizer.use_distributed_optimizer:
         dense_shards = plan.data_parallel_size * parallel.context_parallel_size
@@ -63,20 +68,43 @@ def model_states(config: Config, arch: ModelArchitecture, plan: Plan) -> list[Mo
     # Of a sampler asleep at level 1 the weights are on the host.
     asleep = export_bytes(config, arch) // rollout.vllm_tensor_parallel_size if rollout.sleep_level == 1 else 0
     states = []
-    for held in stage_parameters(arch, parallel):
+    saved = _saved_bytes(config) if config.train.async_save else 0
+    of_stages = stage_parameters(arch, parallel.model_copy(update=_ONE_RANK_A_STAGE))
+    for held, of_stage in zip(stage_parameters(arch, parallel), of_stages):
         weights = weight * (held.dense + held.expert)
-        moments = optimizer * held.dense // dense_shards + optimizer * held.expert // expert_shards
+        moments = optimizer_bytes(config, held, dense_shards, expert_shards)
         states.append(
             ModelState(
                 weights=weights,
-                gradients=_FLOAT32 * (held.dense + held.expert),
-                optimizer=moments,
+                gradients=gradient * (held.dense + held.expert),
+                optimizer=moments.device,
                 reference=weights if config.grpo.beta > 0 else 0,
                 # Gradients are dropped while they are offloaded.
-                aside=weights * rollout.offload_model + moments * rollout.offload_optimizer + asleep,
+                aside=weights * rollout.offload_model + moments.device * rollout.offload_optimizer + asleep,
+                offloaded=moments.host,
+                saving=saved * (of_stage.dense + of_stage.expert),
             )
         )
     return states
+
+
+class OptimizerBytes(NamedTuple):
+    """Of one rank."""
+
+    device: int
+    host: int
+
+
+def optimizer_bytes(config: Config, held: Parameters, dense_shards: int, expert_shards: int) -> OptimizerBytes:
+    """Of parameters whose states are shared by so many ranks. On the host gradients come on top, in float32."""
+    optimizer = config.optimizer
+    offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
+    moments = BYTES[optimizer.exp_avg_dtype] + BYTES[optimizer.exp_avg_sq_dtype]
+    copy = 0 if config.model.dtype == "float32" else BYTES[optimizer.main_params_dtype]
+    mine = held.dense / dense_shards + held.expert / expert_shards
+    return OptimizerBytes(
+        device=int((1 - offloaded) * (moments + copy) * mine), host=int(offloaded * (moments + copy + _FLOAT32) * mine)
+    )
 
 
 def bytes_beside_sampler(state: ModelState, rollout: RolloutConfig) -> int:
@@ -133,11 +161,7 @@ def parameters_by_place(arch: ModelArchitecture, tp: int) -> dict[int | str, Par
 def checkpoint_bytes(config: Config, arch: ModelArchitecture) -> int:
     """A checkpoint of a run: weights and optimizer state, every parameter once."""
     (held,) = stage_parameters(arch, ParallelConfig())
-    weight = getattr(torch, config.model.dtype).itemsize
-    # The distributed optimizer writes its float32 weights also where they are the model's
-    # (DistributedOptimizer._get_main_param_and_optimizer_states).
-    is_copied = config.optimizer.use_distributed_optimizer and config.model.dtype == "float32"
-    return (held.dense + held.expert) * (weight + _optimizer_bytes(config) + _FLOAT32 * is_copied)
+    return (held.dense + held.expert) * _saved_bytes(config)
 
 
 def export_bytes(config: Config, arch: ModelArchitecture) -> int:
@@ -150,10 +174,13 @@ def _export_bytes(arch: ModelArchitecture, dtype: str) -> int:
     return sum(spec.nbytes for spec in hf_tensors(arch, getattr(torch, dtype)).values())
 
 
-def _optimizer_bytes(config: Config) -> int:
-    """Of one parameter."""
-    moments = 2 * _FLOAT32
-    return moments if config.model.dtype == "float32" else moments + _FLOAT32
+def _saved_bytes(config: Config) -> int:
+    """Of one parameter in a checkpoint, whose optimizer states are float32 whatever they are in training."""
+    weight, moments = getattr(torch, config.model.dtype).itemsize, 2 * _FLOAT32
+    # The distributed optimizer writes its float32 weights also where they are the model's
+    # (DistributedOptimizer._get_main_param_and_optimizer_states).
+    is_copied = config.optimizer.use_distributed_optimizer or config.model.dtype != "float32"
+    return weight + moments + _FLOAT32 * is_copied
 
 
 def _size(parameter: MappedParameter, arch: ModelArchitecture, tp: int) -> int:

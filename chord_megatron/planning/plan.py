@@ -13,6 +13,7 @@ from chord_megatron.planning.experts import check_expert_weight
 from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.megatron import check_megatron
 from chord_megatron.planning.objectives import check_objective
+from chord_megatron.planning.optimizer import check_optimizer
 from chord_megatron.planning.presets import check_preset
 from chord_megatron.planning.recomputation import check_recomputation
 from chord_megatron.planning.rewards import check_rewards
@@ -41,6 +42,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     data_parallel_size = check_layout(config, arch, world_size)
     check_recomputation(config.model, arch)
     check_megatron(config)
+    check_optimizer(config)
     check_batches(config, data_parallel_size)
     check_mu_schedule(config)
     check_streams(config)

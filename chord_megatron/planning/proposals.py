@@ -175,7 +175,10 @@ class _Attempt:
     def lay_out(self, sizes: dict[str, Any], cut: dict[str, Any], *, recompute: bool) -> Layout:
         """Raises UserError where a rule forbids it."""
         parallel = self._config.parallel.model_copy(update={**sizes, **cut})
-        model = self._config.model.model_copy(update={"recompute": recompute})
+        # With whole layers one at a time; without, the parts that the configuration names, if it does.
+        own = self._config.model.recompute if isinstance(self._config.model.recompute, list) else False
+        whole = {"recompute": True, "recompute_method": None, "recompute_num_layers": None}
+        model = self._config.model.model_copy(update=whole if recompute else {**whole, "recompute": own})
         config = self._config.model_copy(update={"parallel": parallel, "model": model})
         data_parallel_size = check_layout(config, self._arch, self._cluster.gpus)
         copies = data_parallel_size * parallel.context_parallel_size

@@ -14,6 +14,7 @@ from chord_megatron.planning.decoding_memory import kv_cache_bytes, prefill_byte
 from chord_megatron.planning.memory import ModelState, bytes_beside_sampler, model_states
 from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.planning.plan import Plan
+from chord_megatron.planning.recomputation import Recomputation
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.planning.workload import Workload, workload
 from chord_megatron.system.sentences import size
@@ -149,11 +150,12 @@ def _activations(config: Config, arch: ModelArchitecture, load: Workload, layers
     hidden = arch.hidden_size * itemsize * share_of("sequence", parallel)
 
     kind = Kind(layers, itemsize, load.longest_row, parallel.context_parallel_size)
+    again = Recomputation(config.model)
     kinds = {arch.is_moe_layer(layer) for chunk in chunks for layer in chunk}
-    kept = {is_moe: layer_bytes(arch, parallel, is_moe=is_moe, kind=kind) for is_moe in kinds}
-    # With recomputation the input of a layer is kept, and everything of one layer at a time.
-    stays = {is_moe: hidden if config.model.recomputes_layers else kept[is_moe] for is_moe in kinds}
-    of_chunks = [sum(stays[arch.is_moe_layer(layer)] for layer in chunk) for chunk in chunks]
+    whole = {is_moe: layer_bytes(arch, parallel, is_moe=is_moe, kind=kind) for is_moe in kinds}
+    parts = kind._replace(recompute=again.modules)
+    kept = {is_moe: layer_bytes(arch, parallel, is_moe=is_moe, kind=parts) for is_moe in kinds}
+    of_chunks = [again.kept([kept[arch.is_moe_layer(layer)] for layer in chunk], hidden) for chunk in chunks]
     # What was sent to the next stage stays until its gradient comes back.
     is_last = stage == parallel.pipeline_model_parallel_size - 1
     sent = [hidden * (not (is_last and chunk == len(chunks) - 1)) for chunk in range(len(chunks))]
@@ -161,7 +163,7 @@ def _activations(config: Config, arch: ModelArchitecture, load: Workload, layers
     in_flight = tokens * sum(count * (of_chunk + s) for count, of_chunk, s in zip(counts, of_chunks, sent))
     working = [
         backward_bytes(arch, parallel, is_moe=is_moe, kind=kind, tokens=tokens)
-        + tokens * kept[is_moe] * config.model.recomputes_layers
+        + tokens * (again.layers_at_once * whole[is_moe] if again.layers_at_once else whole[is_moe] - kept[is_moe])
         for is_moe in kinds
     ]
     vocabulary = padded_vocab_size(arch.vocab_size, parallel.tensor_model_parallel_size)

@@ -1,10 +1,44 @@
-"""Rules of what the backward pass computes again: which parts a model has."""
+"""What the backward pass computes again: rules, and what is left to keep."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from chord_megatron.config import ModelConfig
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What a configuration has computed again."""
+
+    model: ModelConfig
+
+    @property
+    def modules(self) -> frozenset[str]:
+        """Parts of every layer."""
+        return frozenset(self.model.recompute) if isinstance(self.model.recompute, list) else frozenset()
+
+    @property
+    def layers_at_once(self) -> int:
+        """Whole layers of which everything is there at a time; 0: none are computed again."""
+        if not self.model.recomputes_layers:
+            return 0
+        return 1 if self.model.recompute_method == "block" else self.model.recompute_num_layers or 1
+
+    def kept(self, layers: Sequence[float], hidden: float) -> float:
+        """Bytes a token of a model chunk's layers, of which each keeps so many; hidden: of the input of a layer.
+
+        Of every N layers the input of the first (uniform), or of the first N layers the input of each (block).
+        """
+        number = self.model.recompute_num_layers or 1
+        if not self.model.recomputes_layers:
+            return sum(layers)
+        if self.model.recompute_method == "block":
+            return hidden * len(layers[:number]) + sum(layers[number:])
+        return hidden * -(-len(layers) // number)
 
 
 def check_recomputation(model: ModelConfig, arch: ModelArchitecture) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class _Samplers:
     """Copies of the model that draw completions side by side."""
 
     tp: int  # GPUs of a copy that work on a token at the same time
+    stages: int  # which work on a share of the rows each, at the same time
     expert_shards: int  # GPUs that share the experts
     expert_copies: int  # copies whose tokens meet the same experts
     rows: float  # completions of each copy
@@ -41,7 +42,7 @@ def rollout_seconds(
         return 0.0
     samplers = _samplers(config, arch, plan, cluster, load)
     prefill = samplers.prompts * load.prompt_tokens * token_flops(arch, load.prompt_tokens)
-    prefill /= samplers.tp * cluster.gpu.bf16_tflops * 1e12 * assumptions.mfu
+    prefill /= samplers.tp * samplers.stages * cluster.gpu.bf16_tflops * 1e12 * assumptions.mfu
     at_once = min(samplers.rows, rollout.max_batch_size)
     tokens = samplers.rows * load.completion_tokens
     steps = rollout.max_completion_length * samplers.rows / at_once
@@ -52,18 +53,19 @@ def rollout_seconds(
 
 
 def _samplers(config: Config, arch: ModelArchitecture, plan: Plan, cluster: Cluster, load: Workload) -> _Samplers:
+    """A group's prompt is read once: prompts are cached by vLLM, and shared by the embedded engine's rows."""
     parallel, rollout = config.parallel, config.rollout
-    rows = load.completions * config.grpo.steps_per_generation
     if rollout.engine == "megatron":
         tp, ep = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-        rows_of_copy = rows / (plan.data_parallel_size * parallel.context_parallel_size)
-        return _Samplers(tp, ep, max(1, ep // tp), rows_of_copy, rows_of_copy, is_continuous=False, has_graphs=False)
-    tp, copies = server_gpus(config, arch, cluster), len(rollout.vllm_servers or ())
-    if rollout.vllm_mode == "colocate":
-        tp, copies = rollout.vllm_tensor_parallel_size, plan.world_size // rollout.vllm_tensor_parallel_size
-    rows_of_copy = rows / copies
-    prompts = rows_of_copy / rollout.num_generations  # vLLM caches prefixes: a group's prompt is read once
-    return _Samplers(tp, tp, 1, rows_of_copy, prompts, is_continuous=True, has_graphs=not rollout.vllm_enforce_eager)
+        copies, stages = plan.data_parallel_size * parallel.context_parallel_size, parallel.pipeline_model_parallel_size
+        placed = _Samplers(tp, stages, ep, max(1, ep // tp), 0, 0, is_continuous=False, has_graphs=False)
+    else:
+        tp, copies = server_gpus(config, arch, cluster), len(rollout.vllm_servers or ())
+        if rollout.vllm_mode == "colocate":
+            tp, copies = rollout.vllm_tensor_parallel_size, plan.world_size // rollout.vllm_tensor_parallel_size
+        placed = _Samplers(tp, 1, tp, 1, 0, 0, is_continuous=True, has_graphs=not rollout.vllm_enforce_eager)
+    rows = load.completions * config.grpo.steps_per_generation / copies
+    return replace(placed, rows=rows, prompts=rows / rollout.num_generations)
 
 
 def server_gpus(config: Config, arch: ModelArchitecture, cluster: Cluster) -> int:
@@ -86,19 +88,22 @@ class _Decoding:
 def _decode_seconds(
     arch: ModelArchitecture, cluster: Cluster, assumptions: Assumptions, samplers: _Samplers, decoding: _Decoding
 ) -> float:
-    """Weights and KV cache are read once, layer after layer: how many stages hold the layers does not matter.
+    """Every rank reads its weights once for each cohort of rows, of which there are as many as stages.
 
-    Of the experts those are read that one of the tokens is routed to.
+    So a pipeline's stages read the weights together as often as one stage would all of them; the KV cache of a row, and
+    the computing, they share. Of the experts those are read that one of the tokens is routed to.
     """
-    gpu, tp, rows, load = cluster.gpu, samplers.tp, decoding.rows, decoding.load
+    gpu, tp, stages = cluster.gpu, samplers.tp, samplers.stages
+    rows, load = decoding.rows, decoding.load
     places = parameters_by_place(arch, 1)
     dense = sum(held.dense for place, held in places.items() if place != "embedding")
     expert = sum(held.expert for held in places.values()) / samplers.expert_shards
-    expert *= 1 - (1 - active_share(arch)) ** (rows * samplers.expert_copies)
+    expert *= 1 - (1 - active_share(arch)) ** (rows / stages * samplers.expert_copies)
     length = load.prompt_tokens + load.completion_tokens / 2
-    cache = rows * length * arch.num_layers * cached_numbers(arch) / tp
+    cache = rows * length * arch.num_layers * cached_numbers(arch) / (tp * stages)
     read = getattr(torch, decoding.dtype).itemsize * (dense / tp + expert + cache)
-    computed = rows * (token_flops(arch, length) + head_flops(arch)) / (tp * gpu.bf16_tflops * 1e12 * assumptions.mfu)
+    flops = rows * (token_flops(arch, length) + head_flops(arch))
+    computed = flops / (tp * stages * gpu.bf16_tflops * 1e12 * assumptions.mfu)
     launched = arch.num_layers * (assumptions.graphed_layer if samplers.has_graphs else assumptions.decoded_layer)
     is_near = cluster.within_node(stride=1, size=samplers.expert_shards)
     latency = assumptions.nvlink_latency if is_near else assumptions.network_latency

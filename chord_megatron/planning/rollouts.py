@@ -66,6 +66,11 @@ def _check_router_replay(config: Config, arch: ModelArchitecture) -> None:
         return
     if arch.moe is None:
         raise UserError(f"rollout.router_replay={source} is for models with experts, and this one has none; remove it")
+    if config.model.transformer_config.get("moe_router_fusion"):
+        raise UserError(
+            f"rollout.router_replay={source} needs routers that can be told what to choose, and fused ones cannot; "
+            "remove it, or model.transformer_config.moe_router_fusion"
+        )
     if source == "sampler" and engine == "vllm":
         raise UserError(
             "rollout.router_replay=sampler needs an engine that says which experts served a token, and with vLLM this "

@@ -107,7 +107,7 @@ def estimate_step(
         log_probs=log_probs,
         compute=compute,
         communication=communication,
-        bubble=schedule - compute - communication,
+        bubble=max(0.0, schedule - compute - communication),  # of one stage it is 0 to rounding
         gradients=max(0.0, seconds_of(reduction) - hidden),
         optimizer=_optimizer_seconds(config, arch, plan, links) + seconds_of(parameters),
         sync=sync_seconds(config, arch, links) + offload_seconds(config, arch, plan, assumptions),
@@ -169,11 +169,15 @@ def _kinds_of_stages(config: Config, arch: ModelArchitecture) -> list[Counter[bo
 def _log_prob_seconds(config: Config, plan: Plan, load: Workload, work: list[_StageWork]) -> float:
     """Forward passes over the completions of a generation batch, shared by the steps that use it.
 
-    As RolloutStream._log_probs decides (training/rollout_stream.py).
+    As training/rollout_stream.py decides: of the old policy over those that the first step leaves, as that one finds
+    its own; over all of them, and of the reference, where rewards or penalties need them.
     """
     grpo, parallel = config.grpo, config.parallel
-    old = plan.steps_per_rollout > 1 or grpo.kl_in_reward or grpo.top_entropy_quantile < 1
-    passes = (old + (grpo.beta > 0)) / grpo.num_iterations
+    needs_all = grpo.top_entropy_quantile < 1 or (grpo.kl_in_reward and grpo.old_log_probs == "trainer")
+    needs_old = plan.steps_per_rollout > 1 and grpo.old_log_probs == "trainer"
+    batches = grpo.steps_per_generation
+    old = batches if needs_all else (batches - 1) * needs_old
+    passes = (old + batches * (grpo.beta > 0)) / plan.steps_per_rollout
     if not passes or not load.tokens:
         return 0.0
     pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1

@@ -10,7 +10,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
@@ -43,15 +43,15 @@ def kept_by_layer(engine: MegatronEngine) -> list[float]:
     (batch,) = build_global_batch([sample], engine.batch_layout, micro_batch_size=1).micro_batches
     (chunk,) = engine._chunks
     layers = unwrap(chunk).decoder.layers
-    known = {parameter.untyped_storage().data_ptr() for parameter in chunk.parameters()}
-    sizes, current, alive = [0] * len(layers), [-1], []
+    known = {parameter.untyped_storage()._cdata for parameter in chunk.parameters()}
+    kept: list[list[UntypedStorage]] = [[] for _ in layers]
+    current = [-1]
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if current[0] >= 0 and storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            sizes[current[0]] += storage.nbytes()
-            alive.append(tensor)  # so that no other takes its address
+        if current[0] >= 0 and storage._cdata not in known:
+            known.add(storage._cdata)
+            kept[current[0]].append(storage)
         return tensor
 
     for number, layer in enumerate(layers):
@@ -59,7 +59,8 @@ def kept_by_layer(engine: MegatronEngine) -> list[float]:
         layer.register_forward_hook(lambda *_: current.__setitem__(0, -1))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run_micro_batch(chunk, batch, compute_entropy=True)
-    return [size / len(batch.input_ids) for size in sizes]
+    # Now, because what is computed again without a copy of its input gives its output's memory back.
+    return [sum(storage.nbytes() for storage in storages) / len(batch.input_ids) for storages in kept]
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ LAYOUTS = {
     "PP 2": layout(2, parallel=PP_2),
     # Micro-batches begin before the layers of others are run again.
     "PP 2, recomputed": layout(2, micro_batch_size=1, recompute=True, parallel=PP_2),
+    "PP 2, experts recomputed": layout(2, micro_batch_size=1, recompute=["moe"], parallel=PP_2),
     "PP 2 x VPP 2, recomputed": layout(2, micro_batch_size=1, recompute=True, parallel=PP_2 | VPP_2),
     "EP 2": layout(2, parallel=EP_2),
     "CP 2": layout(2, parallel=CP_2),

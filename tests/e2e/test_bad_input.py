@@ -86,6 +86,22 @@ BEFORE_THE_FIRST_STEP = {
         ("model.transformer_config.tp_comm_overlap=true",),
         ("model.transformer_config.tp_comm_overlap=True needs TransformerEngine on a GPU",),
     ),
+    "offload without a GPU": (
+        (
+            "optimizer.optimizer_cpu_offload=true",
+            "optimizer.use_distributed_optimizer=true",
+            "model.dtype=bfloat16",
+        ),
+        ("optimizer.optimizer_cpu_offload needs a GPU to offload from, which this machine lacks; set it to false",),
+    ),
+    "precision without TransformerEngine": (
+        (
+            "optimizer.use_precision_aware_optimizer=true",
+            "optimizer.use_distributed_optimizer=true",
+            "model.dtype=bfloat16",
+        ),
+        ("optimizer.use_precision_aware_optimizer needs TransformerEngine's Adam on a GPU",),
+    ),
     "FP8 token by token": (
         ("model.transformer_config.fp8=hybrid",),
         ("model.transformer_config.fp8 multiplies blocks of tokens", "rollout.engine=vllm"),

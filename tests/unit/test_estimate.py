@@ -149,3 +149,37 @@ def test_bytes_on_disk(dtype: str, is_distributed: bool, saved: int, exported: i
     config = config_of(model__dtype=dtype, optimizer__use_distributed_optimizer=is_distributed)
     assert checkpoint_bytes(config, QWEN2_5_7B) == saved * NUM_QWEN2_5_7B
     assert export_bytes(config, QWEN2_5_7B) == exported * NUM_QWEN2_5_7B
+
+
+N = NUM_QWEN2_5_7B
+DISTRIBUTED = {"optimizer__use_distributed_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gradients", "optimizer", "offloaded"),
+    [
+        ({}, 4 * N, 12 * N, 0),
+        ({"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"}, 4 * N, (4 + 2 + 2) * N, 0),
+        ({"exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "float16", "main_params_dtype": "float16"}, 4 * N, 5 * N, 0),
+        ({"main_grads_dtype": "bfloat16"}, 2 * N, 12 * N, 0),
+        # On the host with the gradients that the step there reads.
+        ({"optimizer_cpu_offload": True}, 4 * N, 0, 16 * N),
+        ({"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.25}, 4 * N, 9 * N, 4 * N),
+    ],
+)
+def test_an_optimizer_in_fewer_bits_or_on_the_host(
+    settings: dict[str, Any], gradients: int, optimizer: int, offloaded: int
+):
+    changes = {f"optimizer__{key}": value for key, value in settings.items()}
+    aware = {"optimizer__use_precision_aware_optimizer": "optimizer_cpu_offload" not in settings and bool(settings)}
+    state = state_of(QWEN2_5_7B, 1, **DISTRIBUTED, **aware, **changes)
+    assert (state.gradients, state.optimizer, state.offloaded) == (gradients, optimizer, offloaded)
+    # A checkpoint is the same whatever they are in training.
+    assert checkpoint_bytes(config_of(**DISTRIBUTED, **aware, **changes), QWEN2_5_7B) == 14 * N
+
+
+def test_the_copies_of_a_save_in_the_background():
+    """Those of a stage, once for all its ranks."""
+    assert state_of(QWEN2_5_7B, 1).saving == 0
+    changes = {"train__async_save": True, "parallel__tensor_model_parallel_size": 2}
+    assert state_of(QWEN2_5_7B, 4, **changes).saving == checkpoint_bytes(config_of(**changes), QWEN2_5_7B)

@@ -376,6 +376,12 @@ def test_context_parallel_ranks_share_a_model_too(model_dir: Path, world_size: i
         ),
         (
             {"moe": EXPERTS},
+            {"rollout__router_replay": "sampler", "model__transformer_config": {"moe_router_fusion": True}},
+            "rollout.router_replay=sampler needs routers that can be told what to choose, and fused ones cannot; "
+            "remove it, or model.transformer_config.moe_router_fusion",
+        ),
+        (
+            {"moe": EXPERTS},
             {"rollout__router_replay": "trainer"},
             "rollout.router_replay=trainer changes nothing where an update is the first to score its completions; "
             "remove it, or set grpo.num_iterations above 1",

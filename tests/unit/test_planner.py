@@ -14,15 +14,22 @@ from tiny_tokenizer import write_tokenizer
 from typer.testing import CliRunner, Result
 
 from chord_megatron.cli import app
-from chord_megatron.config import Config, ParallelConfig, load_config
+from chord_megatron.config import Config, ModelConfig, ParallelConfig, load_config
 from chord_megatron.planning.activations import FULLEST_EXPERTS, Kind, backward_bytes, chunks_in_flight, layer_bytes
-from chord_megatron.planning.decoding_memory import kv_cache_bytes, prefill_bytes, rows_at_once, sampling_bytes
+from chord_megatron.planning.decoding_memory import (
+    kv_cache_bytes,
+    prefill_bytes,
+    rows_at_once,
+    rows_of_cohort,
+    sampling_bytes,
+)
 from chord_megatron.planning.flops import head_flops, layer_flops, token_flops
 from chord_megatron.planning.gpus import GPUS, Assumptions, Cluster
 from chord_megatron.planning.memory import ModelState
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.proposals import changes, search, with_fitting_batches
 from chord_megatron.planning.rank_memory import RankMemory, rank_memories
+from chord_megatron.planning.recomputation import Recomputation
 from chord_megatron.planning.rollout_time import server_gpus
 from chord_megatron.planning.step_time import StepEstimate, estimate_step
 from chord_megatron.planning.traffic import Links, Message, data_parallel_messages, layer_messages, stage_messages
@@ -145,6 +152,22 @@ def test_activations_of_two_stages(recompute: bool):
     assert (first.head, last.head) == (0, of_head)
 
 
+@pytest.mark.parametrize(
+    ("settings", "layers", "at_once"),
+    [
+        ({"recompute": False}, 14 * 1000, 0),
+        ({"recompute": ["mlp"]}, 14 * 1000, 0),
+        ({"recompute": True}, 14 * 10, 1),
+        ({"recompute": "full", "recompute_num_layers": 4}, 4 * 10, 4),
+        ({"recompute": True, "recompute_method": "block", "recompute_num_layers": 4}, 4 * 10 + 10 * 1000, 1),
+    ],
+)
+def test_what_whole_layers_that_are_computed_again_keep(settings: dict[str, Any], layers: int, at_once: int):
+    """14 layers of 1000 bytes with an input of 10."""
+    again = Recomputation(ModelConfig(path="model", **settings))
+    assert (again.kept([1000.0] * 14, 10.0), again.layers_at_once) == (layers, at_once)
+
+
 def test_the_gradient_of_the_embedding_may_be_the_worst_moment():
     """At the end of a backward pass, where nothing else is left of a short micro-batch."""
     config, plan = planned(
@@ -174,15 +197,25 @@ def test_training_and_drawing_share_the_state():
 
 
 def test_memory_of_the_embedded_engine():
-    """docs/sizing.md: 29 kB a token and rank at TP 2. Rows that go on are copied while the old cache is there."""
+    """docs/sizing.md: 29 kB a token and rank at TP 2, and a copy of one layer. 128 rows of 16 prompts."""
     config, plan = planned(QWEN2_5_7B, 2, **TP_2, rollout__max_batch_size=128)
-    assert rows_at_once(config, plan) == 128
-    assert kv_cache_bytes(config, QWEN2_5_7B, plan, layers=28, itemsize=2) == 255 * 3072 * 28672
-    assert sampling_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 128 * 152064 * (2 + 4 + 4 * 8 + 1)
+    assert (rows_at_once(config, plan), rows_of_cohort(config, plan)) == (128, 128)
+    of_layer = 128 * 3072 * 28672 // 28
+    assert kv_cache_bytes(config, QWEN2_5_7B, plan, layers=28, itemsize=2) == 29 * of_layer
+    assert sampling_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 128 * 152064 * (4 + 4 + 8 + 8 + 4)
+    cut = config.model_copy(update={"rollout": config.rollout.model_copy(update={"top_p": 0.9})})
+    assert sampling_bytes(cut, QWEN2_5_7B, plan, itemsize=2) == 128 * 152064 * (4 + 4 + 8 + 3 * 8 + 1)
     of_token = 2 * (3 * 3584 + 5 * 18944 / 2) + 5 * 1024
-    assert prefill_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 128 * 1024 * of_token
+    assert prefill_bytes(config, QWEN2_5_7B, plan, itemsize=2) == 16 * 1024 * of_token
     few, plan = planned(QWEN2_5_7B, 4, **TP_2, train__global_batch_size=8)
     assert rows_at_once(few, plan) == 4
+
+
+def test_stages_decode_a_cohort_each():
+    config, plan = planned(QWEN2_5_7B, 2, **PP_2, rollout__max_batch_size=128)
+    assert (rows_at_once(config, plan), rows_of_cohort(config, plan)) == (128, 64)
+    of_layer_and_row = 3072 * 1024 * 2
+    assert kv_cache_bytes(config, QWEN2_5_7B, plan, layers=14, itemsize=2) == (14 * 128 + 64) * of_layer_and_row
 
 
 def test_a_colocated_vllm_takes_its_share():
@@ -280,12 +313,22 @@ def test_recomputation_takes_another_forward_pass():
 
 
 def test_log_probs_that_a_step_needs():
-    """Of the old policy where several steps share a batch, and of the reference, each a forward pass."""
+    """Forward passes of the reference, and of the old policy over what the first step of a batch does not find."""
     forward = (token_flops(QWEN2_5_7B, 1536) * 1536 + head_flops(QWEN2_5_7B) * 1024) * 256 / (989e12 * 0.5)
-    assert step_of(1).time.log_probs == 0
-    assert step_of(1, grpo__beta=0.1).time.log_probs == pytest.approx(forward)
-    assert step_of(1, grpo__num_iterations=2).time.log_probs == pytest.approx(forward / 2)
-    assert step_of(1, grpo__steps_per_generation=2, grpo__beta=0.1).time.log_probs == pytest.approx(2 * forward)
+    cases: list[tuple[dict[str, Any], float]] = [
+        ({}, 0),
+        ({"beta": 0.1}, 1),
+        ({"num_iterations": 2}, 0),
+        ({"num_iterations": 2, "beta": 0.1}, 1 / 2),
+        ({"steps_per_generation": 2}, 1 / 2),
+        ({"steps_per_generation": 2, "old_log_probs": "sampler"}, 0),
+        ({"steps_per_generation": 2, "beta": 0.1}, 3 / 2),
+        ({"beta": 0.1, "kl_in_reward": True}, 2),
+        ({"top_entropy_quantile": 0.2}, 1),
+    ]
+    for settings, passes in cases:
+        time = step_of(1, **{f"grpo__{key}": value for key, value in settings.items()}).time
+        assert time.log_probs == pytest.approx(passes * forward), settings
 
 
 def links(gpus: int) -> Links:
@@ -374,11 +417,22 @@ def test_drawing_with_the_training_weights():
     weights = 28 * NUM_LAYER + 3584 + 3584 * 152064
     cache = 16 * (512 + 512) * 28 * 2 * 4 * 128
     token = 2 * (weights + cache) / (3350e9 * 0.7)
-    prefill = 32 * 512 * token_flops(QWEN2_5_7B, 512) / (989e12 * 0.5)
+    prefill = 4 * 512 * token_flops(QWEN2_5_7B, 512) / (989e12 * 0.5)
     assert step.time.rollout == pytest.approx(2048 * token + prefill)
     few = config_of(rollout__max_batch_size=16)
     twice = estimate_step(few, QWEN2_5_7B, plan, Cluster(H100, 8, 8), Assumptions()).time.rollout
     assert 1.9 * step.time.rollout < twice < 2 * step.time.rollout
+
+
+def test_stages_draw_at_the_same_time():
+    """Of two, each reads its weights for each of two cohorts, and its half of the cache once."""
+    config, plan = planned(QWEN2_5_7B, 2, **PP_2, train__global_batch_size=64)
+    cluster = Cluster(H100, 2, 8)
+    weights, cache = 28 * NUM_LAYER + 3584 + 3584 * 152064, 32 * (512 + 512) * 28 * 2 * 4 * 128
+    token = 2 * (weights + cache / 2) / (3350e9 * 0.7)
+    prefill = 8 * 512 * token_flops(QWEN2_5_7B, 512) / (2 * 989e12 * 0.5)
+    rollout = estimate_step(config, QWEN2_5_7B, plan, cluster, Assumptions()).time.rollout
+    assert rollout == pytest.approx(2048 * token + prefill)
 
 
 SERVERS = {

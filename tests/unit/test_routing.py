@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function  # noqa: TID251 - the caller
 from torch import Tensor
 
-from chord_megatron.backend.router_replay import ChunkRouters, Heard, _LayerChoice, listening
+from chord_megatron.backend.router_replay import ChunkRouters, Heard, _LayerChoice, count_routing, listening
 from chord_megatron.batching.packing import BatchLayout, build_global_batch
 from chord_megatron.batching.routing import pack_routing, routed_live, rows_in_step
 from chord_megatron.tracking.step_metrics import router_metrics
@@ -45,9 +45,10 @@ ARCH = ModelArchitecture(
 )
 
 
-def make_routers(tp_rank: int = 0) -> ChunkRouters:
+def make_routers(tp_rank: int = 0, *, is_fused: bool = False) -> ChunkRouters:
     """Of a chunk without layers: the tests ask in their place."""
-    chunk: Any = SimpleNamespace(modules=list, config=SimpleNamespace(recompute_granularity=None))
+    config = SimpleNamespace(recompute_granularity=None, moe_router_fusion=is_fused)
+    chunk: Any = SimpleNamespace(modules=list, config=config)
     return ChunkRouters(chunk, ARCH, SimpleNamespace(tp_rank=tp_rank, device=torch.device("cpu")))  # type: ignore[arg-type]
 
 
@@ -259,7 +260,8 @@ def test_nothing_is_measured_where_no_row_is_run():
     assert set(router_metrics(idle).values()) == {None}
 
 
-def test_nothing_is_measured_of_dense_models_nor_of_live_routing():
+def test_nothing_is_measured_of_dense_models_nor_of_fused_routers_nor_of_live_routing():
     assert set(router_metrics(None).values()) == {None}
+    assert count_routing([make_routers(is_fused=True)]) is None  # nobody hears what they choose
     live = router_metrics(RoutingCounts(torch.ones(1, 2, dtype=torch.int64), 0, 0))
     assert live["router_replay_mismatch"] is None and live["router_imbalance_max"] == 1.0

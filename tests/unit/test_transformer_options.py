@@ -146,12 +146,6 @@ SENTENCES: list[tuple[str, Any, str]] = [
         "model.transformer_config.cuda_graph_impl is for CUDA graphs, which cannot replay micro-batches of other "
         "lengths; remove it",
     ),
-    (
-        "moe_router_fusion",
-        True,
-        "model.transformer_config.moe_router_fusion would choose experts unseen, which metrics count and "
-        "rollout.router_replay sets; remove it",
-    ),
     ("timers", "x", "model.transformer_config.timers takes what a configuration cannot hold; remove it"),
     (
         "fp8_recipe",
