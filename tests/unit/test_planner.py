@@ -249,6 +249,18 @@ def test_tokens_of_a_step():
     assert (rollouts.longest_row, rollouts.expert_rows, rollouts.micro_batches) == (3072, 0, 256)  # mu is 0
 
 
+def test_experts_of_any_length_are_as_long_as_the_budget_at_most():
+    """chord.chord_sft_max_length is not set: the model reads more, but a row that no micro-batch holds ends a run."""
+    config, plan = planned(
+        QWEN2_5_7B, 1, chord__chord_sft_dataset="e.jsonl", chord__chord_sft_global_batch_size=64,
+        chord__chord_mu_peak=0.5, chord__chord_mu_valley=0.5, train__max_tokens_per_micro_batch=4096,
+    )  # fmt: skip
+    assert plan.expert_max_length > 4096
+    load = workload(config, plan, Fill(prompt=0.5, completion=0.25, expert=0.5))
+    assert (load.longest_row, load.most_micro_batches) == (4096, 320)
+    assert load.tokens == 256 * (512 + 512) + 64 * 2048
+
+
 def test_operations_of_a_token():
     """Two for each weight; in attention 2 x 128 for each of 28 heads and each token of half a row, twice."""
     assert layer_flops(QWEN2_5_7B, 0) == 2 * NUM_LAYER
