@@ -59,7 +59,7 @@ _OWNED: dict[str, str] = {
     "microbatch_group_size_per_vp_stage overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_*",
     "is for weights that are drawn, and these are read": "*init_method* perform_initialization use_cpu_initialization "
     "init_model_with_meta_device",
-    "takes what a configuration cannot hold": "timers *_func _* quant_recipe",
+    "takes what a configuration cannot hold": "timers *_grads_func *_scale_func *_sync_func _* quant_recipe",
 }
 # Read by TransformerEngine's layers alone: the local ones would pass over them in silence, or fail later.
 _OF_TRANSFORMER_ENGINE = (
