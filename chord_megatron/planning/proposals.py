@@ -1,7 +1,7 @@
 """All layouts of a configuration on so many GPUs: those that are refused, do not fit, or fit, and how fast those are.
 
-Sequence parallelism goes with TP, and the distributed optimizer with several data-parallel ranks: both send no more
-than without, and hold less.
+Sequence parallelism goes with TP, and the distributed optimizer with several data-parallel ranks, or where it is
+configured: both send no more than without, and hold less.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.memory import export_bytes
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.rank_memory import RankMemory, rank_memories
+from chord_megatron.planning.recomputation import check_recomputation
 from chord_megatron.planning.step_time import StepEstimate, estimate_step
 from chord_megatron.planning.workload import longest_row
 from chord_megatron.system.errors import UserError
@@ -88,6 +89,7 @@ class Search:
 def search(config: Config, arch: ModelArchitecture, cluster: Cluster, assumptions: Assumptions) -> Search:
     """Try all layouts. Raises UserError where none fits."""
     usable = int(assumptions.usable_memory * cluster.gpu.memory)
+    check_recomputation(config.model, arch)  # which the layouts change
     _check_sampler(config, arch, cluster)
     attempt = _Attempt(config, arch, cluster)
     fitting: list[Layout] = []
@@ -195,7 +197,8 @@ class _Attempt:
         train, parallel = config.train, config.parallel
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         stages = parallel.pipeline_model_parallel_size if interleaved else 1
-        key = (data_parallel_size, train.global_batch_size, train.micro_batch_size, stages)
+        sharded = config.optimizer.use_distributed_optimizer
+        key = (data_parallel_size, train.global_batch_size, train.micro_batch_size, stages, sharded)
         if key not in self._plans:
             self._plans[key] = make_plan(config, self._arch, self._cluster.gpus)
         return self._plans[key]

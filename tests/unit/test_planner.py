@@ -524,6 +524,20 @@ def test_long_rows_are_cut_over_ranks():
     assert " x CP " in found.best.layout.name
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_optimizer_that_must_be_distributed_is_so_wherever_it_is_proposed(wanted: bool):
+    config = config_of(
+        data__max_prompt_length=14_000,
+        rollout__max_completion_length=16_000,
+        optimizer__use_precision_aware_optimizer=True,
+        optimizer__use_distributed_optimizer=wanted,
+    )
+    found = search(config, QWEN2_5_7B, Cluster(GPUS["h200"], 8, 8), Assumptions())
+    assert all(proposal.layout.config.optimizer.use_distributed_optimizer for proposal in found.proposals)
+    refused = sum(count for sentence, count in found.refused.items() if "use_precision_aware_optimizer" in sentence)
+    assert (refused > 0) is not wanted  # one rank of each shard: alone where that is not the user's wish
+
+
 # The command.
 
 ELSEWHERE = ["rollout.engine=vllm", "rollout.vllm_mode=server", "rollout.vllm_servers=['http://10.0.0.9:8000']"]
@@ -589,9 +603,10 @@ def test_a_proposal_passes_validate(
     assert max(stage["training"] for stage in document["proposed"]["bytes_by_stage"]) <= document["usable_bytes"]
 
 
-def test_the_command_prints_tables(tmp_path: Path):
+@pytest.mark.parametrize("overrides", [[], ["model.recompute=[mlp, core_attn]"]])
+def test_the_command_prints_tables(tmp_path: Path, overrides: list[str]):
     config = write_model(tmp_path, "Qwen2.5-7B")
-    result = run("plan", config, "--nodes", "1", "--gpu", "H200")
+    result = run("plan", config, *overrides, "--nodes", "1", "--gpu", "H200")
     assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
     assert "8 x h200 (1 node): 141 GB" in words
@@ -609,6 +624,10 @@ def test_the_command_prints_tables(tmp_path: Path):
         (["--gpus", "12"], "--gpus 12 is not a multiple of --gpus-per-node 8; change one of them"),
         (["--gpus", "1"], "layouts fits 1 x h100: the smallest, TP 1 x PP 1 x DP 1, recomputation, needs "),
         (["rollout.vllm_mode=server", "--gpus", "8"], "rollout.engine=vllm and rollout.vllm_mode"),
+        (["--gpus", f"{10**14}"], f"{10**14} GPUs are more than the 1000000 that plan takes; lower --gpus"),
+        (["--nodes", "200000"], "1600000 GPUs are more than the 1000000 that plan takes; lower --nodes"),
+        (["model.recompute=[moe]", "--gpus", "8"], "model.recompute names moe, but the model has no experts"),
+        (["model.recompute_method=block", "--gpus", "8"], "model.recompute_method=block is for model.recompute=full"),
         (["--gpus", "8", "--output", "nowhere/x.yaml"], "--output nowhere/x.yaml: its folder does not exist"),
         (
             [
@@ -630,14 +649,21 @@ def test_one_sentence_where_nothing_can_be_planned(tmp_path: Path, arguments: li
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_a_configuration_that_is_missing_or_would_be_overwritten(tmp_path: Path):
+def test_a_configuration_that_is_missing(tmp_path: Path):
     missing = run("plan", tmp_path / "none.yaml", "--gpus", "8")
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
     assert missing.stderr.startswith("error: cannot read the configuration ")
-    config = write_model(tmp_path, "Qwen2.5-7B")
-    same = run("plan", config, "--gpus", "8", "--output", config)
-    assert same.exit_code == 2
-    assert "is the configuration itself; name another file" in same.stderr
+
+
+@pytest.mark.parametrize("name", ["my.yaml", "model/../my.yaml", "prompts.jsonl"])
+def test_no_file_is_overwritten(tmp_path: Path, name: str):
+    config, rows = write_model(tmp_path, "Qwen2.5-7B"), tmp_path / "prompts.jsonl"
+    rows.write_text("{}\n", encoding="utf-8")
+    before = config.read_bytes(), rows.read_bytes()
+    result = run("plan", config, "--gpus", "8", "--output", tmp_path / name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: --output {tmp_path / name} is there already; name another file, or remove it\n"
+    assert (config.read_bytes(), rows.read_bytes()) == before
 
 
 def test_validate_says_what_a_process_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
