@@ -39,7 +39,7 @@ KINDS = ("passed", "failed", "skipped")
 
 # What touches Megatron-Core; the other tests do not depend on its release.
 PARTS: dict[str, tuple[str, ...]] = {
-    "exactness": ("distributed/test_exactness.py",),
+    "exactness": ("distributed/test_context_parallel.py", "distributed/test_exactness.py"),
     "models": (
         "distributed/test_models.py",
         "distributed/test_decoding.py",

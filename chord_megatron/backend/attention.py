@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from chord_megatron.backend import releases
 from chord_megatron.types import Segment
@@ -48,11 +49,8 @@ class SDPACoreAttention(MegatronModule):
         if packed_seq_params is None:
             assert attention_mask is not None
             return cached_attention(query, key, value, attention_mask, self._softmax_scale)
-        return self._packed(query, key, value, packed_seq_params)
-
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        is_plain = not isinstance(packed, SegmentedSequences)
-        segments = segments_of(packed.cu_seqlens_q) if is_plain else packed.segments
+        is_plain = not isinstance(packed_seq_params, SegmentedSequences)
+        segments = segments_of(packed_seq_params.cu_seqlens_q) if is_plain else packed_seq_params.segments
         return packed_attention(query, key, value, segments, self._softmax_scale)
 
 
@@ -76,7 +74,7 @@ def packed_attention(
     for row, prompt in places_by_form(segments, query.device):
         seen = torch.cat([prompt, row], dim=1)
         q, k, v = (x[places].transpose(1, 2) for x, places in ((query, row), (key, seen), (value, seen)))
-        output = _causal_attention(q, k, v, scale)
+        output = causal_attention(q, k, v, scale)
         rows.append(row.flatten())
         outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)[torch.cat(rows).argsort()]
@@ -97,14 +95,14 @@ def places_by_form(segments: Sequence[Segment], device: torch.device) -> Iterato
         )
 
 
-def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """[batch, heads, length, head] each; the queries are the last of the keys' tokens."""
     length, attended = query.shape[2], key.shape[2]
     if length == attended:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
     key, value = _whole_heads(query, key, value)
-    seen = torch.ones(length, attended, dtype=torch.bool, device=query.device).tril(attended - length)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale, enable_gqa=True)
+    mask = causal_lower_right(length, attended)  # no tensor, where a fused CUDA kernel takes it
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def _whole_heads(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

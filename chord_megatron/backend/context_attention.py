@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
-from chord_megatron.backend.attention import SDPACoreAttention, places_by_form, segments_of
+from chord_megatron.backend.attention import SDPACoreAttention, causal_attention, places_by_form, segments_of
 
 
 class ContextCoreAttention(SDPACoreAttention):
@@ -26,8 +24,19 @@ class ContextCoreAttention(SDPACoreAttention):
         super().__init__(*args, **kwargs)
         self._group: dist.ProcessGroup = pg_collection.cp
 
-    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        bounds = packed.cu_seqlens_q // self._group.size()  # Megatron-Core is told those of the whole sequences
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """See SDPACoreAttention."""
+        if packed_seq_params is None:
+            return super().forward(query, key, value, *args, **kwargs)
+        bounds = packed_seq_params.cu_seqlens_q // self._group.size()  # Megatron-Core is told those of whole sequences
         return context_attention(query, key, value, bounds, self._group, self._softmax_scale)
 
 
@@ -42,8 +51,6 @@ def context_attention(
     rank, size = group.rank(), group.size()
     both = torch.cat([key, value], dim=-1)  # one message instead of two
     gathered = gather_from_sequence_parallel_region(both, group=group)  # [size * tokens, ...]
-    if query.is_cuda:  # the fused CUDA kernels of this mask take no grouped heads
-        gathered = gathered.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     keys, values = gathered.split([key.shape[-1], value.shape[-1]], dim=-1)
     of_rank = len(query) * torch.arange(size, device=query.device)[:, None, None]
     rows, outputs = [], []
@@ -52,16 +59,8 @@ def context_attention(
         whole = torch.cat([*early, *late.flip(0)], dim=-1)  # [sequences, length]: the places in the order of the tokens
         k, v = keys[whole].transpose(1, 2), values[whole].transpose(1, 2)
         for number, own in zip((rank, 2 * size - 1 - rank), row.chunk(2, dim=-1)):
-            length = own.shape[-1]
-            end = (number + 1) * length
-            output = F.scaled_dot_product_attention(
-                query[own].transpose(1, 2),
-                k[:, :, :end],
-                v[:, :, :end],
-                attn_mask=causal_lower_right(length, end),
-                scale=scale,
-                enable_gqa=True,
-            )
+            end = (number + 1) * own.shape[-1]
+            output = causal_attention(query[own].transpose(1, 2), k[:, :, :end], v[:, :, :end], scale)
             rows.append(own.flatten())
             outputs.append(output.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)[torch.cat(rows).argsort()]

@@ -54,34 +54,37 @@ class CausalLM(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Targets | None = None, **kwargs: Any) -> Any:
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        hidden_states = hidden_states.squeeze(1)
         if labels.token_of is None:
-            return self._log_probs(hidden_states.squeeze(1), labels, self.config.sequence_parallel)
-        return self._log_probs_of_rows(hidden_states.squeeze(1), labels, labels.token_of)
+            return _log_probs(self, hidden_states, labels, self.config.sequence_parallel)
+        return _log_probs_of_rows(self, hidden_states, labels, labels.token_of)
 
-    def _log_probs_of_rows(self, hidden_states: Tensor, labels: Targets, token_of: Tensor) -> Any:
-        """Of those Targets that count, each from its token's hidden state: one may predict several."""
-        if self.config.sequence_parallel:  # any rank may have it; the head sums the gradient over TP
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
-            )
-        rows = labels.valid.nonzero().squeeze(1)
-        targets = Targets(labels.tokens[rows], labels.temperatures[rows], labels.valid[rows], labels.compute_entropy)
-        found = self._log_probs(hidden_states[token_of[rows]], targets, sequence_parallel=False)
-        return [x if x is None else x.new_zeros(len(token_of)).index_copy(0, rows, x) for x in found]
 
-    def _log_probs(self, hidden_states: Tensor, labels: Targets, sequence_parallel: bool) -> Any:
-        is_tied = self.share_embeddings_and_output_weights
-        return linear_log_probs(
-            hidden_states,
-            self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight,
-            labels.tokens,
-            tp_group=self.pg_collection.tp,
-            vocab_size=self.real_vocab_size,
-            temperature=labels.temperatures,
-            valid=labels.valid,
-            sequence_parallel=sequence_parallel,
-            compute_entropy=labels.compute_entropy,
+def _log_probs_of_rows(model: CausalLM, hidden_states: Tensor, labels: Targets, token_of: Tensor) -> Any:
+    """Of those Targets that count, each from its token's hidden state: one may predict several."""
+    if model.config.sequence_parallel:  # any rank may have it; the head sums the gradient over TP
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=model.pg_collection.tp
         )
+    rows = labels.valid.nonzero().squeeze(1)
+    targets = Targets(labels.tokens[rows], labels.temperatures[rows], labels.valid[rows], labels.compute_entropy)
+    found = _log_probs(model, hidden_states[token_of[rows]], targets, sequence_parallel=False)
+    return [x if x is None else x.new_zeros(len(token_of)).index_copy(0, rows, x) for x in found]
+
+
+def _log_probs(model: CausalLM, hidden_states: Tensor, labels: Targets, sequence_parallel: bool) -> Any:
+    is_tied = model.share_embeddings_and_output_weights
+    return linear_log_probs(
+        hidden_states,
+        model.shared_embedding_or_output_weight() if is_tied else model.output_layer.weight,
+        labels.tokens,
+        tp_group=model.pg_collection.tp,
+        vocab_size=model.real_vocab_size,
+        temperature=labels.temperatures,
+        valid=labels.valid,
+        sequence_parallel=sequence_parallel,
+        compute_entropy=labels.compute_entropy,
+    )
 
 
 def build_model_chunks(

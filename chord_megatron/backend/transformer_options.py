@@ -11,6 +11,7 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from megatron.core.fp4_utils import get_fp4_align_size
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer import TransformerConfig
@@ -99,7 +100,7 @@ def refusals_named(model: ModelConfig) -> Iterator[None]:
     except (ValueError, AssertionError, TypeError, RuntimeError, ImportError, KeyError) as error:
         asked = [f"{_GROUP}.{name}" for name in model.transformer_config]
         asked += ["model.recompute"] * isinstance(model.recompute, list)
-        if isinstance(error, UserError) or not asked:
+        if isinstance(error, UserError | torch.OutOfMemoryError) or not asked:
             raise
         raise UserError(f"Megatron-Core refuses {' or '.join(asked)}: {one_line(error)}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from chord_megatron.config import Config
     from chord_megatron.planning.gpus import Assumptions, Cluster
     from chord_megatron.planning.proposals import Proposal, Search
+
+_MOST_GPUS = 1_000_000  # all their divisors are tried
 
 
 def plan(
@@ -43,7 +46,7 @@ def plan(
 
     cluster = Cluster(gpu_named(gpu), _count(gpus, nodes, gpus_per_node), gpus_per_node)
     before = load_config(config, overrides)
-    _refuse_output(output, config)
+    _refuse_output(output)
     assumptions = Assumptions(mfu=mfu)
     found = search(before, read_architecture(Path(before.model.path)), cluster, assumptions)
     if output is not None:
@@ -61,18 +64,21 @@ def _count(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int:
     if (gpus is None) == (nodes is None):
         raise UserError("say how many GPUs there are: --gpus 64, or --nodes 8 with --gpus-per-node 8")
     count = gpus or (nodes or 0) * gpus_per_node
+    if count > _MOST_GPUS:
+        lower = "--gpus" if gpus else "--nodes or --gpus-per-node"
+        raise UserError(f"{count} GPUs are more than the {_MOST_GPUS} that plan takes; lower {lower}")
     if count > gpus_per_node and count % gpus_per_node:
         raise UserError(f"--gpus {count} is not a multiple of --gpus-per-node {gpus_per_node}; change one of them")
     return count
 
 
-def _refuse_output(output: Path | None, config: Path) -> None:
+def _refuse_output(output: Path | None) -> None:
     from chord_megatron.system.errors import UserError
 
     if output is None:
         return
-    if output.absolute() == config.absolute():
-        raise UserError(f"--output {output} is the configuration itself; name another file")
+    if os.path.lexists(output):
+        raise UserError(f"--output {output} is there already; name another file, or remove it")
     if not output.absolute().parent.is_dir():
         raise UserError(f"--output {output}: its folder does not exist; make it, or name another file")
 
@@ -154,7 +160,7 @@ def _different(proposals: Sequence[Proposal]) -> list[Proposal]:
             parallel.pipeline_model_parallel_size,
             parallel.context_parallel_size,
             parallel.expert_model_parallel_size,
-            config.model.recompute,
+            config.model.recomputes_layers,
         )
         first.setdefault(sizes, proposal)
     return [*first.values()]

@@ -1,7 +1,7 @@
 """All layouts of a configuration on so many GPUs: those that are refused, do not fit, or fit, and how fast those are.
 
-Sequence parallelism goes with TP, and the distributed optimizer with several data-parallel ranks: both send no more
-than without, and hold less.
+Sequence parallelism goes with TP, and the distributed optimizer with several data-parallel ranks, or where it is
+configured: both send no more than without, and hold less.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.memory import export_bytes
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.rank_memory import RankMemory, rank_memories
+from chord_megatron.planning.recomputation import check_recomputation
 from chord_megatron.planning.step_time import StepEstimate, estimate_step
 from chord_megatron.planning.workload import longest_row
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
-_ABOUT_AS_FAST = 1.03
+_ABOUT_AS_FAST, _ROOMY = 1.03, 0.9
 # Context parallelism leaves a rank at least so many tokens of the longest row: with few, matrices are small, which the
 # estimate of time does not know. Llama 3 has 8192 (arXiv 2407.21783, table 4).
 _FEWEST_TOKENS = 4096
@@ -88,6 +89,7 @@ class Search:
 def search(config: Config, arch: ModelArchitecture, cluster: Cluster, assumptions: Assumptions) -> Search:
     """Try all layouts. Raises UserError where none fits."""
     usable = int(assumptions.usable_memory * cluster.gpu.memory)
+    check_recomputation(config.model, arch)  # which the layouts change
     _check_sampler(config, arch, cluster)
     attempt = _Attempt(config, arch, cluster)
     fitting: list[Layout] = []
@@ -110,18 +112,19 @@ def search(config: Config, arch: ModelArchitecture, cluster: Cluster, assumption
         raise UserError(_why_none(too_large, refused, cluster, usable))
     proposals = [_propose(layout, config, arch, cluster, assumptions) for layout in fitting]
     proposals.sort(key=lambda proposal: (proposal.changed_rows, proposal.step.time.total))
-    return Search(proposals, _best(proposals), too_large, refused, usable)
+    return Search(proposals, _best(proposals, usable), too_large, refused, usable)
 
 
-def _best(proposals: list[Proposal]) -> Proposal:
-    """Of those that are about as fast as the fastest the one that holds least: the estimate is not that exact.
+def _best(proposals: list[Proposal], usable: int) -> Proposal:
+    """The fastest with room to spare of those that are about as fast as the fastest; without any, what holds least.
 
     About as fast: in what differs between layouts, which drawing completions elsewhere and updating weights do not.
     """
     common = min(proposal.step.time.rollout + proposal.step.time.sync for proposal in proposals)
     limit = _ABOUT_AS_FAST * (proposals[0].step.time.total - common) + common
-    keep = [p for p in proposals if p.step.time.total <= limit and p.changed_rows == proposals[0].changed_rows]
-    return min(keep, key=lambda proposal: proposal.layout.fullest.peak)
+    close = [p for p in proposals if p.step.time.total <= limit and p.changed_rows == proposals[0].changed_rows]
+    roomy = [proposal for proposal in close if proposal.layout.fullest.peak <= _ROOMY * usable]
+    return roomy[0] if roomy else min(close, key=lambda proposal: proposal.layout.fullest.peak)
 
 
 def _sizes(arch: ModelArchitecture, cluster: Cluster, longest: int) -> Iterator[dict[str, Any]]:
@@ -137,7 +140,6 @@ def _sizes(arch: ModelArchitecture, cluster: Cluster, longest: int) -> Iterator[
                 for ep in _divisors(experts):
                     yield {
                         "tensor_model_parallel_size": tp,
-                        "sequence_parallel": tp > 1,
                         "context_parallel_size": cp,
                         "pipeline_model_parallel_size": pp,
                         "expert_model_parallel_size": ep,
@@ -174,7 +176,9 @@ class _Attempt:
 
     def lay_out(self, sizes: dict[str, Any], cut: dict[str, Any], *, recompute: bool) -> Layout:
         """Raises UserError where a rule forbids it."""
-        parallel = self._config.parallel.model_copy(update={**sizes, **cut})
+        # Without other ranks both keys do nothing, and stay as they are.
+        splits_sequences = sizes["tensor_model_parallel_size"] > 1 or self._config.parallel.sequence_parallel
+        parallel = self._config.parallel.model_copy(update={**sizes, **cut, "sequence_parallel": splits_sequences})
         # With whole layers one at a time; without, the parts that the configuration names, if it does.
         own = self._config.model.recompute if isinstance(self._config.model.recompute, list) else False
         whole = {"recompute": True, "recompute_method": None, "recompute_num_layers": None}
@@ -182,7 +186,8 @@ class _Attempt:
         config = self._config.model_copy(update={"parallel": parallel, "model": model})
         data_parallel_size = check_layout(config, self._arch, self._cluster.gpus)
         copies = data_parallel_size * parallel.context_parallel_size
-        optimizer = config.optimizer.model_copy(update={"use_distributed_optimizer": copies > 1})
+        is_sharded = copies > 1 or config.optimizer.use_distributed_optimizer
+        optimizer = config.optimizer.model_copy(update={"use_distributed_optimizer": is_sharded})
         config = with_fitting_batches(config.model_copy(update={"optimizer": optimizer}), data_parallel_size)
         plan, gpu_bytes = self._plan(config, data_parallel_size), self._cluster.gpu.memory
         memories = rank_memories(config, self._arch, plan, layers="transformer_engine", gpu_bytes=gpu_bytes)
@@ -192,7 +197,8 @@ class _Attempt:
         train, parallel = config.train, config.parallel
         interleaved = parallel.virtual_pipeline_model_parallel_size is not None
         stages = parallel.pipeline_model_parallel_size if interleaved else 1
-        key = (data_parallel_size, train.global_batch_size, train.micro_batch_size, stages)
+        sharded = config.optimizer.use_distributed_optimizer
+        key = (data_parallel_size, train.global_batch_size, train.micro_batch_size, stages, sharded)
         if key not in self._plans:
             self._plans[key] = make_plan(config, self._arch, self._cluster.gpus)
         return self._plans[key]

@@ -107,7 +107,7 @@ def estimate_step(
         log_probs=log_probs,
         compute=compute,
         communication=communication,
-        bubble=schedule - compute - communication,
+        bubble=max(0.0, schedule - compute - communication),  # of one stage it is 0 to rounding
         gradients=max(0.0, seconds_of(reduction) - hidden),
         optimizer=_optimizer_seconds(config, arch, plan, links) + seconds_of(parameters),
         sync=sync_seconds(config, arch, links) + offload_seconds(config, arch, plan, assumptions),

@@ -67,9 +67,10 @@ def reads_experts(config: Config) -> bool:
 
 
 def longest_row(config: Config, expert_max_length: int) -> int:
-    """Tokens, of both streams, as far as a run has them."""
+    """Tokens, of both streams, as far as a run has them; a row beyond the budget of a micro-batch ends it."""
     rollout = config.data.max_prompt_length + config.rollout.max_completion_length
-    return max(rollout * needs_rollouts(config), expert_max_length * reads_experts(config))
+    longest = max(rollout * needs_rollouts(config), expert_max_length * reads_experts(config))
+    return min(longest, config.train.max_tokens_per_micro_batch or longest)
 
 
 def workload(config: Config, plan: Plan, fill: Fill | None = None) -> Workload:
@@ -90,7 +91,7 @@ def workload(config: Config, plan: Plan, fill: Fill | None = None) -> Workload:
         expert_rows=expert_rows,
         prompt_tokens=fill.prompt * data.max_prompt_length,
         completion_tokens=fill.completion * rollout.max_completion_length,
-        expert_tokens=fill.expert * plan.expert_max_length,
+        expert_tokens=fill.expert * min(plan.expert_max_length, longest),
     )
     mean_rows = budget * load.rows / load.tokens if budget else size
     return replace(load, micro_batches=_micro_batches(config, plan, load.rows, mean_rows))

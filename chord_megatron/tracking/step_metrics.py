@@ -82,12 +82,13 @@ def idle_row_fraction(totals: LossTotals, num_rollouts: int) -> float | None:
 
 
 def router_metrics(counts: RoutingCounts | None) -> Metrics:
-    """How evenly experts are used, and what routers would choose in place of replayed choices; None without experts.
+    """How evenly experts are used, and what routers would choose in place of replayed choices.
 
-    The imbalance of a layer is MaxVio + 1 of arXiv 2408.15664: the tokens of its busiest expert over those of the mean.
+    None without experts, and where no row was run. The imbalance of a layer is MaxVio + 1 of arXiv 2408.15664: the
+    tokens of its busiest expert over those of the mean.
     """
     keys = ("router_imbalance_mean", "router_imbalance_max", "router_replay_mismatch")
-    if counts is None:
+    if counts is None or not counts.load.any():
         return dict.fromkeys(keys)
     imbalances = (counts.load.amax(1) / counts.load.double().mean(1)).tolist()
     mismatch = counts.differing / counts.replayed if counts.replayed else None

@@ -21,7 +21,7 @@ class _Abandoned(BaseException):
 
 
 class Saves:
-    """At most one save goes on at a time. Every method is a collective call but `abandon`, and what they ask for."""
+    """At most one save goes on at a time. Every method but `abandon` is a collective call of all ranks."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from forked import launch
 from selection import selected
-from tiny_families import EP_2, PP_2, TP_2, VOCAB_SIZE, make_model
+from tiny_families import CP_2, EP_2, PP_2, TP_2, VOCAB_SIZE, make_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "DP 2, distributed optimizer": (2, {}, SHARDED),
     "DP 2, overlapped": (2, {}, {"overlap_grad_reduce": True}),
     "EP 2, distributed optimizer": (2, EP_2, SHARDED),
+    "CP 2, distributed optimizer": (2, CP_2, SHARDED),
 }
 SHORT = {
     ("TP 1", "qwen2 tied"),
@@ -40,6 +41,7 @@ SHORT = {
     ("PP 2", "deepseek_v3"),
     ("DP 2, distributed optimizer", "qwen2 tied"),
     ("EP 2, distributed optimizer", "qwen3_moe"),
+    ("CP 2, distributed optimizer", "qwen2 tied"),
 }
 CASES = [
     pytest.param(layout, model, marks=() if (layout, model) in SHORT else pytest.mark.slow)

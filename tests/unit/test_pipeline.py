@@ -244,6 +244,19 @@ def test_parameters_of_uneven_stages():
             "model's 28 layers to 0 other stages, which is no even cut; set parallel.pipeline_layout",
         ),
         (
+            {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 29},
+            "parallel.num_layers_in_first_pipeline_stage=29 wants 29 layers, but the model has 28; lower it",
+        ),
+        (
+            {
+                "pipeline_model_parallel_size": 3,
+                "num_layers_in_first_pipeline_stage": 20,
+                "num_layers_in_last_pipeline_stage": 9,
+            },
+            "parallel.num_layers_in_first_pipeline_stage=20 and num_layers_in_last_pipeline_stage=9 wants 29 layers, "
+            "but the model has 28; lower it",
+        ),
+        (
             {"pipeline_model_parallel_size": 3, "num_layers_in_first_pipeline_stage": 28},
             "parallel.num_layers_in_first_pipeline_stage=28 leaves 0 of the model's 28 layers to 2 other stages, which "
             "is no even cut; set parallel.pipeline_layout",

@@ -249,6 +249,18 @@ def test_tokens_of_a_step():
     assert (rollouts.longest_row, rollouts.expert_rows, rollouts.micro_batches) == (3072, 0, 256)  # mu is 0
 
 
+def test_experts_of_any_length_are_as_long_as_the_budget_at_most():
+    """chord.chord_sft_max_length is not set: the model reads more, but a row that no micro-batch holds ends a run."""
+    config, plan = planned(
+        QWEN2_5_7B, 1, chord__chord_sft_dataset="e.jsonl", chord__chord_sft_global_batch_size=64,
+        chord__chord_mu_peak=0.5, chord__chord_mu_valley=0.5, train__max_tokens_per_micro_batch=4096,
+    )  # fmt: skip
+    assert plan.expert_max_length > 4096
+    load = workload(config, plan, Fill(prompt=0.5, completion=0.25, expert=0.5))
+    assert (load.longest_row, load.most_micro_batches) == (4096, 320)
+    assert load.tokens == 256 * (512 + 512) + 64 * 2048
+
+
 def test_operations_of_a_token():
     """Two for each weight; in attention 2 x 128 for each of 28 heads and each token of half a row, twice."""
     assert layer_flops(QWEN2_5_7B, 0) == 2 * NUM_LAYER
@@ -475,9 +487,9 @@ def test_everything_that_fits_is_ranked():
     assert times == sorted(times)
     assert all(proposal.layout.fullest.peak <= found.usable == 72 * 10**9 for proposal in found.proposals)
     assert all(layout.fullest.peak > found.usable for layout in found.too_large)
-    assert found.best.step.time.total <= 1.03 * times[0]
-    close = [p for p in found.proposals if p.step.time.total <= 1.03 * times[0]]
-    assert found.best.layout.fullest.peak == min(p.layout.fullest.peak for p in close)
+    # The fastest that leaves a tenth of what is usable, though others are up to 3% faster.
+    roomy = [p for p in found.proposals if p.layout.fullest.peak <= 0.9 * found.usable]
+    assert found.best is roomy[0] and found.best.step.time.total <= 1.03 * times[0]
     (refused,) = found.refused
     assert refused.startswith("parallel.tensor_model_parallel_size=8 does not divide the model's 28 attention heads")
     layouts = {proposal.layout.name for proposal in found.proposals}
@@ -492,6 +504,12 @@ def test_a_batch_that_stays_comes_before_one_that_grows():
     assert found.best.layout.config.train.global_batch_size == 8
 
 
+def test_keys_that_do_nothing_on_one_rank_stay_as_they_are():
+    config = config_of(**SHARDED, parallel__sequence_parallel=True, data__max_prompt_length=64)
+    small = replace(QWEN2_5_7B, num_layers=2)
+    assert changes(config, search(config, small, Cluster(H100, 1, 8), Assumptions()).best.layout.config) == {}
+
+
 def test_long_rows_are_cut_over_ranks():
     """Ranks keep at least 4096 tokens of a row of 66,560; without context parallelism fewer rows' tokens fit."""
     config = config_of(
@@ -504,6 +522,20 @@ def test_long_rows_are_cut_over_ranks():
     assert sizes == {1, 2, 4, 8, 16}
     assert found.best.layout.config.parallel.context_parallel_size > 1
     assert " x CP " in found.best.layout.name
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_an_optimizer_that_must_be_distributed_is_so_wherever_it_is_proposed(wanted: bool):
+    config = config_of(
+        data__max_prompt_length=14_000,
+        rollout__max_completion_length=16_000,
+        optimizer__use_precision_aware_optimizer=True,
+        optimizer__use_distributed_optimizer=wanted,
+    )
+    found = search(config, QWEN2_5_7B, Cluster(GPUS["h200"], 8, 8), Assumptions())
+    assert all(proposal.layout.config.optimizer.use_distributed_optimizer for proposal in found.proposals)
+    refused = sum(count for sentence, count in found.refused.items() if "use_precision_aware_optimizer" in sentence)
+    assert (refused > 0) is not wanted  # one rank of each shard: alone where that is not the user's wish
 
 
 # The command.
@@ -571,9 +603,10 @@ def test_a_proposal_passes_validate(
     assert max(stage["training"] for stage in document["proposed"]["bytes_by_stage"]) <= document["usable_bytes"]
 
 
-def test_the_command_prints_tables(tmp_path: Path):
+@pytest.mark.parametrize("overrides", [[], ["model.recompute=[mlp, core_attn]"]])
+def test_the_command_prints_tables(tmp_path: Path, overrides: list[str]):
     config = write_model(tmp_path, "Qwen2.5-7B")
-    result = run("plan", config, "--nodes", "1", "--gpu", "H200")
+    result = run("plan", config, *overrides, "--nodes", "1", "--gpu", "H200")
     assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
     assert "8 x h200 (1 node): 141 GB" in words
@@ -591,6 +624,10 @@ def test_the_command_prints_tables(tmp_path: Path):
         (["--gpus", "12"], "--gpus 12 is not a multiple of --gpus-per-node 8; change one of them"),
         (["--gpus", "1"], "layouts fits 1 x h100: the smallest, TP 1 x PP 1 x DP 1, recomputation, needs "),
         (["rollout.vllm_mode=server", "--gpus", "8"], "rollout.engine=vllm and rollout.vllm_mode"),
+        (["--gpus", f"{10**14}"], f"{10**14} GPUs are more than the 1000000 that plan takes; lower --gpus"),
+        (["--nodes", "200000"], "1600000 GPUs are more than the 1000000 that plan takes; lower --nodes"),
+        (["model.recompute=[moe]", "--gpus", "8"], "model.recompute names moe, but the model has no experts"),
+        (["model.recompute_method=block", "--gpus", "8"], "model.recompute_method=block is for model.recompute=full"),
         (["--gpus", "8", "--output", "nowhere/x.yaml"], "--output nowhere/x.yaml: its folder does not exist"),
         (
             [
@@ -612,14 +649,21 @@ def test_one_sentence_where_nothing_can_be_planned(tmp_path: Path, arguments: li
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_a_configuration_that_is_missing_or_would_be_overwritten(tmp_path: Path):
+def test_a_configuration_that_is_missing(tmp_path: Path):
     missing = run("plan", tmp_path / "none.yaml", "--gpus", "8")
     assert (missing.exit_code, missing.stderr.count("\n")) == (2, 1)
     assert missing.stderr.startswith("error: cannot read the configuration ")
-    config = write_model(tmp_path, "Qwen2.5-7B")
-    same = run("plan", config, "--gpus", "8", "--output", config)
-    assert same.exit_code == 2
-    assert "is the configuration itself; name another file" in same.stderr
+
+
+@pytest.mark.parametrize("name", ["my.yaml", "model/../my.yaml", "prompts.jsonl"])
+def test_no_file_is_overwritten(tmp_path: Path, name: str):
+    config, rows = write_model(tmp_path, "Qwen2.5-7B"), tmp_path / "prompts.jsonl"
+    rows.write_text("{}\n", encoding="utf-8")
+    before = config.read_bytes(), rows.read_bytes()
+    result = run("plan", config, "--gpus", "8", "--output", tmp_path / name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error: --output {tmp_path / name} is there already; name another file, or remove it\n"
+    assert (config.read_bytes(), rows.read_bytes()) == before
 
 
 def test_validate_says_what_a_process_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

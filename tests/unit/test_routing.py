@@ -255,6 +255,11 @@ def test_imbalance_and_mismatch_by_hand():
     }
 
 
+def test_nothing_is_measured_where_no_row_is_run():
+    idle = RoutingCounts(torch.zeros(2, 4, dtype=torch.int64), replayed=0, differing=0)
+    assert set(router_metrics(idle).values()) == {None}
+
+
 def test_nothing_is_measured_of_dense_models_nor_of_fused_routers_nor_of_live_routing():
     assert set(router_metrics(None).values()) == {None}
     assert count_routing([make_routers(is_fused=True)]) is None  # nobody hears what they choose

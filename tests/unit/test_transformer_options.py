@@ -178,6 +178,21 @@ SENTENCES: list[tuple[str, Any, str]] = [
         "model.transformer_config.fp8='hybrid' needs TransformerEngine on a GPU, which this machine lacks; remove it, "
         "or see what `chord-megatron doctor` says",
     ),
+    *(
+        (
+            name,
+            True,
+            f"model.transformer_config.{name}=True needs TransformerEngine on a GPU, which this machine lacks; remove "
+            "it, or see what `chord-megatron doctor` says",
+        )
+        for name in ("moe_router_fusion", "moe_permute_fusion")
+    ),
+    (
+        "use_ring_exchange_p2p",
+        True,
+        "model.transformer_config.use_ring_exchange_p2p is for builds of torch that have torch.distributed."
+        "ring_exchange; remove it",
+    ),
     (
         "moe_token_dispatcher_type",
         "allgather",
