@@ -75,6 +75,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)  # group.key -> value
     model: dict[str, Any] = field(default_factory=lambda: DENSE)
     data_parallel: int = 1
+    draws: bool = False  # completions with the training weights, whose rows all teach nothing and are not trained on
 
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
@@ -91,6 +92,9 @@ CASES = {
     "PP 2 x VPP 2": Case(2, {PP: 2, VPP: 2, LAYOUT: [2, 3, 3, 2]}),
     "bfloat16": Case(1, {"model.dtype": "bfloat16"}),
     "EP 2": Case(2, {"parallel.expert_model_parallel_size": 2}, MOE, data_parallel=2),
+    "CP 2": Case(2, {"parallel.context_parallel_size": 2}),
+    "parts computed again": Case(1, {"model.recompute": ["layernorm", "mlp"]}),
+    "drawing 64 rows": Case(1, draws=True),
 }
 
 
@@ -106,33 +110,39 @@ def write_model(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_config(folder: Path, model: Path, case: Case) -> Path:
-    """Of an SFT run over rows of ROW tokens, the end token included, that share no prompt."""
+    """Of a run over rows of ROW tokens, the end token included, that share no prompt."""
     half = ROW // 2
-    numbers = (f"{number:0{half}b}".translate({48: "a", 49: "b"}) for number in range(64))  # no two prompts are alike
-    rows_of_data = [{"prompt": " ".join(n), "answer": " " + " ".join("b" * (ROW - half - 1))} for n in numbers]
-    experts = folder / "experts.jsonl"
-    experts.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of_data), encoding="utf-8")
+    numbers = (f"{number:0{half}b}".translate({48: "a", 49: "b"}) for number in range(64))
+    answer = " " + " ".join("b" * (ROW - half - 1))
+    rows = [{"prompt": " ".join(number), "answer": "42" if case.draws else answer} for number in numbers]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     size = case.settings.get(ROWS, 2)
-    rows = MICRO_BATCHES * size * case.data_parallel
+    num_rows = MICRO_BATCHES * size * case.data_parallel
     config: dict[str, dict[str, Any]] = {
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"prompt_format": "text"},
         "rollout": {"num_generations": 1},
         "chord": {
-            "chord_sft_dataset": str(experts),
+            "chord_sft_dataset": str(data),
             "chord_sft_max_length": ROW,
-            "chord_sft_global_batch_size": rows,
+            "chord_sft_global_batch_size": num_rows,
             "mu_schedule": "constant",
             "chord_mu_peak": 1.0,
         },
         "train": {
             "output_dir": str(folder / "run"),
             "micro_batch_size": size,
-            "global_batch_size": rows,
+            "global_batch_size": num_rows,
             "train_iters": STEPS,
         },
         "tracking": {"report_to": []},
     }
+    if case.draws:
+        config["data"] |= {"dataset": str(data), "max_prompt_length": half}
+        config["rollout"] = {"num_generations": 8, "max_completion_length": 16}
+        config["chord"] = {"mu_schedule": "constant", "chord_mu_peak": 0.0}
+        config["train"] |= {"micro_batch_size": 1, "global_batch_size": 64}
     for key, value in case.settings.items():
         group, leaf = key.split(".")
         config.setdefault(group, {})[leaf] = value

@@ -23,6 +23,7 @@ from chord_megatron.batching.packing import BatchLayout, build_global_batch
 from chord_megatron.config import Config, load_config
 from chord_megatron.ops.sampling import sample_tokens, seed_number
 from chord_megatron.planning.plan import Plan, make_plan
+from chord_megatron.planning.rank_memory import fullest_rank
 from chord_megatron.planning.schedule import mu_at
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.yaml_text import write_yaml
@@ -138,7 +139,9 @@ def planned(changes: dict[str, dict[str, Any]], tmp_path: Path) -> tuple[Config,
     path = tmp_path / "config.yaml"
     path.write_text(write_yaml(merged), encoding="utf-8")
     config = load_config(path)
-    return config, make_plan(config, ARCH, 4)
+    plan = make_plan(config, ARCH, 4)
+    assert fullest_rank(config, ARCH, plan, layers="local").step_in_words
+    return config, plan
 
 
 def check_it_computes(config: Config) -> None:
