@@ -56,6 +56,7 @@ _OWNED: dict[str, str] = {
     "cache_mla_latents mlp_chunks_for_prefill nccl_all_reduce_for_prefill",
     "is for a schedule that does not run here": "variable_seq_lengths overlap_p2p_comm batch_p2p_comm "
     "microbatch_group_size_per_vp_stage overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_*",
+    "is for sequences that are not packed, and all are here": "fused_single_qkv_rope",
     "is for builds of torch that have torch.distributed.ring_exchange": "use_ring_exchange_p2p",
     "is for weights that are drawn, and these are read": "*init_method* perform_initialization use_cpu_initialization "
     "init_model_with_meta_device",
