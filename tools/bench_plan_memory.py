@@ -106,11 +106,12 @@ def write_model(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def write_config(folder: Path, model: Path, case: Case) -> Path:
-    """Of an SFT run over rows of ROW tokens, the end token included."""
+    """Of an SFT run over rows of ROW tokens, the end token included, that share no prompt."""
     half = ROW // 2
-    row = {"prompt": " ".join("a" * half), "answer": " " + " ".join("b" * (ROW - half - 1))}
+    numbers = (f"{number:0{half}b}".translate({48: "a", 49: "b"}) for number in range(64))  # no two prompts are alike
+    rows_of_data = [{"prompt": " ".join(n), "answer": " " + " ".join("b" * (ROW - half - 1))} for n in numbers]
     experts = folder / "experts.jsonl"
-    experts.write_text(f"{json.dumps(row)}\n" * 64, encoding="utf-8")
+    experts.write_text("".join(f"{json.dumps(row)}\n" for row in rows_of_data), encoding="utf-8")
     size = case.settings.get(ROWS, 2)
     rows = MICRO_BATCHES * size * case.data_parallel
     config: dict[str, dict[str, Any]] = {

@@ -60,6 +60,7 @@ CONVERSION = ("from Hugging Face and back", "from a converted checkpoint", "chec
 FORMS = "checkpoints of either layers, other forms"
 UPSTREAM = "checkpoints of Megatron-LM's layers"
 RESUME = ("resume", "resume, sharded optimizer")
+FEWER_BITS = "resume, states in fewer bits"
 RESUME_ELSEWHERE = ("resume on the other layers", "resume on the other layers, sharded optimizer")
 
 
@@ -119,6 +120,7 @@ def checks_of(layout: str, variant: str, with_experts: tuple[str, ...]) -> list[
         checks.append(UPSTREAM)
     if head == "untied" and (alone or dtype == "bfloat16"):
         checks += RESUME
+        checks += [FEWER_BITS] * (dtype == "bfloat16")
         checks += RESUME_ELSEWHERE if dtype == "bfloat16" and layout in ("TP 1", "TP 2 x EP 2") else ()
     return checks
 

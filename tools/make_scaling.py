@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from chord_megatron.config import Config
@@ -75,12 +76,12 @@ def server_gpus_of(model: str, arch: ModelArchitecture, cluster: Cluster) -> int
     return server_gpus(Config.model_validate(settings), arch, cluster)
 
 
-def table(model: str, gpu: str) -> list[str]:
+def table(model: str, gpu: str, counts: Sequence[int] = GPUS) -> list[str]:
     """One model's, as lines of Markdown."""
     arch = read_architecture(CONFIGS / model)
     lines = [f"### {model}", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     base = None
-    for gpus in GPUS:
+    for gpus in counts:
         cluster, assumptions = Cluster(gpu_named(gpu), gpus, 8), Assumptions()
         config = step_of(model, arch, cluster)
         try:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from megatron.core.fp4_utils import get_fp4_align_size
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.transformer import TransformerConfig
@@ -60,7 +61,7 @@ _OWNED: dict[str, str] = {
     "is for builds of torch that have torch.distributed.ring_exchange": "use_ring_exchange_p2p",
     "is for weights that are drawn, and these are read": "*init_method* perform_initialization use_cpu_initialization "
     "init_model_with_meta_device",
-    "takes what a configuration cannot hold": "timers *_func _* quant_recipe",
+    "takes what a configuration cannot hold": "timers *_grads_func *_scale_func *_sync_func _* quant_recipe",
 }
 # Read by TransformerEngine's layers alone: the local ones would pass over them in silence, or fail later.
 _OF_TRANSFORMER_ENGINE = (
@@ -101,7 +102,7 @@ def refusals_named(model: ModelConfig) -> Iterator[None]:
     except (ValueError, AssertionError, TypeError, RuntimeError, ImportError, KeyError) as error:
         asked = [f"{_GROUP}.{name}" for name in model.transformer_config]
         asked += ["model.recompute"] * isinstance(model.recompute, list)
-        if isinstance(error, UserError) or not asked:
+        if isinstance(error, UserError | torch.OutOfMemoryError) or not asked:
             raise
         raise UserError(f"Megatron-Core refuses {' or '.join(asked)}: {one_line(error)}") from error
 

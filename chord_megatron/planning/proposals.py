@@ -140,7 +140,6 @@ def _sizes(arch: ModelArchitecture, cluster: Cluster, longest: int) -> Iterator[
                 for ep in _divisors(experts):
                     yield {
                         "tensor_model_parallel_size": tp,
-                        "sequence_parallel": tp > 1,
                         "context_parallel_size": cp,
                         "pipeline_model_parallel_size": pp,
                         "expert_model_parallel_size": ep,
@@ -177,7 +176,9 @@ class _Attempt:
 
     def lay_out(self, sizes: dict[str, Any], cut: dict[str, Any], *, recompute: bool) -> Layout:
         """Raises UserError where a rule forbids it."""
-        parallel = self._config.parallel.model_copy(update={**sizes, **cut})
+        # Without other ranks both keys do nothing, and stay as they are.
+        splits_sequences = sizes["tensor_model_parallel_size"] > 1 or self._config.parallel.sequence_parallel
+        parallel = self._config.parallel.model_copy(update={**sizes, **cut, "sequence_parallel": splits_sequences})
         # With whole layers one at a time; without, the parts that the configuration names, if it does.
         own = self._config.model.recompute if isinstance(self._config.model.recompute, list) else False
         whole = {"recompute": True, "recompute_method": None, "recompute_num_layers": None}
@@ -185,8 +186,8 @@ class _Attempt:
         config = self._config.model_copy(update={"parallel": parallel, "model": model})
         data_parallel_size = check_layout(config, self._arch, self._cluster.gpus)
         copies = data_parallel_size * parallel.context_parallel_size
-        sharded = copies > 1 or config.optimizer.use_distributed_optimizer
-        optimizer = config.optimizer.model_copy(update={"use_distributed_optimizer": sharded})
+        is_sharded = copies > 1 or config.optimizer.use_distributed_optimizer
+        optimizer = config.optimizer.model_copy(update={"use_distributed_optimizer": is_sharded})
         config = with_fitting_batches(config.model_copy(update={"optimizer": optimizer}), data_parallel_size)
         plan, gpu_bytes = self._plan(config, data_parallel_size), self._cluster.gpu.memory
         memories = rank_memories(config, self._arch, plan, layers="transformer_engine", gpu_bytes=gpu_bytes)

@@ -224,6 +224,7 @@ class Run:
 
     def _stop_if_diverged(self) -> None:
         if self.skipped_in_row >= self.config.train.max_skipped_steps:
+            self.saves.finish()  # the last weights that were any good
             raise UserError(
                 f"stopped after {self.skipped_in_row} steps in a row with a non-finite loss or gradient norm; "
                 "lower optimizer.lr, or look at the last completions in completions.jsonl"

@@ -15,7 +15,7 @@ from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 
 
 def main(questions: dict[str, Any], results: Path) -> None:
-    """Of each case: (loss, gradient norm) of the step after the one that was saved. Rank 0 writes."""
+    """Of each case: loss and gradient norm of the two steps after the one that was saved. Rank 0 writes."""
     parallel = ParallelConfig(**questions["parallel"])
     groups = initialize_distributed(parallel, seed=0)
     samples = [as_sample(tokens, temperature=1.0) for tokens in questions["sequences"]]
@@ -30,7 +30,7 @@ def main(questions: dict[str, Any], results: Path) -> None:
         else:
             engine.load(Path(questions["source"]) / name)
         engine.save(Path(questions["target"]) / name, {})
-        answers[name] = train_step(engine, samples)
+        answers[name] = [*train_step(engine, samples), *train_step(engine, samples)]
     if groups.rank == 0:
         results.write_text(json.dumps(answers), encoding="utf-8")
     shut_down_distributed()

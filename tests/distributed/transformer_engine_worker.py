@@ -57,6 +57,7 @@ from chord_megatron.backend.groups import ParallelGroups, initialize_distributed
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks
+from chord_megatron.backend.optimizer import allocate_adam_state
 from chord_megatron.checkpoints import conversion
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.weights.architecture import ModelArchitecture
@@ -254,10 +255,10 @@ def check_upstream(case: Case) -> str:
 class Run:
     """An engine of TransformerEngine's layers and Adam, or of local layers and torch's."""
 
-    def __init__(self, case: Case, *, te: bool, sharded: bool) -> None:
+    def __init__(self, case: Case, *, te: bool, sharded: bool, **of_optimizer: Any) -> None:
         """sharded: the optimizer's state over data-parallel ranks."""
         self.te = te
-        settings = OptimizerConfig(use_distributed_optimizer=sharded, weight_decay=0.1)
+        settings = OptimizerConfig(use_distributed_optimizer=sharded, weight_decay=0.1, **of_optimizer)
         with self.adam(), pretended_gpu() if te else contextlib.nullcontext():
             self.engine = MegatronEngine(
                 case.model, case.parallel, settings, case.groups, train_iters=9, keep_reference=False
@@ -371,6 +372,62 @@ def check_resume_elsewhere(case: Case, *, sharded: bool) -> str:
     return listed(wrong)
 
 
+FEWER_BITS: dict[str, dict[str, str]] = {
+    "float32": {},
+    "bfloat16": {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16", "main_grads_dtype": "bfloat16"},
+    "float16": {"exp_avg_dtype": "float16", "exp_avg_sq_dtype": "float16", "main_params_dtype": "float16"},
+}
+STATES = ("exp_avg", "exp_avg_sq", "master_param")
+
+
+@torch.no_grad()
+def trained_in_fewer_bits(run: Run) -> Run:
+    """As `trained`."""
+    allocate_adam_state(run.engine._optimizer)
+    for inner in run.inner:
+        adam = inner.optimizer
+        for group in adam.param_groups:
+            group["step"] = STEP
+            for parameter in group["params"]:
+                values = (parameter.float() / 3, parameter.float() ** 2 / 5, parameter.float() * (1 + 2**-12))
+                for name, value in zip(STATES, values):
+                    adam.set_scaled_state(parameter, name, value)
+    return run
+
+
+def states_in_float32(run: Run) -> dict[str, Tensor]:
+    """Of precision-aware optimizers and of plain ones: master weights, moments and steps."""
+    found = {}
+    for i, inner in enumerate(run.inner):
+        adam, is_aware = inner.optimizer, inner.config.use_precision_aware_optimizer
+        for j, group in enumerate(adam.param_groups):
+            found[f"{i}.{j} step"] = torch.tensor(int(group["step"]))
+            for k, parameter in enumerate(group["params"]):
+                for name in STATES:
+                    state = parameter if name == "master_param" else adam.state[parameter][name]
+                    state = adam.get_unscaled_state(parameter, name) if is_aware else state
+                    found[f"{i}.{j}.{k} {name}"] = state.detach().float().clone()
+    return found
+
+
+def check_fewer_bits(case: Case) -> str:
+    """Of states that TransformerEngine's Adam keeps in fewer bits: saved, and loaded by such a one and a plain one."""
+    wrong = {}
+    for name, dtypes in FEWER_BITS.items():
+        settings = {"use_precision_aware_optimizer": True, **dtypes}
+        run = trained_in_fewer_bits(Run(case, te=True, sharded=True, **settings))
+        held = {state["exp_avg"].dtype for inner in run.inner for state in inner.optimizer.state.values()}
+        if held != {getattr(torch, dtypes.get("exp_avg_dtype", "float32"))}:
+            wrong[f"{name}, dtypes"] = str(held)
+        run.save(case.work / name, {})
+        for reader, of_reader in ((f"{name}, by its like", settings), (f"{name}, by a plain one", {})):
+            other = blank(Run(case, te=True, sharded=True, **of_reader))
+            other.load(case.work / name)
+            wrong[reader] = compare(states_in_float32(other), states_in_float32(run))
+    on_first_rank(case, lambda: [shutil.rmtree(folder) for folder in case.work.iterdir()])
+    return listed(wrong)
+
+
 def listed(wrong: dict[str, str]) -> str:
     return "; ".join(f"{name}: {what}" for name, what in wrong.items() if what)
 
@@ -383,6 +440,7 @@ CHECKS: dict[str, Callable[[Case], str]] = {
     "checkpoints of Megatron-LM's layers": check_upstream,
     "resume": partial(check_resume, sharded=False),
     "resume, sharded optimizer": partial(check_resume, sharded=True),
+    "resume, states in fewer bits": check_fewer_bits,
     "resume on the other layers": partial(check_resume_elsewhere, sharded=False),
     "resume on the other layers, sharded optimizer": partial(check_resume_elsewhere, sharded=True),
 }

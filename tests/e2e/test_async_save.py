@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -99,6 +100,17 @@ def test_a_checkpoint_has_the_weights_of_its_step_though_they_change_meanwhile(
     first, second = ["step_2.partial"], ["latest", "step_2", "step_4.partial"]
     assert seen == [*enumerate([[], [], first, first, second, second])]
     assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_run_that_diverges_keeps_the_save_that_goes_on(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It stops in the step of its first save, as one in the foreground does behind it."""
+    hold_until_waited_for(monkeypatch)
+    step = ChordTrainer.step
+    monkeypatch.setattr(ChordTrainer, "step", lambda *arguments: replace(step(*arguments), stepped=False))
+    outcome = train_here(config, ASYNC, "train.max_skipped_steps=2")
+    assert outcome.code == 2 and "stopped after 2 steps in a row" in outcome.errors[0]
+    assert (tmp_path / "run" / "checkpoints" / "step_2" / ".metadata").is_file()
+    assert (tmp_path / "run" / "hf" / "step_2" / "model.safetensors").is_file() and partial_folders(tmp_path) == []
 
 
 def test_ranks_write_what_they_write_in_the_foreground(config: Path, tmp_path: Path):

@@ -504,6 +504,12 @@ def test_a_batch_that_stays_comes_before_one_that_grows():
     assert found.best.layout.config.train.global_batch_size == 8
 
 
+def test_keys_that_do_nothing_on_one_rank_stay_as_they_are():
+    config = config_of(**SHARDED, parallel__sequence_parallel=True, data__max_prompt_length=64)
+    small = replace(QWEN2_5_7B, num_layers=2)
+    assert changes(config, search(config, small, Cluster(H100, 1, 8), Assumptions()).best.layout.config) == {}
+
+
 def test_long_rows_are_cut_over_ranks():
     """Ranks keep at least 4096 tokens of a row of 66,560; without context parallelism fewer rows' tokens fit."""
     config = config_of(

@@ -221,6 +221,11 @@ def test_with_transformer_engine_its_options_pass():
     assert checked == {**options, "attention_backend": AttnBackend.flash}
 
 
+def test_an_option_that_only_sounds_like_a_function_is_the_users():
+    assert why_owned("use_te_activation_func") is None
+    assert why_owned("activation_func") is not None and why_owned("grad_scale_func") is not None
+
+
 def test_tokens_come_in_blocks_where_they_are_multiplied_in_few_bits():
     config = built({})
     assert token_multiple(config) == 1
