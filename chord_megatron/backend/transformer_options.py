@@ -57,6 +57,8 @@ _OWNED: dict[str, str] = {
     "cache_mla_latents mlp_chunks_for_prefill nccl_all_reduce_for_prefill",
     "is for a schedule that does not run here": "variable_seq_lengths overlap_p2p_comm batch_p2p_comm "
     "microbatch_group_size_per_vp_stage overlap_moe_expert_parallel_comm delay_wgrad_compute ep_overlap_*",
+    "is for sequences that are not packed, and all are here": "fused_single_qkv_rope",
+    "is for builds of torch that have torch.distributed.ring_exchange": "use_ring_exchange_p2p",
     "is for weights that are drawn, and these are read": "*init_method* perform_initialization use_cpu_initialization "
     "init_model_with_meta_device",
     "takes what a configuration cannot hold": "timers *_grads_func *_scale_func *_sync_func _* quant_recipe",
@@ -65,7 +67,7 @@ _OWNED: dict[str, str] = {
 _OF_TRANSFORMER_ENGINE = (
     "fp8 fp4 tp_comm_overlap attention_backend flash_attention_version cp_comm_type symmetric_ar_type use_te_* "
     "use_transformer_engine_op_fuser use_kitchen* cpu_offloading fine_grained_activation_offloading "
-    "activation_func_fp8_input_store"
+    "activation_func_fp8_input_store moe_router_fusion moe_permute_fusion"
 )
 
 

@@ -32,7 +32,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="which: a100, h100, h800, h20, h200, b200, b300")] = "h100",
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of its peak that computing reaches")] = 0.5,
     show: Annotated[int, typer.Option(min=1, help="so many layouts in the table")] = 8,
-    output: Annotated[Path | None, typer.Option(help="write the configuration with the proposed layout")] = None,
+    output: Annotated[Path | None, typer.Option(help="a new file for what is proposed")] = None,
     print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> int:
     """Propose a layout for GPUs that need not be here: what fits, memory and time by part. Computed, not measured.

@@ -149,6 +149,8 @@ def _as_megatron_cuts(parallel: ParallelConfig, arch: ModelArchitecture) -> list
         raise UserError(f"{key} cannot stand beside parallel.pipeline_layout, which says it all; set one of them")
     if pp == 1:
         raise UserError(f"{key} without a pipeline; remove it, or set parallel.pipeline_model_parallel_size above 1")
+    if sum(given.values()) > arch.num_layers:
+        raise UserError(f"{key} wants {sum(given.values())} layers, but the model has {arch.num_layers}; lower it")
     left, others = arch.num_layers - sum(given.values()), pp - len(given)
     share, rest = divmod(left, others) if others else (vpp, left)
     ranks = [first or share, *[share] * (pp - 2), last or share]

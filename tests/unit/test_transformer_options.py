@@ -188,6 +188,12 @@ SENTENCES: list[tuple[str, Any, str]] = [
         for name in ("moe_router_fusion", "moe_permute_fusion")
     ),
     (
+        "fused_single_qkv_rope",
+        True,
+        "model.transformer_config.fused_single_qkv_rope is for sequences that are not packed, and all are here; "
+        "remove it",
+    ),
+    (
         "use_ring_exchange_p2p",
         True,
         "model.transformer_config.use_ring_exchange_p2p is for builds of torch that have torch.distributed."
