@@ -7,7 +7,7 @@ long as the configuration allows: the case that the planner computes. Measured i
 rank up to the end of its last step (VmHWM), minus the resident memory of the same run with a model of a few thousand
 parameters at that moment (VmRSS): interpreter, libraries, data and process groups. MALLOC_MMAP_THRESHOLD_=131072 has
 glibc give every larger tensor back to the system when it is freed, instead of keeping the memory for the next one: what
-is measured are live tensors.
+is measured are live tensors. What the output file holds of other cases stays there.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rank_of:
         sys.exit(be_rank(arguments.rank_of))
-    results = {}
+    results = json.loads(arguments.output.read_text())["cases"] if arguments.output.exists() else {}
     for name in arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             results[name] = measure(CASES[name], Path(folder))

@@ -66,6 +66,7 @@ class Assumptions:
     decoded_layer: float = 1e-4  # seconds that launching a layer's kernels takes at least, without CUDA graphs
     graphed_layer: float = 1e-5  # with them, in vLLM
     host_gb_per_s: float = 25.0  # between a GPU and its host, pinned
+    host_memory_gb_per_s: float = 40.0  # of the host's memory, for each GPU
     disk_gb_per_s: float = 2.0  # of a shared disk that weights go through to vLLM servers
     usable_memory: float = 0.9  # of a GPU: CUDA, NCCL's buffers, cuBLAS and fragmentation take the rest
     fill: Fill = field(default_factory=Fill)  # how long rows are

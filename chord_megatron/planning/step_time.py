@@ -198,13 +198,21 @@ def _data_parallel(
 
 
 def _optimizer_seconds(config: Config, arch: ModelArchitecture, plan: Plan, links: Links) -> float:
-    """Adam reads and writes its state, reads its gradients and writes its weights.
+    """Adam reads and writes its state, reads its gradients and writes its weights; of states on the host there.
 
-    All sums of gradients are read once for their norm and set to zero once.
+    All sums of gradients are read once for their norm and set to zero once. Gradients of parameters whose states are on
+    the host go there, and the weights come back.
     """
-    state = max(model_states(config, arch, plan), key=lambda rank: rank.optimizer)
-    held = max(stage_parameters(arch, config.parallel), key=sum)
-    weight = getattr(torch, config.model.dtype).itemsize
-    updated = state.optimizer / (2 * _FLOAT32 + _FLOAT32 * (weight != _FLOAT32))  # parameters
-    nbytes = 2 * state.optimizer + (_FLOAT32 + weight) * updated + 2 * _FLOAT32 * sum(held)
-    return nbytes / (links.cluster.gpu.hbm_gb_per_s * 1e9 * links.assumptions.memory_share)
+    parallel, assumed = config.parallel, links.assumptions
+    held = max(stage_parameters(arch, parallel), key=sum)
+    state = max(model_states(config, arch, plan), key=lambda rank: rank.optimizer + rank.offloaded)
+    ranks_of_stage = plan.world_size // parallel.pipeline_model_parallel_size
+    is_sharded = config.optimizer.use_distributed_optimizer
+    updated = held.dense / (plan.data_parallel_size * parallel.context_parallel_size if is_sharded else 1)
+    updated += held.expert / (ranks_of_stage // parallel.expert_model_parallel_size if is_sharded else 1)
+    on_host = config.optimizer.optimizer_offload_fraction * config.optimizer.optimizer_cpu_offload
+    passing = (_FLOAT32 + getattr(torch, config.model.dtype).itemsize) * updated  # a gradient and a weight each
+    nbytes = 2 * state.optimizer + (1 - on_host) * passing + 2 * _FLOAT32 * sum(held)
+    seconds = nbytes / (links.cluster.gpu.hbm_gb_per_s * 1e9 * assumed.memory_share)
+    seconds += (2 * state.offloaded + on_host * passing) / (assumed.host_memory_gb_per_s * 1e9)
+    return seconds + on_host * passing / (assumed.host_gb_per_s * 1e9)

@@ -286,6 +286,14 @@ def test_a_step_on_one_gpu():
     assert step.model_flops == pytest.approx(passes - head_flops(QWEN2_5_7B) * 256 * 1024)
 
 
+def test_states_on_the_host_are_stepped_there():
+    """Moments, copy and gradient of half of the parameters, 16 bytes each, twice; 6 bytes of each there and back."""
+    half = {"optimizer__optimizer_cpu_offload": True, "optimizer__optimizer_offload_fraction": 0.5, **SHARDED}
+    on_device = (12 + 3 + 8) * NUM_7B / (3350e9 * 0.7)
+    on_host = (16 + 3) * NUM_7B / 40e9 + 3 * NUM_7B / 25e9
+    assert step_of(1, **half).time.optimizer == pytest.approx(on_device + on_host)
+
+
 def step_of(world_size: int, arch: ModelArchitecture = QWEN2_5_7B, **settings: Any) -> StepEstimate:
     recorded = {"rollout__engine": "replay", "rollout__replay_from": "r.jsonl"}
     config, plan = planned(arch, world_size, **recorded, **settings)
