@@ -536,6 +536,18 @@ def test_host_memory_holds_everything_without_gpus_and_the_reference_with_them(m
     assert (check.status, check.is_blocking) == ("wrong", False)
 
 
+def test_the_host_holds_an_offloaded_optimizer_and_what_is_saved_in_the_background(monkeypatch: pytest.MonkeyPatch):
+    """Of a save one copy a pipeline stage, of which 8 ranks of 4 each have two."""
+    monkeypatch.setattr(configuration, "available_memory", lambda: 500 * GB)
+    memory = rank_of(replace(STATE_7B, offloaded=10 * GB, saving=100 * GB))
+    check = configuration.check_host_memory(memory, [H100] * 8, 8, 4)
+    assert check.status == "ok" and check.meaning == (
+        "needed: 280.0 GB for 8 processes: 10.0 GB optimizer a process, 200.0 GB of checkpoints that are being written "
+        "(train.async_save)"
+    )
+    assert "needed: 180.0 GB for 8 processes" in configuration.check_host_memory(memory, [H100] * 8, 8, 16).meaning
+
+
 def test_every_process_needs_a_gpu_of_its_own():
     assert configuration.check_processes([H100] * 4, 4).status == configuration.check_processes([], 4).status == "ok"
     check = configuration.check_processes([H100] * 4, 8)
