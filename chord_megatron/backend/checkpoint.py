@@ -234,22 +234,27 @@ def _translate_steps(state: dict[str, Any], *, by_parameter: bool) -> None:
 
     It would otherwise count from 0, or from 1, and correct the bias of its moments once more. The optimizers that are
     not distributed leave a step of zero out, too, which torch's Adam then misses (FP32Optimizer.sharded_state_dict).
+    All of a chain have stepped together; one has saved no step where the first stage holds no parameter of it.
     """
-    if "param_groups" not in state:
-        for value in state.values():
-            if isinstance(value, dict):
-                _translate_steps(value, by_parameter=by_parameter)
-        return
-    groups, states = state["param_groups"], state.get("state", {})
-    by_groups = max((int(group.get("step") or 0) for group in groups), default=0)
-    count = int(states.pop("common_step", by_groups))
-    if by_parameter and "state" in state:
-        states["common_step"] = torch.tensor(float(count))
-        for group in groups:
-            group.pop("step", None)
-    else:  # DistributedOptimizer's are with the groups, whichever Adam it has
-        for group in groups:
-            group["step"] = count
+    chained = _saved_optimizers(state)
+    count = max(map(_pop_step, chained), default=0)
+    for saved in chained:
+        if by_parameter and "state" in saved:
+            saved["state"]["common_step"] = torch.tensor(float(count))
+        else:  # DistributedOptimizer's are with the groups, whichever Adam it has
+            for group in saved["param_groups"]:
+                group["step"] = count
+
+
+def _saved_optimizers(state: dict[str, Any]) -> list[dict[str, Any]]:
+    if "param_groups" in state:
+        return [state]
+    return [saved for value in state.values() if isinstance(value, dict) for saved in _saved_optimizers(value)]
+
+
+def _pop_step(saved: dict[str, Any]) -> int:
+    by_groups = max([int(group.pop("step", None) or 0) for group in saved["param_groups"]], default=0)
+    return int(saved.get("state", {}).pop("common_step", by_groups))
 
 
 def _unshare_steps(optimizer: Any) -> None:

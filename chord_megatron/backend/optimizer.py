@@ -8,6 +8,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
@@ -42,11 +43,30 @@ def build_optimizer(optimizer: OptimizerConfig, model: ModelConfig, chunks: list
     """Of this rank's chunks, each within DDP. Raises UserError."""
     check_optimizer_here(optimizer, find_installed())
     try:
-        return get_megatron_optimizer(_optimizer_config(optimizer, model), chunks)
+        built = get_megatron_optimizer(_optimizer_config(optimizer, model), chunks)
     except (AssertionError, RuntimeError) as error:
         if not optimizer.use_precision_aware_optimizer:
             raise
         raise UserError(f"Megatron-Core refuses optimizer.use_precision_aware_optimizer: {one_line(error)}") from error
+    _share_steps(built)
+    return built
+
+
+def _share_steps(optimizer: Any) -> None:
+    """Have an Adam of no parameters, as of the experts where a stage has none, save the step of the others.
+
+    DistributedOptimizer.state_dict wants one, which torch's Adam counts by parameter.
+    """
+    distributed = [inner for inner in optimizer.chained_optimizers if isinstance(inner, DistributedOptimizer)]
+    adams = [inner.optimizer for inner in distributed if isinstance(inner.optimizer, TORCH_ADAMS)]
+
+    def add_step(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        steps = (of_parameter["step"] for adam in adams for of_parameter in adam.state.values())
+        state["state"]["of no parameter"] = {"step": max(steps, default=torch.zeros(()))}
+
+    for adam in adams:
+        if not any(group["params"] for group in adam.param_groups):
+            adam.register_state_dict_post_hook(add_step)
 
 
 def allocate_adam_state(optimizer: Any) -> None:
