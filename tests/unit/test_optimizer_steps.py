@@ -53,11 +53,8 @@ def test_it_is_found_in_mixed_precision_and_in_every_optimizer_of_a_chain():
 @pytest.mark.parametrize("by_parameter", [True, False])
 def test_one_that_had_no_parameters_where_it_was_saved_has_stepped_with_its_chain(by_parameter: bool):
     """As that of the experts, saved by a first stage without any."""
-    state = {
-        0: {"optimizer": {"param_groups": [{"step": 7}]}},
-        1: {"optimizer": {"param_groups": [{}]}},
-        2: of_torch(0),
-    }
+    distributed = [{"optimizer": {"param_groups": [group]}} for group in ({"step": 7}, {})]
+    state: dict[int, Any] = dict(enumerate([*distributed, of_torch(0)]))
     _translate_steps(state, by_parameter=by_parameter)
     assert [steps(state[index]["optimizer"]) for index in range(2)] == [(None, [7])] * 2
     assert steps(state[2]) == ((torch.tensor(7.0), [None, None]) if by_parameter else (None, [7, 7]))
