@@ -29,7 +29,7 @@ from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
 
-ROWS_OF_A_PART = 4096
+ROWS_OF_A_PART = 1024  # of 8,192 tokens they take 300 MB while they are made
 
 Found = TypeVar("Found")
 MakeSamples = Callable[[range], tuple[list[Sample], Tally]]
@@ -205,12 +205,11 @@ def _read_part(path: Path) -> _Part | None:
 
 def _make_part(make: MakeSamples[Sample], rows: range, kind: type[Sample]) -> bytes:
     samples, tally = make(rows)
-    tokens = [token for sample in samples for token in sample.tokens]
     notes = {
         "tally": tally.to_json(),
         "columns": sorted({name for sample in samples for name in getattr(sample, "columns", ())}),
-        "lowest_token": min(tokens, default=0),
-        "highest_token": max(tokens, default=0),
+        "lowest_token": min((min(sample.tokens, default=0) for sample in samples), default=0),
+        "highest_token": max((max(sample.tokens, default=0) for sample in samples), default=0),
     }
     schema = _SCHEMAS[kind].with_metadata({"notes": json.dumps(notes)})
     table = pa.Table.from_pylist([vars(sample) for sample in samples], schema=schema)

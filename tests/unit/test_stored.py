@@ -202,18 +202,18 @@ def made(indices: range, seconds: float, log: Path) -> tuple[list[ExpertSample],
 def take_part(folder: Path, seconds: float, log: Path) -> StoredSamples[ExpertSample]:
     samples, tallies = stored_samples(
         folder,
-        8 * 4096,
+        8 * 1024,
         ExpertSample,
         lambda indices: made(indices, seconds, log),
         lambda fields: ExpertSample(**fields),
     )
-    assert sum(tally.usable for tally in tallies) == len(samples) == 8 * 4096
+    assert sum(tally.usable for tally in tallies) == len(samples) == 8 * 1024
     return samples
 
 
 def check_part(folder: Path, log: Path, answers: Any) -> None:
     samples = take_part(folder, 0.1, log)
-    answers.put((samples.fingerprint, samples[20_000]))
+    answers.put((samples.fingerprint, samples[5000]))
 
 
 @pytest.mark.attack
@@ -226,10 +226,10 @@ def test_processes_share_the_work_and_all_have_the_whole(tmp_path: Path):
     found = {answers.get() for _ in processes}
     for process in processes:
         process.join()
-    expected = fingerprint([ExpertSample(index, (index, 1), 1) for index in range(8 * 4096)])
-    assert found == {(expected, ExpertSample(20_000, (20_000, 1), 1))}
+    expected = fingerprint([ExpertSample(index, (index, 1), 1) for index in range(8 * 1024)])
+    assert found == {(expected, ExpertSample(5000, (5000, 1), 1))}
     lines = [line.split() for line in log.read_text().splitlines()]
-    assert sorted(int(start) for _, start in lines) == [4096 * part for part in range(8)]  # each once
+    assert sorted(int(start) for _, start in lines) == [1024 * part for part in range(8)]  # each once
     assert len({process for process, _ in lines}) == 4
     assert max(Counter(process for process, _ in lines).values()) < 8
 
@@ -247,7 +247,7 @@ def test_what_a_killed_process_was_making_is_made_by_another(tmp_path: Path):
     process.join()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
     samples = take_part(tmp_path / "cache", 0.0, log)
-    assert samples[0] == ExpertSample(0, (0, 1), 1) and len(samples) == 8 * 4096
+    assert samples[0] == ExpertSample(0, (0, 1), 1) and len(samples) == 8 * 1024
     assert len(list((tmp_path / "cache").iterdir())) == 10
 
 
@@ -255,4 +255,4 @@ def test_mapped_files_are_not_held_open(tmp_path: Path):
     before = len(os.listdir("/proc/self/fd"))
     samples = take_part(tmp_path / "cache", 0.0, tmp_path / "log")
     assert len(os.listdir("/proc/self/fd")) == before
-    assert samples[-1].id == 8 * 4096 - 1
+    assert samples[-1].id == 8 * 1024 - 1
