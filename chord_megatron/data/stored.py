@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -176,7 +177,7 @@ def _whole_size(path: Path) -> int | None:
     """Bytes in front of the digest; None where there is no file, or not what was written."""
     try:
         with path.open("rb") as file:
-            left = size = path.stat().st_size - _DIGEST_BYTES
+            left = size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
             digest = hashlib.sha256()
             while left > 0 and (block := file.read(min(left, 2**20))):  # not by its map, which would count as memory
                 digest.update(block)

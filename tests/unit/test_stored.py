@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]] = ROWS) -> str:
 
 
 def load(source: Any, **data: Any) -> RunData:
-    settings = {"dataset": source, "max_prompt_length": 60, "on_bad_row": "skip", **data}
+    settings = {"dataset": source, "max_prompt_length": 100, "on_bad_row": "skip", **data}
     chord = ChordConfig(chord_sft_dataset=source)
-    return load_run_data(DataConfig(**settings), chord, TOKENIZER, expert_max_length=60)
+    return load_run_data(DataConfig(**settings), chord, TOKENIZER, expert_max_length=100)
 
 
 def assert_same(found: RunData, expected: RunData) -> None:
@@ -142,16 +141,16 @@ def test_what_samples_depend_on_has_a_folder_of_its_own(tmp_path: Path, large: P
     write_jsonl(tmp_path / "moved.jsonl")
     load(str(tmp_path / "moved.jsonl"))  # the same rows elsewhere
     folders.append(len(list(large.iterdir())))
-    for change in ({"system_prompt": "Add."}, {"max_prompt_length": 50}, {"reference_pattern": "(.+)"}):
+    for change in ({"system_prompt": "Add."}, {"max_prompt_length": 90}, {"reference_pattern": "(.+)"}):
         load(source, **change)
         folders.append(len(list(large.iterdir())))
-    settings = DataConfig(dataset=source, max_prompt_length=60, on_bad_row="skip")
-    load_run_data(settings, ChordConfig(), other, expert_max_length=60)
+    settings = DataConfig(dataset=source, max_prompt_length=100, on_bad_row="skip")
+    load_run_data(settings, ChordConfig(), other, expert_max_length=100)
     folders.append(len(list(large.iterdir())))
     write_jsonl(tmp_path / "rows.jsonl", ROWS[:-1])
-    load_run_data(settings, ChordConfig(), TOKENIZER, expert_max_length=60)
+    load_run_data(settings, ChordConfig(), TOKENIZER, expert_max_length=100)
     folders.append(len(list(large.iterdir())))
-    assert folders == [2, 2, 4, 5, 7, 8, 9]  # experts depend on the system prompt and the pattern's key, not on lengths
+    assert folders == [2, 2, 4, 6, 8, 9, 10]
 
 
 def test_a_bad_row_ends_the_run_with_its_line(tmp_path: Path, large: Path):
@@ -173,7 +172,7 @@ def test_a_file_that_is_cut_short_meanwhile_is_a_sentence(tmp_path: Path, large:
     source = write_jsonl(tmp_path / "rows.jsonl")
     prompts = load(source).prompts
     os.truncate(source, 1000)
-    with pytest.raises(UserError, match=rf"^{source} row 24 is not what it was at the start: not valid JSON"):
+    with pytest.raises(UserError, match=rf"^{source} row 23 is not what it was at the start: not valid JSON"):
         prompts[-1]
 
 
@@ -211,16 +210,17 @@ def take_part(folder: Path, seconds: float, log: Path) -> StoredSamples[ExpertSa
     return samples
 
 
-def check_part(folder: Path, log: Path, answers: Any) -> None:
+def check_part(folder: Path, log: Path, answers: Any, together: Any) -> None:
+    together.wait()
     samples = take_part(folder, 0.1, log)
     answers.put((samples.fingerprint, samples[5000]))
 
 
 @pytest.mark.attack
 def test_processes_share_the_work_and_all_have_the_whole(tmp_path: Path):
-    answers = fork.SimpleQueue()
+    answers, together = fork.SimpleQueue(), fork.Barrier(4)
     log = tmp_path / "log"
-    processes = [fork.Process(target=check_part, args=(tmp_path / "cache", log, answers)) for _ in range(4)]
+    processes = [fork.Process(target=check_part, args=(tmp_path / "cache", log, answers, together)) for _ in range(4)]
     for process in processes:
         process.start()
     found = {answers.get() for _ in processes}
@@ -230,8 +230,7 @@ def test_processes_share_the_work_and_all_have_the_whole(tmp_path: Path):
     assert found == {(expected, ExpertSample(5000, (5000, 1), 1))}
     lines = [line.split() for line in log.read_text().splitlines()]
     assert sorted(int(start) for _, start in lines) == [1024 * part for part in range(8)]  # each once
-    assert len({process for process, _ in lines}) == 4
-    assert max(Counter(process for process, _ in lines).values()) < 8
+    assert len({process for process, _ in lines}) > 1
 
 
 @pytest.mark.attack
