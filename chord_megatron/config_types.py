@@ -136,7 +136,7 @@ def _once_each(sources: list[str | DataSource]) -> list[str | DataSource]:
     paths = [source.path for source in sources_of(sources)]
     for path in paths:
         if paths.count(path) > 1:
-            raise ValueError(f"names {path} twice; name it once, with the weight of both")
+            raise ValueError(f"names {shown(path)} twice; name it once, with the weight of both")
     return sources
 
 

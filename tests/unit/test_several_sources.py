@@ -77,7 +77,7 @@ def test_what_is_written_down_is_read_back_as_the_same(tmp_path: Path):
         ),
         (
             "[a.jsonl, b, {path: a.jsonl}]",
-            "data.dataset=['a.jsonl', 'b', {'path': 'a.jsonl'}]: names a.jsonl twice; name it once, with the weight "
+            "data.dataset=['a.jsonl', 'b', {'path': 'a.jsonl'}]: names 'a.jsonl' twice; name it once, with the weight "
             "of both",
         ),
     ],
