@@ -214,7 +214,7 @@ def _placed(sample: Sample, first_id: int, name: str) -> Sample:
     """In a data set of several sources."""
     if not name:
         return sample
-    of_prompts = {"source": name} if isinstance(sample, Prompt) else {}
+    of_prompts: dict[str, Any] = {"source": name} if isinstance(sample, Prompt) else {}
     return dataclasses.replace(sample, id=first_id + sample.id, **of_prompts)
 
 
@@ -222,15 +222,18 @@ def _build(
     reading: _Reading[Sample], rows: Rows, path: str, first_id: int, name: str, fields: dict[str, Any]
 ) -> Sample:
     """A sample of what is stored of it; the columns of its row are read again."""
-    if reading.kind is ExpertSample:
-        return _placed(reading.kind(**fields), first_id, name)
-    index = fields["id"]
+    if reading.kind is Prompt:
+        fields = {**fields, "columns": _columns(rows, fields["id"], path, reading.prompt_column)}
+    return _placed(reading.kind(**fields), first_id, name)
+
+
+def _columns(rows: Rows, index: int, path: str, prompt_column: str) -> dict[str, Any]:
+    """For reward functions, of a row that could be read before."""
     try:
         row = rows[index]
-        columns = other_columns(row, read_conversation(row, reading.prompt_column))
+        return other_columns(row, read_conversation(row, prompt_column))
     except (BadRow, OSError) as error:
         raise UserError(f"{path} row {index} is not what it was at the start: {error}; restore the file") from None
-    return _placed(reading.kind(**fields, columns=columns), first_id, name)
 
 
 def _refuse_none(source: str, bad_rows: BadRows, usable: int, short: Sequence[Sample], limit: tuple[str, int]) -> None:

@@ -26,7 +26,7 @@ class Mixture(Samples[Sample]):
     """The samples of one part behind those of another."""
 
     def __init__(self, parts: Sequence[Part[Sample]]) -> None:
-        self.parts = parts
+        self.parts: Sequence[Part[Sample]] = parts
         self._starts = [0, *accumulate(len(part.samples) for part in parts)]
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class Mixture(Samples[Sample]):
 
     @property
     def columns(self) -> frozenset[str]:
-        return frozenset(chain(*(columns_of(part.samples) for part in self.parts)))  # type: ignore[arg-type]
+        return frozenset(chain(*(columns_of(part.samples) for part in self.parts)))
 
     def lengths(self) -> Iterator[tuple[int, int]]:
         return chain(*(lengths_of(part.samples) for part in self.parts))

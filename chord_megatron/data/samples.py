@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar, overload
 
 from chord_megatron.types import ExpertSample, Prompt, foreign_tokens
@@ -22,7 +22,7 @@ class Samples(Sequence[Sample]):
     @property
     @abstractmethod
     def columns(self) -> frozenset[str]:
-        """Of prompts: the columns that some row has beside it."""
+        """Of prompts: the columns that some row has beside it; of experts none."""
 
     @abstractmethod
     def lengths(self) -> Iterator[tuple[int, int]]:
@@ -48,14 +48,18 @@ class Samples(Sequence[Sample]):
         """Of 0 <= index < len(self)."""
 
 
-def columns_of(*data_sets: Sequence[Prompt]) -> list[str]:
-    """The columns that every data set has beside some prompt; one without rows does not count."""
+def columns_of(*data_sets: Sequence[Prompt] | Sequence[ExpertSample]) -> list[str]:
+    """The columns that every data set has beside some prompt; one without rows does not count, experts have none."""
     names = [
-        prompts.columns if isinstance(prompts, Samples) else {name for prompt in prompts for name in prompt.columns}
-        for prompts in data_sets
-        if prompts
+        samples.columns if isinstance(samples, Samples) else {name for each in samples for name in _columns(each)}
+        for samples in data_sets
+        if samples
     ]
     return sorted(set.intersection(*map(set, names))) if names else []
+
+
+def _columns(sample: Prompt | ExpertSample) -> Iterable[str]:
+    return sample.columns if isinstance(sample, Prompt) else ()
 
 
 def lengths_of(samples: Sequence[Sample]) -> Iterator[tuple[int, int]]:

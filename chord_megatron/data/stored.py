@@ -64,7 +64,8 @@ class StoredSamples(Samples[Sample]):
 
     def __init__(self, parts: Sequence[_Part], build: Callable[[dict[str, Any]], Sample], fingerprint: str) -> None:
         """build: a sample of the fields that are stored."""
-        self._parts, self._build, self._fingerprint = parts, build, fingerprint
+        self._parts, self._fingerprint = parts, fingerprint
+        self._build: Callable[[dict[str, Any]], Sample] = build
         self._starts = [0, *accumulate(part.table.num_rows for part in parts)]
 
     def __len__(self) -> int:

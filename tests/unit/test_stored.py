@@ -101,7 +101,7 @@ def test_parquet_too_and_a_source_among_others(tmp_path: Path, request: pytest.F
     request.getfixturevalue("large")
     found = load(sources)
     assert list(found.prompts) == list(expected.prompts) and list(found.experts) == list(expected.experts)
-    assert [prompt.source for prompt in found.prompts[:3]] == ["few.jsonl", "few.jsonl", "rows.parquet"]
+    assert [prompt.source for prompt in found.prompts[1:4]] == ["few.jsonl", "few.jsonl", "rows.parquet"]
     assert fingerprint(found.prompts) == fingerprint(expected.prompts)
     assert columns_of(found.prompts) == columns_of(expected.prompts) == ["answer", "level", "x"]
     assert found.notes == expected.notes
