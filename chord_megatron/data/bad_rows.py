@@ -49,6 +49,12 @@ class BadRows:
             before, first = self.found.get(reason, (0, place))
             self.found[reason] = (before + number, first)
 
+    def taken(self) -> dict[str, tuple[int, str]]:
+        """What was found until now; it no longer counts here."""
+        found = dict(self.found)
+        self.found.clear()
+        return found
+
     @property
     def count(self) -> int:
         return sum(number for number, _ in self.found.values())

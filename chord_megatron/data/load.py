@@ -165,7 +165,7 @@ class _Reader:
                 cache_folder(content, self._tokenizer, [reading.kind.__name__, reading.limit, count, reading.settings]),
                 count,
                 reading.kind,
-                partial(self._make_apart, reading, rows, path),
+                partial(self._make_apart, reading, rows, bad_rows),
                 partial(_build, reading, rows, path, first_id, name),
             )
             for each in tallies:
@@ -194,13 +194,14 @@ class _Reader:
         return short, tally
 
     def _make_apart(
-        self, reading: _Reading[Sample], rows: Rows, path: str, indices: range
+        self, reading: _Reading[Sample], rows: Rows, bad_rows: BadRows, indices: range
     ) -> tuple[list[Sample], Tally]:
-        """The same, with the bad rows among them."""
-        bad_rows = BadRows(path, self._on_bad_row)
-        bad_rows.lines = getattr(rows, "lines", None)
+        """The same, with the bad rows among them in the tally alone."""
+        before = bad_rows.taken()
         samples, tally = self._make(reading, rows, indices, bad_rows)
-        return samples, dataclasses.replace(tally, bad_rows=bad_rows.found)
+        tally.bad_rows = bad_rows.taken()
+        bad_rows.add(before)
+        return samples, tally
 
     def _note(self, path: str, bad_rows: BadRows, tally: Tally, dropped: int, reading: _Reading[Sample]) -> None:
         self.notes.append(f"{path}: {tally.line(reading.other)}")
