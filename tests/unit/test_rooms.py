@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "config_types": "system",
     "config": "config_types algorithm system",
     "batching": "algorithm types system",
-    "data": "config types system",
+    "data": "config config_types types system",
     "rewards": "types system",
     "planning": "config algorithm weights types system",
     "tracking": "algorithm types system",
@@ -34,8 +34,8 @@ MAY_IMPORT = {
     "rollout/servers": "rollout/updates rollout types system",
     "rollout": "rollout/updates rollout/servers backend config ops weights types system",
     "doctor": "checkpoints planning tracking data config weights system",
-    "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
-    "types system",
+    "training": "rollout backend checkpoints tracking planning rewards data batching config config_types weights "
+    "algorithm types system",
     "train": "training system",
     "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data config "
     "weights system",
