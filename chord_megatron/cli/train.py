@@ -29,8 +29,10 @@ def train(
     if node_rank >= nnodes:
         raise UserError(f"--node-rank {node_rank} is not one of {nnodes} nodes; they count from 0 to {nnodes - 1}")
     resolved, _ = validated(config, overrides, launch.world_size)  # here: a mistake shows before any process starts
-    if RunDir(Path(resolved.train.output_dir)).is_finished(resolved.train.train_iters):
-        print(f"{resolved.train.output_dir} is finished; raise train.train_iters to train on")
+    settings = resolved.train
+    ending = RunDir(Path(settings.output_dir)).ending(settings.train_iters, settings.early_stopping_patience)
+    if ending is not None:
+        print(ending)
         return 0
     arguments = [str(config), *(overrides or [])]
     if launch.world_size > 1:
