@@ -31,6 +31,7 @@ _Prompts = Annotated[
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="MODEL_OR_RUN", help="a model's folder, a checkpoint, or a run")],
     prompts_and_overrides: _Prompts = None,
+    *,
     k: Annotated[int | None, typer.Option(min=1, help="completions of each prompt")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 = greedy")] = None,
     engine: Annotated[Engine | None, typer.Option(help="who draws")] = None,

@@ -126,6 +126,38 @@ def test_two_processes_draw_what_one_does(trained: Path, tmp_path: Path):
         assert read_lines(output)[1:] == read_lines(tmp_path / "one.jsonl")[1:]
 
 
+# Says where it is loaded, and what it is called with.
+COUNTED = """
+import json, os
+
+def note(**what):
+    with open(__file__ + ".notes", "a") as file:
+        file.write(json.dumps({"process": os.getpid(), **what}) + "\\n")
+
+note(loaded=True)
+
+def counted(prompts, completions):
+    note(prompts=prompts)
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.mark.distributed
+def test_each_rank_loads_a_reward_function_and_calls_it_with_its_share(trained: Path, tmp_path: Path):
+    """As docs/rewards.md has it: prompt i goes to rank i modulo the number of processes, groups are whole."""
+    file = tmp_path / "counted.py"
+    file.write_text(COUNTED)
+    rewards = f"rewards.reward_funcs=['{file}:counted']"
+    output = tmp_path / "x.jsonl"
+    drawn = ("--k=2", f"--output={output}", rewards, "--nproc-per-node", "2")
+    succeeded(finish(start("chord_megatron.cli", "evaluate", trained / "run", *drawn)))
+    notes = read_lines(tmp_path / "counted.py.notes")
+    assert len([note for note in notes if "loaded" in note]) == len({note["process"] for note in notes}) == 2
+    prompts = [line["prompt"] for line in read_lines(output)[1:]]
+    shares = [[prompt for prompt in prompts[rank::2] for _ in range(2)] for rank in range(2)]
+    assert sorted(note["prompts"] for note in notes if "prompts" in note) == sorted(shares)
+
+
 def test_several_completions_of_each_held_out_prompt(assets: Path, tmp_path: Path):
     """The run's own evaluation: the mean over all completions, as the command computes it."""
     config = write_config(assets, tmp_path)
