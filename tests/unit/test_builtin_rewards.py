@@ -251,7 +251,7 @@ def test_format(completion, reward):
     "error", [RecursionError("too deep"), MemoryError(), ValueError("4300 digits"), TimeoutException()]
 )
 def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch):
-    def raise_for_73(text):
+    def raise_for_73(text, *_):
         if "73" in text:
             raise error
         return text
@@ -268,7 +268,7 @@ def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch
 
 
 def test_an_interrupt_is_no_reward(monkeypatch):
-    def interrupted(text):
+    def interrupted(text, *_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builtin, "final_answer", interrupted)

@@ -65,8 +65,9 @@ def test_majority_of_a_tie_is_the_mean_of_all_lots():
 def test_wilson_by_hand():
     # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z = 1.959963984540054
     assert wilson(5, 10) == pytest.approx((0.236593090512564, 0.763406909487436), abs=1e-12)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.161125135816036), abs=1e-9)
-    assert wilson(20, 20) == pytest.approx((1 - 0.161125135816036, 1.0), abs=1e-9)
+    # At 0 of n: from 0 to z^2 / (n + z^2), and z^2 = 3.841458820694124.
+    assert wilson(0, 20) == pytest.approx((0.0, 3.841458820694124 / 23.841458820694124), abs=1e-12)
+    assert wilson(20, 20) == pytest.approx((20 / 23.841458820694124, 1.0), abs=1e-12)
 
 
 def test_proportions_have_wilsons_interval():
