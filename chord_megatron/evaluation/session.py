@@ -64,7 +64,7 @@ class Session:
         """Draw what `output` lacks; all rows on rank 0, nothing elsewhere. Raises UserError."""
         with ExitStack() as opened:
             file = self._open_file(output, opened)
-            done = [None if file is None else len(file.rows)]
+            done = [0 if file is None else len(file.rows)]
             dist.broadcast_object_list(done, src=0)
             prompts = self.data.eval_prompts
             if done[0] < len(prompts):
@@ -74,7 +74,8 @@ class Session:
 
     def _open_file(self, output: Path, opened: ExitStack) -> EvaluationFile | None:
         """On rank 0; what is wrong with it, all ranks hear."""
-        file, error = None, [None]
+        file: EvaluationFile | None = None
+        error: list[UserError | None] = [None]
         if self.groups.rank == 0:
             try:
                 file = opened.enter_context(EvaluationFile(output, self.settings()))
