@@ -14,13 +14,13 @@ _MOST_SOURCES = 50
 
 def tables(result: dict[str, Any]) -> Group:
     """What `chord-megatron evaluate` prints: all prompts, then by source where there are several."""
-    total = Table(title=Text(_title(result)), title_justify="left")
+    total = Table()
     for column in ("", "mean", f"{result['confidence']:.0%} interval", "by"):
         total.add_column(column, justify="left" if column in ("", "by") else "right")
     shown = [name for name in result["metrics"] if _is_shown(name, result["k"])]
     for name in shown:
         total.add_row(escape(name), *_cells(result["metrics"][name]))
-    parts: list[Table | Text] = [total]
+    parts: list[Table | Text] = [Text(_title(result), overflow="fold"), total]
     if len(result["sources"]) > 1:
         parts.append(_by_source(result))
     parts.append(Text(f"passes: {result['passes']}; completions: {result['completions']}", overflow="fold"))

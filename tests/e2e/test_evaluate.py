@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import finish, read_lines, read_metrics, run_here, start, succeeded, train_here, write_config
+from harness import finish, read_lines, read_metrics, run_here, start, succeeded, train_here, wait_until, write_config
 
 from chord_megatron.types import Metrics
 
@@ -72,6 +73,21 @@ def test_an_evaluation_that_was_ended_goes_on(trained: Path, tmp_path: Path):
     assert "prompts\n" not in again.stderr.replace("on 7 prompts", "")  # nothing is left to draw
     refused = run_here("evaluate", trained / "run", *arguments, "train.seed=5")
     assert refused.code == 2 and "drawn with seed=0, and now it is 5; restore that" in refused.stderr
+
+
+def test_a_signal_ends_it_with_a_sentence_and_the_same_command_goes_on(trained: Path, tmp_path: Path):
+    output = tmp_path / "x.jsonl"
+    arguments = ("--k=2", f"--output={output}", "rollout.max_batch_size=2")  # a prompt at a time
+    process = start("chord_megatron.cli", "evaluate", trained / "run", *arguments, env={"HOLD_AT_CALL": "2"})
+    wait_until(lambda: output.exists() and output.read_bytes().count(b"\n") == 2, process)
+    process.send_signal(signal.SIGINT)
+    outcome = finish(process)
+    assert outcome.code == 130 and outcome.stdout == ""
+    assert outcome.stderr.endswith("ended by SIGINT; the same command goes on from what is drawn\n")
+    assert "Traceback" not in outcome.stderr
+    drawn = output.read_bytes()
+    assert evaluate(trained / "run", *arguments)["num_completions"] == 14
+    assert output.read_bytes().startswith(drawn) and output.read_bytes().count(b"\n") == 8
 
 
 def test_an_export_and_a_checkpoint_are_evaluated_as_their_run(trained: Path, tmp_path: Path):
