@@ -1,4 +1,4 @@
-"""The command line: `chord-megatron train | validate | doctor | plan | report | convert | serve`. A file a command.
+"""The command line, a file a command: `chord-megatron train | evaluate | validate | doctor | plan | report | ...`.
 
 Commands import what they run when they run, so that `--help` is instant.
 """
@@ -15,6 +15,7 @@ import typer
 from chord_megatron import __version__
 from chord_megatron.cli import convert
 from chord_megatron.cli.doctor import doctor
+from chord_megatron.cli.evaluate import evaluate
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
@@ -62,6 +63,6 @@ def _add(command: Callable[..., int]) -> None:
     app.command()(run)
 
 
-for _command in (train, validate, doctor, plan, report, serve):
+for _command in (train, evaluate, validate, doctor, plan, report, serve):
     _add(_command)
 app.add_typer(convert.app, name="convert")
