@@ -13,6 +13,7 @@ from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.bad_rows import BadRows
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
+from chord_megatron.data.formats import Keys, expert_keys, prompt_keys
 from chord_megatron.data.prompts import make_prompt, reference_finder
 from chord_megatron.data.segments import TokenWeights
 from chord_megatron.data.sources import Row, load_rows
@@ -51,35 +52,25 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, exper
     expert_max_length: chord.chord_sft_max_length, or what the model reads, in tokens.
     """
     turns = build_turns(tokenizer, data.prompt_format, data.system_prompt, data.chat_template_kwargs)
-    to_prompt = partial(
-        make_prompt,
-        reference_column=data.reference_column,
-        find_reference=reference_finder(data.reference_pattern),
-    )
+    to_prompt = partial(make_prompt, find_reference=reference_finder(data.reference_pattern))
     reader = _Reader(turns, data)
     experts: list[ExpertSample] = []
     if chord.chord_sft_dataset is not None:
         experts = reader.read(
             chord.chord_sft_dataset,
             chord.chord_sft_dataset_split,
-            partial(
-                make_expert,
-                answer_column=chord.chord_sft_answer_column,
-                turns=turns,
-                token_weights=TokenWeights(tokenizer),
-            ),
-            prompt_column=chord.chord_sft_prompt_column,
+            partial(make_expert, turns=turns, token_weights=TokenWeights(tokenizer)),
+            keys=expert_keys(chord),
             limit=("chord.chord_sft_max_length", expert_max_length),
-            other=f"answer: column {chord.chord_sft_answer_column!r}",
+            first=chord.chord_sft_max_rows,
         )
     read_prompts = partial(
         reader.read,
         make=to_prompt,
-        prompt_column=data.prompt_column,
+        keys=prompt_keys(data),
         limit=("data.max_prompt_length", data.max_prompt_length),
-        other=f"reference: column {data.reference_column!r}",
     )
-    prompts = read_prompts(data.dataset, data.dataset_split) if data.dataset else []
+    prompts = read_prompts(data.dataset, data.dataset_split, first=data.max_rows) if data.dataset else []
     eval_prompts = (
         read_prompts(data.eval_dataset, data.eval_dataset_split, first=data.num_eval_prompts)
         if data.eval_dataset
@@ -102,9 +93,8 @@ class _Reader:
         split: str,
         make: MakeSample[Sample],
         *,
-        prompt_column: str,
+        keys: Keys,
         limit: tuple[str, int],
-        other: str,
         first: int | None = None,
     ) -> list[Sample]:
         """The samples of a data set's first rows (None: of all), without those that are longer than `limit`."""
@@ -116,15 +106,15 @@ class _Reader:
         samples = []
         for index in range(count):
             with bad_rows.at_row(index):
-                conversation = read_conversation(rows[index], prompt_column)
+                conversation = read_conversation(rows[index], keys)
                 turn = self._turns.open(conversation, limit[1])
                 samples.append(make(index, rows[index], conversation, turn))
                 self.end_token_ids.add(turn.end_token_id)
-                kinds[f"column {conversation.column!r} ({conversation.kind})"] += 1
-                beside.update(f"column {column!r}" for column in conversation.columns)
+                kinds[conversation.read_as] += 1
+                beside.update(conversation.columns)
         short = [sample for sample in samples if len(sample.tokens) <= limit[1]]
         _refuse_none(source, bad_rows, samples, short, limit)
-        self.notes.append(f"{source}: {_recognised(len(samples), kinds, beside, other)}")
+        self.notes.append(f"{source}: {_recognised(kinds, beside)}")
         if bad_rows.count:
             self.notes.append(f"{source}: skipped {bad_rows.count} unusable rows: {bad_rows}")
         if len(short) < len(samples):
@@ -141,8 +131,7 @@ def _refuse_none(
         raise UserError(f"all {len(samples)} usable rows of {source} are longer than {limit[0]}={limit[1]}; raise it")
 
 
-def _recognised(count: int, kinds: Counter[str], beside: Counter[str], other: str) -> str:
+def _recognised(kinds: Counter[str], beside: Counter[str]) -> str:
     """What the rows were taken for, in one line: rows that are read differently than meant are worse than a refusal."""
-    prompts = ", ".join(f"{number} {kind}" if len(kinds) > 1 else kind for kind, number in kinds.items())
-    line = f"{count} rows; prompt: {prompts}; {other}"
-    return line + "".join(f"; beside it: {name} ({number})" for name, number in beside.items())
+    line = "; ".join(f"{number:,} row{'s' * (number != 1)} read as {kind}" for kind, number in kinds.items())
+    return line + "".join(f"; beside it: {name} ({number:,})" for name, number in beside.items())
