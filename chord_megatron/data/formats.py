@@ -204,9 +204,14 @@ def _input_output(row: Row) -> Reading | None:
     return Reading("input", row["input"], ("output",), ("output",))
 
 
-def _nemo_rl(row: Row) -> Reading | None:
+def _final(row: Row) -> Reading | None:
+    """Messages whose last answer is the reference, whatever else is there."""
     reading = _messages(row)
-    return _input_output(row) if reading is None else replace(reading, references=_references(row) or (FINAL,))
+    return reading and replace(reading, references=_references(row) or (FINAL,))
+
+
+def _nemo_rl(row: Row) -> Reading | None:
+    return _final(row) or _input_output(row)
 
 
 def _completion(row: Row) -> Reading | None:
@@ -237,7 +242,7 @@ def _trl(row: Row) -> Reading | None:
 
 
 def _prime_rl(row: Row) -> Reading | None:
-    return _messages(row) or _completion(row)
+    return _final(row) or _completion(row)
 
 
 def _trinity(row: Row) -> Reading | None:
