@@ -70,10 +70,8 @@ def read_conversation(row: Row, keys: Keys) -> Conversation:
     _refuse_columns(row, reading)
     if reading.is_text and not keys.is_expert:
         raise BadRow(f"column {reading.column!r} is a text without a question", f"; name one in {keys.question[0]}")
-    question, answer, kind = "", None, "a text of its own"
-    weights: list[float] = []
-    if not reading.is_text:
-        question, kind = _read_question(reading)
+    question, kind = _read_question(reading)
+    answer, weights = None, [1.0]
     if isinstance(question, list):
         weights = loss_weights(question, reading.column)
         question = [without_flags(message) for message in question]
@@ -99,6 +97,8 @@ def read_conversation(row: Row, keys: Keys) -> Conversation:
 def _read_question(reading: Reading) -> tuple[str | list[Message], str]:
     """And how the column was read."""
     value, column = reading.question, reading.column
+    if reading.is_text:
+        return "", "a text of its own"
     if isinstance(value, list):
         return read_messages(value, column), "chat messages"
     if isinstance(value, str) and (reading.is_whole or messages_in_text(value, column)):

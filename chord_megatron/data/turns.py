@@ -176,7 +176,8 @@ class ChatTurns:
     def earlier(self, conversation: Conversation, turn: Turn, index: int) -> range:
         messages = self._messages(conversation)
         place = index + (messages[0] is not conversation.question[0])  # behind a system prompt
-        begins, ends = self._begins(messages, place, conversation), self._up_to(messages, place + 1, conversation)
+        begins = self._begins(messages, place, conversation, turn)
+        ends = self._up_to(messages, place + 1, conversation)
         start = next((text for text in begins if text and turn.text.startswith(text)), None)
         if start is None or not ends.startswith(start) or not turn.text.startswith(ends):
             raise _rewritten(index)
@@ -188,10 +189,12 @@ class ChatTurns:
             raise _rewritten(index)
         return range(first, first + tokens.index(turn.end_token_id) + 1)
 
-    def _begins(self, messages: list[Message], place: int, conversation: Conversation) -> Iterator[str]:
+    def _begins(self, messages: list[Message], place: int, conversation: Conversation, turn: Turn) -> Iterator[str]:
         """The text before the assistant's message `place`: as it is read before the answer, or in a longer one."""
         yield self._render(messages[:place], conversation, add_generation_prompt=True)
-        yield self._up_to(messages, place, conversation)
+        header, _, _ = self._closed(messages, conversation)
+        space = header[len(turn.text) :] if header.startswith(turn.text) else ""
+        yield self._up_to(messages, place, conversation).removesuffix(space)  # before an answer, it belongs to that
 
     def _up_to(self, messages: list[Message], place: int, conversation: Conversation) -> str:
         """The text before the content of message `place`; "" where it is not written."""

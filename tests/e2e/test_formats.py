@@ -35,15 +35,16 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
         ("chord.chord_sft_answer_column=ground_truth",),
         "2 rows read as ROLL: messages (chat messages in JSON text), ground_truth",
     ),
+    "trl_text": (
+        ("data.prompt_format=text", "data.dataset={assets}/prompts.jsonl", "chord.chord_sft_max_rows=1"),
+        "1 row read as TRL: text (a text of its own), text",
+    ),
     "areal": (("chord.chord_sft_answer_column=answer",), "2 rows read as messages: messages (chat messages), answer"),
 }
-QUICK = {"verl", "sharegpt", "slime_turns"}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
-)
-def test_three_steps_on_the_rows_of_each_system(name, config, tmp_path):
+@pytest.mark.parametrize("name", FORMATS)
+def test_three_steps_on_the_rows_of_each_system(name, config, tmp_path, assets):
     keys, line = FORMATS[name]
     source = FILES / f"{name}.jsonl"
     run = train_here(
@@ -54,7 +55,7 @@ def test_three_steps_on_the_rows_of_each_system(name, config, tmp_path):
         "chord.chord_sft_max_length=128",
         "train.train_iters=3",
         "train.save_steps=3",
-        *keys,
+        *(key.format(assets=assets) for key in keys),
     )
     told = "".join(succeeded(run).stdout.split())
     assert "".join(line.split()) in told

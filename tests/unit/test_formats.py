@@ -14,7 +14,7 @@ from chord_megatron.config_types import DataFormat
 from chord_megatron.data.formats import FORMATS
 from chord_megatron.data.load import RunData, load_run_data
 from chord_megatron.system.errors import UserError
-from tests.unit.chat_templates import QWEN3, QWEN25, tokenizer_of
+from tests.unit.chat_templates import GLM4, LLAMA31, MISTRAL, QWEN3, QWEN25, tokenizer_of
 
 FILES = Path(__file__).parents[1] / "data" / "formats"
 TOKENIZER, THINKER = tokenizer_of(QWEN25), tokenizer_of(QWEN3)
@@ -277,6 +277,83 @@ def test_flags_say_which_answers_are_learnt(rows, first, last, learnt, tokenizer
     plain = [{"role": message["role"], "content": message["content"]} for message in chat]
     rendered = tokenizer.apply_chat_template(plain, tokenize=False)
     assert rendered.startswith(tokenizer.decode(expert.tokens))  # the template's own words, and nothing else
+
+
+# Writes thoughts only behind the last question, as Qwen3's does: there an agent thinks between its calls.
+AGENT = QWEN3._replace(
+    template="""\
+{%- set last = namespace(question=0) %}
+{%- for message in messages %}
+{%- if message.role == 'user' %}{%- set last.question = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+{%- if message.role == 'tool' %}
+{{- '<|im_start|>user\\n<tool_response>' + message.content + '</tool_response><|im_end|>\\n' }}
+{%- elif message.role != 'assistant' %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- else %}
+{{- '<|im_start|>assistant\\n' }}
+{%- if loop.index0 > last.question and (loop.last or message.reasoning_content) %}
+{{- '<think>\\n' + (message.reasoning_content or '') + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- message.content or '' }}
+{%- for call in message.tool_calls or [] %}{{- '<call>' + (call.function | tojson) + '</call>' }}{%- endfor %}
+{{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+)
+CALLS = {"tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
+RESULT = {"role": "tool", "content": "2"}
+WRITTEN = '<call>{"name": "add", "arguments": {"x": 1}}</call><|im_end|>'
+
+
+@pytest.mark.parametrize(
+    ("model", "chat", "learnt"),
+    [
+        (LLAMA31, [said("b", loss=True), SECOND, said("d")], ["b<|eot_id|>", "d<|eot_id|>"]),
+        (GLM4, [said("b", loss=True), SECOND, said("d")], ["\nb<|user|>", "\nd<|user|>"]),
+        (MISTRAL, [said("b", loss=True), SECOND, said("d")], [" b</s>", " d</s>"]),
+        (MISTRAL, [{"role": "system", "content": "S"}, said("b", loss=True), SECOND, said("d")], [" b</s>", " d</s>"]),
+        (LLAMA31, [{"role": "assistant", **CALLS, "loss": True}, RESULT, said("d")], ["add<|eot_id|>", "d<|eot_id|>"]),
+        (
+            AGENT,
+            [said("", **CALLS, loss=True), RESULT, said("", **CALLS), RESULT, said("d")],
+            [WRITTEN, WRITTEN, "<think>\n\n</think>\n\nd<|im_end|>"],
+        ),
+        (
+            AGENT,
+            [said("so", **CALLS, reasoning_content="hm", loss=True), RESULT, said("d")],
+            ["<think>\nhm\n</think>\n\nso" + WRITTEN, "<think>\n\n</think>\n\nd<|im_end|>"],
+        ),
+        (AGENT, [said("b", loss=True), SECOND, said("d")], ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"]),
+    ],
+)
+def test_earlier_answers_as_templates_write_them(rows, model, chat, learnt):
+    place = 1 if chat[0]["role"] == "system" else 0
+    chat = [*chat[:place], USER, *chat[place:]]
+    tokenizer = tokenizer_of(model)
+    (expert,) = load(rows({"messages": chat, "answer": "1"}), tokenizer, chord={"chord_sft_format": "messages"}).experts
+    assert learnt_parts(expert, tokenizer) == [(text, 1.0) for text in learnt]
+    plain = [{key: value for key, value in message.items() if key != "loss"} for message in chat]
+    rendered = tokenizer.apply_chat_template([*plain, SECOND] if model is GLM4 else plain, tokenize=False)
+    assert tokenizer.encode(rendered, add_special_tokens=False)[: len(expert.tokens)] == list(expert.tokens)
+
+
+@pytest.mark.parametrize(
+    ("model", "chat"),
+    [
+        (AGENT, [said("b", reasoning_content="hm", loss=True), SECOND, said("d")]),
+        (QWEN3, [said("so", **CALLS, loss=True), RESULT, said("d")]),
+        (GLM4, [said("b", loss=True), RESULT, said("d")]),
+    ],
+    ids=["a thought that is left out", "a call that is not written", "an end that is another token"],
+)
+def test_earlier_answers_that_a_template_changes_are_refused(rows, model, chat):
+    message = r":1: the chat template writes an answer of an earlier turn .*: message 1; make it a row of its own"
+    with pytest.raises(UserError, match=message):
+        load(rows({"messages": [USER, *chat], "answer": "1"}), tokenizer_of(model), chord={})
 
 
 def test_an_answer_in_the_middle_may_be_the_last_that_is_learnt(rows):
