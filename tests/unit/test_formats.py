@@ -487,8 +487,10 @@ def test_rows_of_another_format_than_the_one_that_is_set(rows, row, name):
         load(rows(row), format=name)
 
 
-def test_the_configuration_knows_every_format():
+def test_the_configuration_and_the_documentation_know_every_format():
     assert get_args(DataFormat) == ("auto", *FORMATS)
+    text = (FILES.parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [name for name in FORMATS if f"`{name}`" not in text] == []
 
 
 # A fault in a row of each system
