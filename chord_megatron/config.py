@@ -17,6 +17,7 @@ from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEs
 from chord_megatron.algorithm.presets import Preset
 from chord_megatron.config_types import (
     LARGEST_NUMBER,
+    DataFormat,
     DataSet,
     Fraction,
     Gigabytes,
@@ -86,15 +87,19 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets; None = no prompts (mu must be 1).
+    # A file, a folder, a glob, or a `datasets` name, with ":subset" where it has subsets (docs/data.md); None = no
+    # prompts (mu must be 1).
     # Several sources: [a.jsonl, {path: b.parquet, weight: 2.0}], whose rows come in the ratio of the weights.
     dataset: DataSet | None = None
     dataset_split: Text = "train"  # for a `datasets` name
     eval_dataset: PathName | None = None
     eval_dataset_split: Text = "test"
     num_eval_prompts: Positive | None = None  # the first N; None = all
-    prompt_column: Text = "prompt"  # text, or a list of chat messages
-    reference_column: Text = "answer"
+    format: DataFormat = "auto"  # whose rows these are; auto recognises each row, and says what it was taken for
+    max_rows: Positive | None = None  # of each source of data.dataset the first N; None = all
+    # Columns, also by a dotted path; None = those of the format.
+    prompt_column: Text | None = None  # text, or a list of chat messages
+    reference_column: Text | None = None
     reference_pattern: Pattern | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: PromptFormat = "chat"
     system_prompt: Annotated[str, AfterValidator(is_text)] | None = None
@@ -187,8 +192,10 @@ class ChordConfig(_Group):
     semantics: Preset = "paper"  # whose means, step base and temperatures
     chord_sft_dataset: DataSet | None = None  # as data.dataset; None = no expert stream (mu must be 0)
     chord_sft_dataset_split: Text = "train"
-    chord_sft_prompt_column: Text = "prompt"
-    chord_sft_answer_column: Text = "answer"
+    chord_sft_format: DataFormat = "auto"  # as data.format
+    chord_sft_max_rows: Positive | None = None  # of each source the first N; None = all
+    chord_sft_prompt_column: Text | None = None  # None = that of the format
+    chord_sft_answer_column: Text | None = None
     chord_sft_max_length: Positive | None = None  # prompt + answer; None = what the model reads
     chord_sft_global_batch_size: Positive | None = None  # expert rows per optimizer step
     chord_sft_per_device_train_batch_size: Positive | None = None  # ms-swift: x DP x gradient accumulation
