@@ -1,4 +1,4 @@
-"""The command line: `chord-megatron train | validate | doctor | plan | report | convert | serve`. A file a command.
+"""The command line, a file a command: `train | validate | doctor | plan | report | convert | serve | import`.
 
 Commands import what they run when they run, so that `--help` is instant.
 """
@@ -15,6 +15,7 @@ import typer
 from chord_megatron import __version__
 from chord_megatron.cli import convert
 from chord_megatron.cli.doctor import doctor
+from chord_megatron.cli.import_ import SETTINGS, import_
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
@@ -45,7 +46,7 @@ def _options(
     """What stands before the command."""
 
 
-def _add(command: Callable[..., int]) -> None:
+def _add(command: Callable[..., int], **how: Any) -> None:
     """Register a command that returns its exit code; a UserError is one sentence and exit code 2."""
 
     @wraps(command)
@@ -59,9 +60,10 @@ def _add(command: Callable[..., int]) -> None:
             code = 130  # 128 + SIGINT, as of any program that it ends
         raise typer.Exit(code)
 
-    app.command()(run)
+    app.command(**how)(run)
 
 
 for _command in (train, validate, doctor, plan, report, serve):
     _add(_command)
+_add(import_, name="import", context_settings=SETTINGS)
 app.add_typer(convert.app, name="convert")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
 
@@ -41,16 +41,33 @@ def validate(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
     arch = read_architecture(model_dir)
     check_vocabulary(resolved, tokenizer, arch.vocab_size)
-    Console().print(_plan_table(resolved, plan, arch))
+    resolved, plan, length = _counted(resolved, plan, arch, tokenizer)
+    Console().print(_plan_table(resolved, plan, arch, length))
     return 0
 
 
-def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
+def _counted(config: Config, plan: Plan, arch: ModelArchitecture, tokenizer: Any) -> tuple[Config, Plan, str]:
+    """With the steps of a run in numbers, for which the data is read where it has epochs; and those steps in words."""
+    from chord_megatron.planning.plan import make_plan
+    from chord_megatron.planning.steps import counted, is_counted
+
+    if is_counted(config):
+        config, _ = counted(config, prompts=0, experts=0, expert_rows_per_step=0)
+        return config, plan, f"{config.train.train_iters}"
+    from chord_megatron.data.load import load_run_data
+    from chord_megatron.training.counting import counted_in
+
+    data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
+    config, (line,) = counted_in(data, config, plan)
+    return config, make_plan(config, arch, plan.world_size), line
+
+
+def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture, length: str) -> Table:
     from rich.table import Table
 
     from chord_megatron.planning.presets import cost_of_preset
 
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     table = Table(show_header=False, title="What one optimizer step does", title_justify="left")
     for name, value in (
         ("prompts", f"{plan.prompts_per_step}"),
@@ -78,7 +95,7 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
         *([("layers", _layers(config, arch))] if parallel.pipeline_model_parallel_size > 1 else []),
         ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
-        ("steps", f"{train.train_iters}, into {train.output_dir}"),
+        ("steps", f"{length}, into {config.train.output_dir}"),
     ):
         table.add_row(name, value)
     return table

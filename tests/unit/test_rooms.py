@@ -21,11 +21,13 @@ MAY_IMPORT = {
     "ops": "types system",
     "weights": "system",
     "config_types": "system",
-    "config": "config_types algorithm system",
+    "config_names": "",
+    "config": "config_names config_types algorithm system",
     "batching": "algorithm types system",
     "data": "config types system",
     "rewards": "types system",
-    "planning": "config algorithm weights types system",
+    "importers": "config algorithm system",
+    "planning": "config config_types algorithm weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints planning batching config config_types ops weights types system",
@@ -37,8 +39,8 @@ MAY_IMPORT = {
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
     "train": "training system",
-    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data config "
-    "weights system",
+    "cli": "importers train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data "
+    "config weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")
