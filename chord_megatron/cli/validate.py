@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
 
@@ -26,9 +26,11 @@ def validate(
 
     from chord_megatron.data.tokenizer import load_tokenizer
     from chord_megatron.data.vocabulary import check_vocabulary
+    from chord_megatron.planning.plan import make_plan
     from chord_megatron.tracking.run_dir import RunDir
     from chord_megatron.tracking.run_lock import refuse_used
     from chord_megatron.training.beginning import find_beginning
+    from chord_megatron.training.counting import count
     from chord_megatron.weights.hf_config import read_architecture
 
     resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
@@ -41,28 +43,13 @@ def validate(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
     arch = read_architecture(model_dir)
     check_vocabulary(resolved, tokenizer, arch.vocab_size)
-    resolved, plan, length = _counted(resolved, plan, arch, tokenizer)
-    Console().print(_plan_table(resolved, plan, arch, length))
+    resolved, counted = count(resolved, plan, tokenizer)
+    plan = make_plan(resolved, arch, plan.world_size)
+    Console().print(_plan_table(resolved, plan, arch, *counted))
     return 0
 
 
-def _counted(config: Config, plan: Plan, arch: ModelArchitecture, tokenizer: Any) -> tuple[Config, Plan, str]:
-    """With the steps of a run in numbers, for which the data is read where it has epochs; and those steps in words."""
-    from chord_megatron.planning.plan import make_plan
-    from chord_megatron.planning.steps import counted, is_counted
-
-    if is_counted(config):
-        config, _ = counted(config, prompts=0, experts=0, expert_rows_per_step=0)
-        return config, plan, f"{config.train.train_iters}"
-    from chord_megatron.data.load import load_run_data
-    from chord_megatron.training.counting import counted_in
-
-    data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
-    config, (line,) = counted_in(data, config, plan)
-    return config, make_plan(config, arch, plan.world_size), line
-
-
-def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture, length: str) -> Table:
+def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture, length: str = "") -> Table:
     from rich.table import Table
 
     from chord_megatron.planning.presets import cost_of_preset
@@ -95,7 +82,7 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture, length: str
         *([("layers", _layers(config, arch))] if parallel.pipeline_model_parallel_size > 1 else []),
         ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
-        ("steps", f"{length}, into {config.train.output_dir}"),
+        ("steps", f"{length or config.train.train_iters}, into {config.train.output_dir}"),
     ):
         table.add_row(name, value)
     return table

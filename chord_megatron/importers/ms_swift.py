@@ -157,9 +157,10 @@ def _prompt_length(flags: Flags, recipe: Recipe) -> None:
 def _rewards(flags: Flags, recipe: Recipe) -> None:
     names, known = flags.get("reward_funcs", []), ("accuracy", "format", "soft_overlong")
     kept = [name for name in names if name in known]
+    plugins = flags.get("external_plugins") or flags.get("custom_register_path") or ["path.py"]
     for name in names:
         if name not in known:
-            text = f"{name} is no reward here; write it as path.py:function (docs/coming-from.md)"
+            text = f"{name} is no reward here; name its class or function, {plugins[0]}:NAME (docs/coming-from.md)"
             recipe.remark("left out", "--reward_funcs", text)
     if not kept:
         recipe.remark("approximated", "--reward_funcs", "accuracy stands there until you name your own function")

@@ -101,7 +101,7 @@ def choice(values: Mapping[str, Any]) -> Reader:
 
 def translate(table: Table, flags: Flags, recipe: Recipe) -> None:
     """Every flag through its row; the rows of flags that were not given have their defaults."""
-    for name in [name for name, words in flags.items() if words in (["None"], ["null"], ["none"])]:
+    for name in [name for name, words in flags.items() if words in (["None"], ["null"])]:
         del flags[name]
     for name in flags:
         if name in table:

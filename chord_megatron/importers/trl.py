@@ -267,7 +267,9 @@ def _rewards(flags: Flags, recipe: Recipe) -> None:
     kept = [_REWARDS[name] for name in names if name in _REWARDS]
     for name in names:
         if name not in _REWARDS:
-            text = f"write {name} as path.py:function (docs/coming-from.md)"
+            module, _, function = name.rpartition(".")
+            written = f"{module.replace('.', '/')}.py:{function}" if module else f"path.py:{name}"
+            text = f"{name} is no reward here; name it as {written} in rewards.reward_funcs"
             recipe.remark("left out", "--reward_funcs", text)
     if not kept:
         recipe.remark("approximated", "--reward_funcs", "accuracy stands there until you name your own function")

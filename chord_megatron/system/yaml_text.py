@@ -72,7 +72,10 @@ def write_yaml(value: Any) -> str:
 
 def write_yaml_line(value: Any) -> str:
     """The same, on one line."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf"))
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, default_style=style, width=float("inf")
+    )
     return text.removesuffix("...\n").strip()
 
 

@@ -84,7 +84,7 @@ def test_said_twice(groups: dict, sentence: str):
 
 
 def test_too_many_steps():
-    with pytest.raises(UserError, match="are 2441406250 steps; lower it"):
+    with pytest.raises(UserError, match="are 2500000000 steps; lower it"):
         counted(config_of(train={"num_train_epochs": 1e9}), prompts=80, experts=1, expert_rows_per_step=1)
 
 

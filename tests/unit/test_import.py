@@ -17,33 +17,16 @@ from chord_megatron.importers.recipe import Recipe, known_trackers
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.yaml_text import read_yaml
 
-# The flags and values of ms-swift's examples/train/grpo/internal/chord.sh (commit 3602360), the prompt in other words.
-CHORD = r"""
-# a comment with an apostrophe: it's skipped
-export CHORD_SYSTEM_PROMPT="Solve the problem.
-Think first: <think>\n... </think>\n"
-
-CUDA_VISIBLE_DEVICES=0,1,2,3,4,5,6,7 \
-NPROC_PER_NODE=8 \
-swift rlhf \
-    --rlhf_type grpo --model Qwen/Qwen2.5-7B-Instruct --dataset AI-MO/NuminaMath-TIR --load_from_cache_file true \
-    --torch_dtype bfloat16 --beta 0.0 --num_train_epochs 1 --per_device_train_batch_size 4 \
-    --gradient_accumulation_steps 8 --chord_sft_per_device_train_batch_size 1 \
-    --chord_sft_dataset AI-MO/NuminaMath-TIR --chord_enable_phi_function false --chord_mu_warmup_steps 0 \
-    --chord_mu_decay_steps 200 --chord_mu_peak 0.9 --chord_mu_valley 0.05 --num_generations 8 --tuner_type full \
-    --reward_funcs accuracy --system "$CHORD_SYSTEM_PROMPT" --use_vllm true --vllm_mode colocate \
-    --vllm_gpu_memory_utilization 0.4 --vllm_max_model_len 8192 --max_completion_length 4096 --overlong_filter true \
-    --offload_optimizer true --offload_model true --sleep_level 1 --save_steps 1000 --learning_rate 1e-6 \
-    --save_total_limit 2 --logging_steps 1 --warmup_ratio 0.05 --dataloader_num_workers 4 --deepspeed zero3 \
-    --log_completions true --report_to tensorboard swanlab
-"""
+EXAMPLE = Path(__file__).parents[2] / "examples" / "ms_swift_chord"
+CHORD = (EXAMPLE / "chord.sh").read_text(encoding="utf-8")
+SYSTEM = "Solve the problem. Reason first, between <think> and </think>.\nThen give the final answer in \\boxed{}."
 CHORD_CONFIG = {
     "model": {"path": "Qwen/Qwen2.5-7B-Instruct", "dtype": "bfloat16", "recompute": True},
     "data": {
         "dataset": "AI-MO/NuminaMath-TIR",
         "prompt_column": "problem",
         "reference_column": "solution",
-        "system_prompt": "Solve the problem.\nThink first: <think>\n... </think>\n",
+        "system_prompt": SYSTEM,
         "max_prompt_length": 4096,
         "on_bad_row": "skip",
     },
@@ -98,10 +81,6 @@ def recipe_of(trainer: str, script: str, tmp_path: Path, *more: str) -> Recipe:
     return import_words(trainer, [str(path), *more])
 
 
-def without_prompt(config: dict) -> dict:
-    return {group: {k: v for k, v in keys.items() if k != "system_prompt"} for group, keys in config.items()}
-
-
 def test_the_reference_script_of_chord(tmp_path: Path):
     recipe = recipe_of("ms-swift", CHORD, tmp_path)
     trackers = ["tensorboard", *(["swanlab"] if "swanlab" in known_trackers() else [])]
@@ -121,6 +100,13 @@ def test_its_yaml_reads_back_and_says_where_each_key_is_from(tmp_path: Path):
     assert "  global_batch_size: 256  # per device 4 x 8 accumulated x 8 processes" in text.splitlines()
     assert "  temperature: 0.9  # --temperature, the default there" in text.splitlines()
     assert "#   --logging_steps 1: each step is logged" in text.splitlines()
+
+
+def test_the_recipe_is_what_the_importer_makes(tmp_path: Path):
+    """But for the group that was added by hand, and trackers that a release may lack."""
+    recipe = read_yaml((EXAMPLE / "chord_8gpu.yaml").read_text(encoding="utf-8"))
+    assert recipe.pop("parallel") == {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    assert recipe == recipe_of("ms-swift", CHORD, tmp_path).groups()
 
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
@@ -162,6 +148,7 @@ BASE = "NPROC_PER_NODE=4 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl
         ("--dataset d.jsonl#1000", {"data.dataset": "d.jsonl#1000"}),
         ('--columns \'{"q": "query", "s": "solution"}\'', {"data.prompt_column": "q", "data.reference_column": "s"}),
         ("--advantage_estimator rloo --beta 0.1", {"grpo.advantage_estimator": "rloo", "grpo.kl_in_reward": True}),
+        ("--scale_rewards none", {"grpo.scale_rewards": "none"}),
         ("--top_k -1 --top_p 0.9", {"rollout.top_k": 0, "rollout.top_p": 0.9}),
         (
             "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr\": 1e-7}' --learning_rate 1e-6",
@@ -485,7 +472,7 @@ def test_the_command(tmp_path: Path):
     assert read_yaml(done.stdout)["grpo"] == CHORD_CONFIG["grpo"]
     assert "hardware: --deepspeed zero3: optimizer states are spread over all ranks" in done.stderr
     found = json.loads(run("ms-swift", str(path), "--json").stdout)
-    assert without_prompt(found["config"])["train"] == CHORD_CONFIG["train"]
+    assert found["config"]["train"] == CHORD_CONFIG["train"]
     assert (found["nproc_per_node"], found["remarks"][0]["kind"]) == (8, "hardware")
 
 
