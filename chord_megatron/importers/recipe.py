@@ -100,7 +100,7 @@ class Recipe:
         return lines
 
     def _tail(self) -> list[str]:
-        by_kind = defaultdict(list)
+        by_kind: dict[str, list[str]] = defaultdict(list)
         for remark in self.remarks:
             by_kind[remark.kind].append(f"{remark.flag}: {remark.text}" if remark.flag else remark.text)
         titles = {

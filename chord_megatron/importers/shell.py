@@ -45,7 +45,8 @@ def read_script(text: str, name: str) -> Script:
     """The commands of a script's text; `name` is the file's. Raises UserError."""
     if re.search("[\ue000-\ue003]", text):
         raise UserError(f"{name} holds characters of Unicode's private area (U+E000 to U+E003); remove them")
-    script, variables = Script(), {}
+    script = Script()
+    variables: dict[str, list[str]] = {}
     for raw in _raw_commands(text):
         try:
             words = shlex.split(raw)

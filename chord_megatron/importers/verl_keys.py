@@ -52,9 +52,19 @@ _BRIDGE = silent("weights are read from Hugging Face directories, or converted o
 
 def _overrides() -> dict[str, Row]:
     """Fields of TransformerConfig that are passed through, and those that follow from other keys here."""
-    passed = ("moe_token_dispatcher_type", "moe_permute_fusion", "moe_enable_deepep", "apply_rope_fusion")
+    passed: tuple[str, ...] = (
+        "moe_token_dispatcher_type",
+        "moe_permute_fusion",
+        "moe_enable_deepep",
+        "apply_rope_fusion",
+    )
     passed += ("masked_softmax_fusion", "bias_dropout_fusion", "bias_activation_fusion", "moe_shared_expert_overlap")
-    own = ("moe_router_dtype", "gradient_accumulation_fusion", "persist_layer_norm", "moe_grouped_gemm")
+    own: tuple[str, ...] = (
+        "moe_router_dtype",
+        "gradient_accumulation_fusion",
+        "persist_layer_norm",
+        "moe_grouped_gemm",
+    )
     own += ("deallocate_pipeline_outputs", "account_for_loss_in_pipeline_split", "attention_backend")
     own += ("account_for_embedding_in_pipeline_split", "moe_aux_loss_coeff", "moe_z_loss_coeff")
     rows = {f"{_OVERRIDE}.{name}": hardware(f"set model.transformer_config.{name} where it helps") for name in passed}
@@ -67,7 +77,7 @@ def _overrides() -> dict[str, Row]:
 
 def _sizes() -> dict[str, Row]:
     """Parallel sizes of the actor, and the rest of its Megatron group."""
-    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+    names: tuple[str, ...] = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
     names += ("expert_model_parallel_size", "virtual_pipeline_model_parallel_size")
     rows = {f"{_MEGATRON}.{name}": to(f"parallel.{name}", integer) for name in names}
     for name in (*names, "expert_tensor_parallel_size", "param_offload", "use_dist_checkpointing"):
