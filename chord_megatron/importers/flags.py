@@ -44,7 +44,9 @@ class Flags(dict[str, list[str]]):
         try:
             return reader(self[name])
         except ValueError as error:
-            raise UserError(f"{self.said(name)}: {error}") from None
+            said, sign = self.said(name), " " if self.dash else "="
+            hint = f", and the script does not say which; add {self.dash}{name}{sign}VALUE behind the script's name"
+            raise UserError(f"{said}: {error}{hint if '$' in said else ''}") from None
 
     def said(self, name: str) -> str:
         """A flag as it was given, without the middle of what is long."""

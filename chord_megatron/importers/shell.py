@@ -6,20 +6,33 @@ Lines are taken one after the other, as if each ran: a script that branches says
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 import shlex
 from dataclasses import dataclass, field
 
 from chord_megatron.system.errors import UserError
 
-_LITERAL, _QUOTED, _ARRAY, _OUTPUT = "\ue000", "\ue001", "\ue002", "\ue003"  # of a `$` and a `(`; a command's output
+# Of a `$` and a `(`; the output of a command; around an integer expression, $((...)).
+_LITERAL, _QUOTED, _ARRAY, _OUTPUT, _SUM, _END = "\ue000", "\ue001", "\ue002", "\ue003", "\ue004", "\ue005"
 _LONGEST_VALUE = 100_000  # characters: a variable of twice another one grows fast
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _REFERENCE = re.compile(
-    rf"([${_QUOTED}])(?:\{{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?-([^{{}}]*))?\}}|([A-Za-z_]\w*)|([@*#?0-9]))", re.ASCII
+    rf"([${_QUOTED}])(?:\{{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?-([^{{}}]*))?\}}|([A-Za-z_]\w*)|([@*#?0-9])"
+    rf"|\{{[0-9]:?-([^{{}}]*)\}})",
+    re.ASCII,
 )
 _HERE_DOCUMENT = re.compile(r"<<-?\s*(['\"]?)(\w+)\1")
 _REDIRECTION = re.compile(r"&?[<>]+[&|]?[ \t]*('[^']*'|\"[^\"]*\"|[^\s;|&]*)")
+_EXPRESSION, _LONGEST_EXPRESSION = re.compile(f"{_SUM}([^{_END}]*){_END}"), 200  # characters
+_OPERATIONS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 _BEFORE_ASSIGNMENTS = ("export", "declare", "local", "readonly", "then", "else", "do")
 _BRANCHES = ("if", "elif", "for", "while", "until", "case", "function")
 
@@ -43,8 +56,8 @@ class Script:
 
 def read_script(text: str, name: str) -> Script:
     """The commands of a script's text; `name` is the file's. Raises UserError."""
-    if re.search("[\ue000-\ue003]", text):
-        raise UserError(f"{name} holds characters of Unicode's private area (U+E000 to U+E003); remove them")
+    if re.search(f"[{_LITERAL}-{_END}]", text):
+        raise UserError(f"{name} holds characters of Unicode's private area (U+E000 to U+E005); remove them")
     script = Script()
     variables: dict[str, list[str]] = {}
     for raw in _raw_commands(text):
@@ -92,6 +105,7 @@ def _expand(word: str, variables: dict[str, list[str]], unresolved: list[str], n
     if whole and "[" in word:
         return [_plain(text) for text in _value(whole, variables, unresolved)]
     text = _REFERENCE.sub(lambda match: " ".join(_value(match, variables, unresolved)), word)
+    text = _EXPRESSION.sub(lambda match: _integer(match[1]), text)
     if len(text) > _LONGEST_VALUE:
         raise UserError(f"{name} has a word of more than {_LONGEST_VALUE} characters; shorten its variables")
     if _OUTPUT in text:
@@ -101,6 +115,8 @@ def _expand(word: str, variables: dict[str, list[str]], unresolved: list[str], n
 
 def _value(match: re.Match[str], variables: dict[str, list[str]], unresolved: list[str]) -> list[str]:
     key = match[2] or match[4]
+    if match[6] is not None:  # an argument of the script that has a default
+        return [match[6]]
     if key is None:  # of the script's own arguments, and the like
         if match[5] not in "@*":
             unresolved.append(f"${match[5]}")
@@ -111,6 +127,23 @@ def _value(match: re.Match[str], variables: dict[str, list[str]], unresolved: li
         return [_REFERENCE.sub(lambda inner: " ".join(_value(inner, variables, unresolved)), match[3])]
     unresolved.append(f"${key}")
     return [f"{_LITERAL}{key}"]
+
+
+def _integer(expression: str) -> str:
+    """The value of integers with + - * / % and parentheses; the output of a command where it is anything else."""
+    words = re.sub(rf"[{_QUOTED}$]\{{?(\w+)\}}?", r"\1", expression)
+    try:
+        return str(_value_of(ast.parse(words, mode="eval").body)) if len(words) <= _LONGEST_EXPRESSION else _OUTPUT
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return _OUTPUT
+
+
+def _value_of(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.BinOp) and (operation := _OPERATIONS.get(type(node.op))):
+        return operation(_value_of(node.left), _value_of(node.right))
+    raise ValueError("no sum of integers")
 
 
 def _plain(text: str) -> str:
@@ -204,10 +237,16 @@ class _Scan:
             while place < len(self.text) and depth:
                 depth += {"(": 1, ")": -1}.get(self.text[place], 0)
                 place += 1
-            self._parts.append(_OUTPUT)
+            inner = self.text[self.at + 3 : place - 2]
+            is_sum = self.text.startswith("$((", self.at) and self.text[place - 2 : place] == "))"
+            self._parts.append(f"{_SUM}{self._names(inner)}{_END}" if is_sum else _OUTPUT)
             self.at = place
         else:
             self._keep(marked)
+
+    def _names(self, expression: str) -> str:
+        """An expression without blanks, in which names are variables with and without a `$`."""
+        return re.sub(r"\$?\{?\b([A-Za-z_]\w*)\}?", rf"{_QUOTED}{{\1}}", "".join(expression.split()), flags=re.ASCII)
 
     def _unquoted(self, character: str) -> None:
         if character == "(" and self._parts and self._parts[-1] == "=":

@@ -220,6 +220,11 @@ def test_remarks_of_ms_swift(flags: str, remark: str, tmp_path: Path):
         ("--rlhf_type dpo", "--rlhf_type dpo: only grpo, with or without CHORD, is trained here"),
         ("--loss_type fipo", "--loss_type fipo: has no counterpart here; of its values there are grpo, bnpo"),
         ("--learning_rate fast", "--learning_rate fast: must be one number"),
+        (
+            "--max_length $(id)",
+            "--max_length $(...): must be one number, and the script does not say which; add --max_length VALUE behind "
+            "the script's name",
+        ),
         ("--num_generations 2.5", "--num_generations 2.5: must be an integer"),
         ("--epsilon 2", "--epsilon 2: grpo.epsilon=2.0: must be below 1"),
     ],

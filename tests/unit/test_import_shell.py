@@ -60,6 +60,8 @@ def test_any_words_are_flags_or_not(words: list[str]):
         ("swift --s '$S' \\$T \"\\$U\"", [["swift", "--s", "$S", "$T", "$U"]]),
         ('A=x; B="${A}y"; swift ${B}z', [["swift", "xyz"]]),
         ("TP=${TP:-2}\nswift tp=$TP ${X:-3}", [["swift", "tp=2", "3"]]),
+        ("A=2\nswift $((A * 1024)) x=$(( (${A}+1)*$A ))y", [["swift", "2048", "x=6y"]]),
+        ("swift $((2 ** 99)) ${1:-4}", [["swift", "$(...)", "4"]]),
         ('D=(\n  a=1 # first\n  b="x y"\n)\nswift "${D[@]}" $@', [["swift", "a=1", "b=x y"]]),
         ("swift a 2>&1 | tee log.txt", [["swift", "a"], ["tee", "log.txt"]]),
         ("swift a > log.txt 2> err", [["swift", "a"]]),
@@ -101,7 +103,7 @@ def test_nothing_is_run(tmp_path: Path):
     ("script", "sentence"),
     [
         ("swift 'a", 'x.sh is no shell script: No closing quotation in "swift \'a"; mend it'),
-        ("swift \ue000", "x.sh holds characters of Unicode's private area (U+E000 to U+E003); remove them"),
+        ("swift \ue000", "x.sh holds characters of Unicode's private area (U+E000 to U+E005); remove them"),
         (
             "A=xxxxxxxxxxxxxxxxxxxx\n" + "A=$A$A\n" * 30 + "swift $A",
             "x.sh has a word of more than 100000 characters; shorten its variables",
