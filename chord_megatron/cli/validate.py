@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def validate(
     config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
 ) -> int:
-    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer.
+    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer, of
+    the data the rows that say how many steps epochs have.
 
     Of train.output_dir it says what would keep the run from beginning there, and writes nothing.
     """

@@ -90,10 +90,9 @@ def _data(flags: Flags, recipe: Recipe) -> None:
         if words := flags.get(flag):
             recipe.set(key, _one(words, flag, flags, recipe), flags.said(flag))
     if "dataset" not in flags:
-        recipe.remark("unresolved", "--dataset", "set data.dataset to your prompts")
+        recipe.leave_open("data.dataset", "PROMPTS.jsonl", "--dataset", "your prompts")
     if "model" not in flags:
-        recipe.set("model.path", "MODEL", "not said")
-        recipe.remark("unresolved", "--model", "set model.path to the model's directory")
+        recipe.leave_open("model.path", "MODEL", "--model", "the model's directory")
     prompt, reference = _columns(flags, recipe, recipe.values.get("data.dataset", ""))
     if prompt:
         recipe.set("data.prompt_column", prompt, "the column that ms-swift takes for the query")

@@ -56,6 +56,11 @@ class Recipe:
         remark = Remark(kind, flag, text)
         self.remarks += [remark] * (remark not in self.remarks)
 
+    def leave_open(self, key: str, placeholder: str, flag: str, what: str) -> None:
+        """A key that has to be set, and that nothing says."""
+        self.set(key, placeholder, "not said")
+        self.remark("unresolved", flag, f"not given; set {key} to {what}")
+
     @property
     def world_size(self) -> int:
         """Processes, one where it was not said."""

@@ -253,7 +253,7 @@ def _data(flags: Flags, recipe: Recipe) -> None:
         subset = flags.text("dataset_config", "")
         recipe.set("data.dataset", f"{name}:{subset}" if subset else name, flags.said("dataset_name"))
     else:
-        recipe.remark("unresolved", "--dataset_name", "set data.dataset to your prompts")
+        recipe.leave_open("data.dataset", "PROMPTS.jsonl", "--dataset_name", "your prompts")
     if flags.text("eval_strategy", "no").lower() != "no" and name:
         recipe.set("data.eval_dataset", recipe.values["data.dataset"], flags.said("eval_strategy"))
     recipe.set("data.reference_column", "solution", "the column that TRL's rewards compare with")
@@ -301,8 +301,7 @@ def _correction(flags: Flags, recipe: Recipe) -> None:
 
 def _rest(flags: Flags, recipe: Recipe) -> None:
     if "model.path" not in recipe.values:
-        recipe.set("model.path", "MODEL", "not said")
-        recipe.remark("unresolved", "--model_name_or_path", "set model.path to the model's directory")
+        recipe.leave_open("model.path", "MODEL", "--model_name_or_path", "the model's directory")
     if "bf16" in flags and not flags.boolean("bf16") and not flags.boolean("fp16"):
         recipe.set("model.dtype", "float32", flags.said("bf16"))
     if flags.text("multi_objective_aggregation", "") == "normalize_then_sum":

@@ -49,8 +49,7 @@ def from_verl(keys: Flags, recipe: Recipe) -> None:
 
 def _layout(keys: Flags, recipe: Recipe) -> None:
     if "model.path" not in recipe.values:
-        recipe.set("model.path", "MODEL", "not said")
-        recipe.remark("unresolved", f"{_MODEL}.path", "set model.path to the model's directory")
+        recipe.leave_open("model.path", "MODEL", f"{_MODEL}.path", "the model's directory")
     recipe.set("optimizer.use_distributed_optimizer", True, "FSDP or Megatron's distributed optimizer there")
     if recipe.values.get("parallel.tensor_model_parallel_size", 1) > 1:
         recipe.values.setdefault("parallel.sequence_parallel", True)
@@ -163,9 +162,9 @@ def _data(keys: Flags, recipe: Recipe) -> None:
             recipe.remark("left out", keys.said(name), f"only {keys[name][0]} is read; mix the rows into one file")
         recipe.set(key, keys[name][0], keys.said(name))
     if "data.dataset" not in recipe.values:
-        recipe.remark("unresolved", "data.train_files", "set data.dataset to your prompts")
+        recipe.leave_open("data.dataset", "PROMPTS.jsonl", "data.train_files", "your prompts")
     limit = keys.integer("data.train_max_samples", -1)
-    if limit > 0 and "data.dataset" in recipe.values:
+    if limit > 0:
         recipe.set("data.dataset", f"{recipe.values['data.dataset']}#{limit}", keys.said("data.train_max_samples"))
     recipe.set("data.reference_column", "reward_model.ground_truth", "the column that verl's rewards compare with")
     prefix = "data.apply_chat_template_kwargs."

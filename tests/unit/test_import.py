@@ -10,12 +10,14 @@ from flags_of_trainers import MS_SWIFT, MS_SWIFT_IN_SCRIPTS, TRAINING_ARGUMENTS,
 from typer.testing import CliRunner
 
 from chord_megatron.cli.main import app
-from chord_megatron.config import known_keys
+from chord_megatron.config import Config, known_keys
 from chord_megatron.importers import ms_swift, trl, verl_keys
 from chord_megatron.importers.importing import import_words
 from chord_megatron.importers.recipe import Recipe, known_trackers
+from chord_megatron.planning.plan import make_plan
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.yaml_text import read_yaml
+from chord_megatron.weights.hf_config import parse_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ms_swift_chord"
 CHORD = (EXAMPLE / "chord.sh").read_text(encoding="utf-8")
@@ -75,6 +77,26 @@ CHORD_CONFIG = {
 }
 
 
+ARCH = parse_config(
+    {
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    }
+)
+
+
+def check_plan(recipe: Recipe) -> None:
+    """The rules across keys, as `validate` applies them to a model of this shape."""
+    make_plan(Config.model_validate(recipe.groups()), ARCH, recipe.world_size)
+
+
 def recipe_of(trainer: str, script: str, tmp_path: Path, *more: str) -> Recipe:
     path = tmp_path / "train.sh"
     path.write_text(script, encoding="utf-8")
@@ -89,6 +111,7 @@ def test_the_reference_script_of_chord(tmp_path: Path):
     assert (recipe.nproc_per_node, recipe.nnodes) == (8, 1)
     kinds = {remark.kind for remark in recipe.remarks if "report_to" not in remark.flag}
     assert kinds == {"hardware"}
+    check_plan(recipe)
 
 
 def test_its_yaml_reads_back_and_says_where_each_key_is_from(tmp_path: Path):
@@ -189,6 +212,7 @@ BASE = "NPROC_PER_NODE=4 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl
 def test_flags_of_ms_swift(flags: str, values: dict, tmp_path: Path):
     recipe = recipe_of("ms-swift", BASE + flags, tmp_path)
     assert {key: recipe.values.get(key) for key in values} == values
+    check_plan(recipe)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +325,7 @@ def test_grpo_config_of_trl(tmp_path: Path):
         "tracking": {"report_to": []},
     }
     assert recipe.remarks == []
+    check_plan(recipe)
 
 
 @pytest.mark.parametrize(
@@ -317,6 +342,7 @@ def test_grpo_config_of_trl(tmp_path: Path):
 def test_arguments_of_trl(flags: str, values: dict):
     recipe = import_words("trl", ["--model_name_or_path", "m", *flags.split()])
     assert {key: recipe.values.get(key) for key in values} == values
+    check_plan(recipe)
 
 
 def test_a_script_of_accelerate(tmp_path: Path):
@@ -399,6 +425,7 @@ def test_a_script_of_verl(tmp_path: Path):
         "tracking": {"report_to": ["tensorboard"]},
     }
     assert recipe.nproc_per_node == 8
+    check_plan(recipe)
 
 
 KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor_rollout_ref.rollout.n=8"]
@@ -445,6 +472,7 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
 def test_keys_of_verl(keys: str, values: dict, tmp_path: Path):
     recipe = recipe_of("verl", "python -m verl.trainer.main_ppo " + " ".join(KEYS) + " " + keys, tmp_path)
     assert {key: recipe.values.get(key) for key in values} == values
+    check_plan(recipe)
 
 
 @pytest.mark.parametrize(
