@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEstimator, LossType
 from chord_megatron.algorithm.presets import Preset
+from chord_megatron.config_names import OTHER_NAMES
 from chord_megatron.config_types import (
+    LARGEST_INTEGER,
     LARGEST_NUMBER,
     DataSet,
     Fraction,
@@ -214,6 +216,7 @@ class OptimizerConfig(_Group):
     min_lr: NonNegativeNumber = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_iters: NonNegative = 0
+    lr_warmup_ratio: float | None = Field(default=None, ge=0, lt=1)  # in place of lr_warmup_iters: of train_iters
     weight_decay: NonNegativeNumber = 0.0
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -241,6 +244,8 @@ class TrainConfig(_Group):
     skip_idle_rows: bool = True  # rows whose loss has no gradient are not run
     share_prompts: bool = True  # the prompt of several rows of a micro-batch is read once, where the attention can
     train_iters: Positive
+    # In place of train_iters: passes over the prompts, over the experts at mu = 1; counted where the data is read.
+    num_train_epochs: PositiveNumber | None = None
     seed: NonNegative = 0
     eval_steps: Positive | None = None
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
@@ -252,6 +257,13 @@ class TrainConfig(_Group):
     async_save: bool = False  # a checkpoint's files are written while training goes on
     save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
+
+    @model_validator(mode="before")
+    @classmethod
+    def _iterations_until_counted(cls, values: Any) -> Any:
+        """A run of epochs is as long as any until its data is read."""
+        is_open = isinstance(values, dict) and values.get("num_train_epochs") is not None
+        return {**values, "train_iters": LARGEST_INTEGER} if is_open and values.get("train_iters") is None else values
 
 
 class TrackingConfig(_Group):
@@ -292,9 +304,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        mistakes = [_explain(item) for item in error.errors()]
-        more = f"; and {len(mistakes) - _MOST_MISTAKES} more" if len(mistakes) > _MOST_MISTAKES else ""
-        raise UserError("; ".join(mistakes[:_MOST_MISTAKES]) + more) from None
+        raise UserError(explain_mistakes(error)) from None
+
+
+def explain_mistakes(error: ValidationError) -> str:
+    """What is wrong with a configuration, in one sentence."""
+    mistakes = [_explain(item) for item in error.errors()]
+    more = f"; and {len(mistakes) - _MOST_MISTAKES} more" if len(mistakes) > _MOST_MISTAKES else ""
+    return "; ".join(mistakes[:_MOST_MISTAKES]) + more
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -359,8 +376,8 @@ def _explain(error: Any) -> str:
 
 def _nearest(location: list[str]) -> str:
     known = known_keys()
-    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group
-    wanted = same_leaf[0] if same_leaf else ".".join(location)
+    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group, or in none
+    wanted = same_leaf[0] if same_leaf else OTHER_NAMES.get(location[-1], ".".join(location))
     return did_you_mean(wanted, known) or f"; known groups are {', '.join(Config.model_fields)}"
 
 

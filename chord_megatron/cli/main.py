@@ -16,6 +16,7 @@ from chord_megatron import __version__
 from chord_megatron.cli import convert
 from chord_megatron.cli.doctor import doctor
 from chord_megatron.cli.evaluate import evaluate
+from chord_megatron.cli.import_ import SETTINGS, import_
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
@@ -46,7 +47,7 @@ def _options(
     """What stands before the command."""
 
 
-def _add(command: Callable[..., int]) -> None:
+def _add(command: Callable[..., int], **how: Any) -> None:
     """Register a command that returns its exit code; a UserError is one sentence and exit code 2."""
 
     @wraps(command)
@@ -60,9 +61,10 @@ def _add(command: Callable[..., int]) -> None:
             code = 130  # 128 + SIGINT, as of any program that it ends
         raise typer.Exit(code)
 
-    app.command()(run)
+    app.command(**how)(run)
 
 
 for _command in (train, evaluate, validate, doctor, plan, report, serve):
     _add(_command)
+_add(import_, name="import", context_settings=SETTINGS)
 app.add_typer(convert.app, name="convert")
