@@ -1,6 +1,6 @@
-"""The command line: `chord-megatron train | validate | doctor | plan | report | convert | serve`. A file a command.
+"""The command line: `chord-megatron init | data | train | validate | doctor | plan | report | convert | serve`.
 
-Commands import what they run when they run, so that `--help` is instant.
+A file a command. Commands import what they run when they run, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import typer
 
 from chord_megatron import __version__
 from chord_megatron.cli import convert
+from chord_megatron.cli.data import show
 from chord_megatron.cli.doctor import doctor
+from chord_megatron.cli.init import init
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
@@ -45,7 +47,7 @@ def _options(
     """What stands before the command."""
 
 
-def _add(command: Callable[..., int]) -> None:
+def _add(command: Callable[..., int], to: typer.Typer = app) -> None:
     """Register a command that returns its exit code; a UserError is one sentence and exit code 2."""
 
     @wraps(command)
@@ -59,9 +61,12 @@ def _add(command: Callable[..., int]) -> None:
             code = 130  # 128 + SIGINT, as of any program that it ends
         raise typer.Exit(code)
 
-    app.command()(run)
+    to.command()(run)
 
 
-for _command in (train, validate, doctor, plan, report, serve):
+for _command in (init, train, validate, doctor, plan, report, serve):
     _add(_command)
 app.add_typer(convert.app, name="convert")
+data = typer.Typer(help="Look at the data of a configuration.", no_args_is_help=True)
+_add(show, data)
+app.add_typer(data, name="data")

@@ -22,12 +22,17 @@ class BadRows:
 
     def __init__(self, source: str, on_bad_row: OnBadRow) -> None:
         self._source, self._stops = source, on_bad_row == "stop"
-        self._places: dict[str, list[str]] = {}  # of each reason
+        self.by_reason: dict[str, list[str]] = {}  # places
+        self.examples: dict[str, str] = {}  # the whole sentence of each reason's first row
         self.lines: list[int] | None = None  # of the rows of a text file, from 1
 
     def at_row(self, index: int) -> AbstractContextManager[None]:
         """Around the use of a row, from 0. A BadRow ends it here: UserError, or the row is skipped."""
-        return self.at_line(self.lines[index]) if self.lines else self._at(f" row {index}", f"row {index}")
+        return self.at_line(self.lines[index]) if self.lines else self._at(f" {self.place(index)}", self.place(index))
+
+    def place(self, index: int) -> str:
+        """Where row `index`, from 0, is found: the line of a text file."""
+        return f"line {self.lines[index]}" if self.lines else f"row {index}"
 
     def at_line(self, number: int) -> AbstractContextManager[None]:
         """Around the reading of a line, from 1."""
@@ -41,13 +46,14 @@ class BadRows:
             bad = error if isinstance(error, BadRow) else BadRow("nested too deeply")
             if self._stops:
                 raise UserError(f"{self._source}{suffix}: {bad}; mend the row, or set data.on_bad_row=skip") from None
-            self._places.setdefault(bad.reason, []).append(place)
+            self.by_reason.setdefault(bad.reason, []).append(place)
+            self.examples.setdefault(bad.reason, str(bad))
 
     @property
     def count(self) -> int:
-        return sum(map(len, self._places.values()))
+        return sum(map(len, self.by_reason.values()))
 
     def __str__(self) -> str:
         """How many of each kind, and where the first is."""
-        kinds = (f"{len(places)} {reason} (first: {places[0]})" for reason, places in self._places.items())
+        kinds = (f"{len(places)} {reason} (first: {places[0]})" for reason, places in self.by_reason.items())
         return ", ".join(kinds)

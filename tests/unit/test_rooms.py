@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "data": "config types system",
     "rewards": "types system",
     "planning": "config algorithm weights types system",
+    "inspection": "planning rewards data config weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints planning batching config config_types ops weights types system",
@@ -37,8 +38,8 @@ MAY_IMPORT = {
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
     "train": "training system",
-    "cli": "train training doctor rollout rollout/serving backend checkpoints tracking planning rewards data config "
-    "weights system",
+    "cli": "train training inspection doctor rollout rollout/serving backend checkpoints tracking planning rewards data "
+    "config weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")
