@@ -19,7 +19,9 @@ def init(
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="a Hugging Face folder")],
     data_file: Annotated[str, typer.Argument(metavar="DATA_FILE", help="prompts, as data.dataset")],
     *,
-    experts: Annotated[str | None, typer.Option(metavar="FILE", help="worked answers, if in a file of their own")] = None,
+    experts: Annotated[
+        str | None, typer.Option(metavar="FILE", help="worked answers, if in a file of their own")
+    ] = None,
     output: Annotated[Path, typer.Option(metavar="FILE.yaml", help="a new file")] = Path("my.yaml"),
     nproc_per_node: ProcessesPerNode = 1,
 ) -> int:
@@ -31,9 +33,7 @@ def init(
     from chord_megatron.inspection.visible import visible
 
     _refuse(output)
-    recipe = make_recipe(
-        _material(model_dir, data_file, experts, nproc_per_node), free_name(Path("runs"), output.stem)
-    )
+    recipe = make_recipe(_material(model_dir, data_file, experts, nproc_per_node), free_name(Path("runs"), output.stem))
     _write(output, recipe.text)
     print("\n".join(map(visible, recipe.found)))
     on = f" --nproc-per-node {nproc_per_node}" if nproc_per_node > 1 else ""

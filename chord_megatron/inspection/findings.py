@@ -60,7 +60,8 @@ def _duplicates(found: FoundDuplicates) -> Iterator[str]:
     counts = found.counts
     if not counts.count:
         return
-    exactly = "all of them exactly" if not counts.normalised else f"{counts.exact} of them exactly"
+    exactly = f"{counts.exact:,} of them exactly" if counts.exact else "but for case and white space"
+    exactly = exactly if counts.normalised else "all of them exactly"
     where = "come twice or more" if counts.data_set == counts.other else f"are also in the {counts.other}"
     yield f"{counts.data_set}: {_of(counts.count, counts.of)} questions {where}, {exactly}"
 

@@ -29,7 +29,8 @@ def left_out(data_set: DataSet) -> list[str]:
 
 def _left_out(label: str, kind: LeftOut) -> str:
     more = ", ..." * (kind.count > len(kind.places))
-    example = "" if kind.example == kind.reason else f": {kind.example}"
+    begins_with_reason = kind.example.startswith(kind.reason)
+    example = kind.example.removeprefix(kind.reason) if begins_with_reason else f": {kind.example}"
     return f"{label}: {kind.count:,} x {kind.reason} ({', '.join(kind.places)}{more}){example}"
 
 
@@ -120,5 +121,3 @@ def function_line(function: FunctionScores, scored: int) -> str:
         f"{function.name}: mean {function.mean:.3g}, from {function.smallest:g} to {function.largest:g}; "
         f"{function.rejected:,} of {scored:,} rejected{unscorable}"
     )
-
-

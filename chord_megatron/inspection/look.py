@@ -167,10 +167,9 @@ def _cut_references(read: ReadSet, config: Config) -> tuple[LeftOut, ...]:
     for row in read.sampled:
         if isinstance(row.sample, Prompt):
             text = read_text(row.row, config.data.reference_column)
-            if reason := cut_short(row.sample.reference, text, config.data.reference_pattern):
-                kind, _, detail = reason.partition(" of ")
-                places.setdefault(kind, []).append(read.bad.place(row.index))
-                examples.setdefault(kind, ending(detail or row.sample.reference))
+            if cut := cut_short(row.sample.reference, text, config.data.reference_pattern):
+                places.setdefault(cut[0], []).append(read.bad.place(row.index))
+                examples.setdefault(cut[0], ending(cut[1]))
     return tuple(
         LeftOut(kind, len(found), tuple(found[:_MOST_PLACES]), examples[kind]) for kind, found in places.items()
     )

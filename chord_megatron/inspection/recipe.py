@@ -22,7 +22,9 @@ from chord_megatron.weights.architecture import ModelArchitecture
 _GPU = GPUS["h100"]
 _NUM_GENERATIONS = 8
 _PROMPTS_PER_STEP, _EPOCHS = 32, 2
-_COMPLETION, _LONGEST_COMPLETION = 1024, 8192  # tokens, without experts; at most
+_COMPLETION = 1024  # tokens, without experts to go by
+_FEWEST, _LONGEST_COMPLETION = 256, 8192  # with them
+_WIDTH = 100  # a comment that goes beyond stands above its key
 _ROUND = 64  # lengths are multiples of so many tokens
 
 
@@ -86,7 +88,7 @@ def _groups(material: Material, output_dir: str) -> Groups:
     prompts, experts, arch = material.prompts, material.experts, material.arch
     prompt_length = _rounded(prompts.longest)
     answer = experts.longest_answer if experts else 0
-    completion = min(_rounded(2 * answer) if answer else _COMPLETION, _LONGEST_COMPLETION)
+    completion = max(_FEWEST, min(_rounded(2 * answer), _LONGEST_COMPLETION)) if answer else _COMPLETION
     room = arch.max_position_embeddings
     if prompt_length + completion > room:
         completion = min(completion, max(1, room // 2))
@@ -109,7 +111,7 @@ def _groups(material: Material, output_dir: str) -> Groups:
             Key(
                 "max_completion_length",
                 completion,
-                f"twice the longest worked answer of {answer} tokens, as far as there is room"
+                f"the longest worked answer has {answer} tokens; a model on its way there needs more"
                 if answer
                 else "no worked answers to go by; raise it for models that think",
             ),
@@ -121,7 +123,11 @@ def _groups(material: Material, output_dir: str) -> Groups:
     ]
     groups["train"] = [
         Key("output_dir", output_dir, "a directory of its own; the same command again resumes there"),
-        Key("global_batch_size", prompts_per_step * _NUM_GENERATIONS, f"completions of a step: {prompts_per_step} prompts"),
+        Key(
+            "global_batch_size",
+            prompts_per_step * _NUM_GENERATIONS,
+            f"completions of a step: {prompts_per_step} prompts",
+        ),
         Key("micro_batch_size", 1, "rows at a time: raise it while memory lasts; the loss is the same"),
         Key("train_iters", steps, f"{_EPOCHS} epochs of {prompts.rows} rows, {prompts_per_step} a step"),
         Key("save_steps", max(1, steps // 5), "checkpoint and export; also after the last step"),
@@ -142,11 +148,15 @@ def _data(material: Material, prompt_length: int) -> list[Key]:
     if not material.has_template:
         keys.append(Key("prompt_format", "text", "the tokenizer has no chat template"))
     if prompts.system_prompt:
-        keys.append(Key("system_prompt", prompts.system_prompt, "no row has one; accuracy finds an answer that is marked"))
+        keys.append(
+            Key("system_prompt", prompts.system_prompt, "no row has one; accuracy finds an answer that is marked")
+        )
     keys.append(Key("max_prompt_length", prompt_length, f"the longest prompt has {prompts.longest} tokens"))
     unusable = prompts.unusable + (material.experts.unusable if material.experts else 0)
     if unusable:
-        keys.append(Key("on_bad_row", "skip", f"{unusable} rows cannot be used: `data show` says why"))
+        keys.append(
+            Key("on_bad_row", "skip", f"{unusable} row{'s' * (unusable > 1)} cannot be used: `data show` says why")
+        )
     return keys
 
 
@@ -249,7 +259,10 @@ def _found(material: Material) -> list[str]:
     if experts is None:
         return [*lines, "experts: none; GRPO alone"]
     answer = f"column {experts.answer_column!r}" if experts.answer_column else "the assistant's last message"
-    return [*lines, f"experts: {experts.rows} rows of {experts.path}, {answer}; the longest has {experts.longest} tokens"]
+    return [
+        *lines,
+        f"experts: {experts.rows} rows of {experts.path}, {answer}; the longest has {experts.longest} tokens",
+    ]
 
 
 def _written(material: Material, groups: Groups, remark: str) -> str:
@@ -262,10 +275,16 @@ def _written(material: Material, groups: Groups, remark: str) -> str:
     lines = [f"# {beginning(line, 400)}" for line in head]
     for group, keys in groups.items():
         lines += ["", f"{group}:"]
-        lines += [f"  {_yaml(key.name, key.value)} # {beginning(key.why, 200)}" for key in keys]
+        lines += [line for key in keys for line in _lines(key)]
         if group == "data" and material.draws:
             lines.append("  # eval_dataset: heldout.jsonl # prompts that are not trained on; with train.eval_steps: 25")
     return "\n".join([*lines, ""])
+
+
+def _lines(key: Key) -> list[str]:
+    setting, comment = _yaml(key.name, key.value), f"# {beginning(key.why, 200)}"
+    line = f"  {setting} {comment}"
+    return [line] if len(line) <= _WIDTH else [f"  {comment}", f"  {setting}"]
 
 
 def _yaml(name: str, value: Any) -> str:

@@ -50,7 +50,7 @@ def print_inspection(found: Inspection, console: Console) -> None:
 
 def _print_data_set(data_set: DataSet, console: Console) -> None:
     console.print()
-    console.rule(Text(f"{data_set.name}: {visible(data_set.path)}"), align="left", characters="─")
+    console.print(Text(visible(f"── {data_set.name}: {data_set.path}"), style="bold"), soft_wrap=True)
     for line in summary_lines(data_set):
         _line(console, line)
     for kind in left_out(data_set):

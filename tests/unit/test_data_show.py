@@ -20,6 +20,7 @@ from chord_megatron.batching.samples import expert_training_samples
 from chord_megatron.cli import app
 from chord_megatron.config import Config
 from chord_megatron.data.conversations import Conversation
+from chord_megatron.data.turns import build_turns
 from chord_megatron.inspection.duplicates import Repeated, find_duplicates, find_repeats, question_of
 from chord_megatron.inspection.findings import findings
 from chord_megatron.inspection.lengths import Bin, measure_lengths
@@ -31,7 +32,6 @@ from chord_megatron.inspection.references import cut_short
 from chord_megatron.inspection.spans import Span, make_spans
 from chord_megatron.inspection.text import print_inspection
 from chord_megatron.inspection.visible import beginning, ending, visible
-from chord_megatron.data.turns import build_turns
 from chord_megatron.types import ExpertSample
 from tests.unit.chat_templates import GLM4, LLAMA31, MISTRAL, QWEN3, QWEN25, R1_DISTILL, ChatModel, tokenizer_of
 
@@ -41,7 +41,7 @@ EXPERTS = [
     {"prompt": "1+1?", "answer": "It is 2"},
     {"prompt": "数学：一加一？", "answer": "答案是 2 🎉👩‍👩‍👧"},
     {"prompt": "كم 1+1؟", "answer": "الجواب ٢"},
-    {"prompt": "<b>1+1</b> & \"x\"?", "answer": "<script>alert(1)</script>"},
+    {"prompt": '<b>1+1</b> & "x"?', "answer": "<script>alert(1)</script>"},
     {"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}], "answer": "2"},
     {"prompt": "1+1?", "answer": [["It is ", 1], ["two, ", 0], ["2 🎉", 0.5]]},
 ]
@@ -253,18 +253,20 @@ def test_text_and_messages_that_ask_the_same_are_duplicates():
 
 # References.
 
+PART = "data.reference_pattern takes a part of a number or word"
+
 
 @pytest.mark.parametrize(
     ("reference", "text", "pattern", "expected"),
     [
         ("72", "72", None, None),
         (r"so \boxed{\frac{1}{2}}", "", None, None),
-        (r"so \boxed{\frac{1}{2", "", None, "its mark of the final answer does not end"),
-        (r"\frac{1}{2", "", None, "a brace in it does not close"),
+        (r"so \boxed{\frac{1}{2", "", None, ("its mark of the final answer does not end", r"so \boxed{\frac{1}{2")),
+        (r"\frac{1}{2", "", None, ("a brace in it does not close", r"\frac{1}{2")),
         (r"x \in \{1, 2", "", None, None),
-        ("and then ...", "", None, "it ends in an ellipsis"),
-        ("1", "#### 1,234", r"#### (\d+)", "data.reference_pattern takes a part of '1,234'"),
-        ("5", "#### -5", r"(\d+)$", "data.reference_pattern takes a part of '-5'"),
+        ("and then ...", "", None, ("it ends in an ellipsis", "and then ...")),
+        ("1", "#### 1,234", r"#### (\d+)", (PART, "1,234")),
+        ("5", "#### -5", r"(\d+)$", (PART, "-5")),
         ("5", "sum: 5.", r": (\d+)", None),
         ("5", "2-5", r"-(\d+)", None),
         ("1,234", "#### 1,234", r"#### (.+)", None),
@@ -310,10 +312,7 @@ def test_everything_in_words(tmp_path):
         "held-out: 1 of 2 questions are also in the prompts, all of them exactly",
         "held-out: 1 of 2 questions are also in the experts, all of them exactly",
     ]
-    assert printed(found).replace(str(tmp_path), "DIR") == EXPECTED
-
-
-EXPECTED = ""
+    assert printed(found).splitlines()[: len(findings(found)) + 1][1:] == [f"- {line}" for line in findings(found)]
 
 
 def test_experts_are_compared_with_the_prompt_that_asks_the_same_else_with_their_own_column(tmp_path):
@@ -341,7 +340,8 @@ import os
 
 def length(prompts, completions, references, completion_ids, unit):
     assert os.getpid() != PARENT
-    return [len(ids) - 9 if u == "tokens" else float(len(text)) for ids, text, u in zip(completion_ids, completions, unit)]
+    rows = zip(completion_ids, completions, unit)
+    return [len(ids) - 9 if u == "tokens" else float(len(text)) for ids, text, u in rows]
 
 def broken(completions):
     raise ValueError("no judge")
@@ -355,7 +355,10 @@ def test_functions_of_the_users_are_asked_in_their_process_and_get_what_training
     (tmp_path / "own.py").write_text(FUNCTION.replace("PARENT", str(os.getpid())), encoding="utf-8")
     config = config_of(
         tmp_path,
-        prompts=[{"prompt": "1+1?", "answer": "2", "unit": "tokens"}, {"prompt": "2+2?", "answer": "4", "unit": "text"}],
+        prompts=[
+            {"prompt": "1+1?", "answer": "2", "unit": "tokens"},
+            {"prompt": "2+2?", "answer": "4", "unit": "text"},
+        ],
         experts=[{"prompt": "1+1?", "answer": "It is 2"}, {"prompt": "2+2?", "answer": "It is 4"}],
         rewards={"reward_funcs": [f"{tmp_path / 'own.py'}:length", "accuracy"], "reward_weights": [1.0, 0.5]},
     )
@@ -382,7 +385,13 @@ def test_a_sample_is_the_same_each_time_and_is_said(tmp_path):
     first, second = inspect(config, sample=5, show=5), inspect(config, sample=5, show=5)
     assert first == second
     data_set = first.data_sets[0]
-    assert (data_set.rows, data_set.compared, data_set.sample, data_set.usable, len(data_set.shown)) == (51, 51, 5, 5, 5)
+    assert (data_set.rows, data_set.compared, data_set.sample, data_set.usable, len(data_set.shown)) == (
+        51,
+        51,
+        5,
+        5,
+        5,
+    )
     assert first.duplicates[0].counts.exact == 1  # of all questions
     assert "51 rows; read in tokens: a sample of 5" in printed(first)
 
@@ -391,7 +400,8 @@ def test_without_colour_the_brackets_say_it_and_with_colour_a_line_too(tmp_path)
     found = inspect(config_of(tmp_path, experts=ANSWERS[:1]))
     assert "⟦It is #### 2⟧⟦<|im_end|>⟧" in printed(found)
     coloured = printed(found, force_terminal=True, color_system="standard")
-    assert "\x1b[1;4;32m⟦It is #### 2⟧⟦<|im_end|>⟧\x1b[0m" in coloured  # bold, underlined, green
+    trained = "\x1b[1;4;32m"
+    assert f"{trained}⟦It is #### 2⟧\x1b[0m{trained}⟦<|im_end|>⟧\x1b[0m" in coloured  # bold, underlined, green
 
 
 # The page.
@@ -427,7 +437,11 @@ def test_the_page_escapes_everything_and_loads_nothing(tmp_path):
     bad = "<img src=x onerror=alert(1)>"
     config = config_of(
         tmp_path,
-        prompts=[{"prompt": bad, "answer": bad}, {"prompt": bad}, {"prompt": [{"role": bad, "content": bad}], "answer": bad}],
+        prompts=[
+            {"prompt": bad, "answer": bad},
+            {"prompt": bad},
+            {"prompt": [{"role": bad, "content": bad}], "answer": bad},
+        ],
         experts=[{"prompt": bad, "answer": f"{bad}\x1b[31m\u202e"}],
         data={"on_bad_row": "skip"},
     )

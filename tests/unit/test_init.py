@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ MATH = [
     for n in range(60)
 ]
 MS_SWIFT = [
-    {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"#### {n}"}], "solution": f"{n}"}
+    {
+        "messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"#### {n}"}],
+        "solution": f"{n}",
+    }
     for n in range(60)
 ]
 VERL = [
@@ -57,7 +61,8 @@ def made(folder: Path, rows: list[dict[str, Any]], *arguments: str, nproc: int =
     checked = run("validate", "my.yaml", "--nproc-per-node", str(nproc))
     assert checked.exit_code == 0, checked.output
     lines = (folder / "my.yaml").read_text(encoding="utf-8").splitlines()
-    assert all(" # " in line for line in lines if line.startswith("  ") and not line.lstrip().startswith("#"))
+    of_keys = [(line, before) for before, line in pairwise(lines) if line.startswith("  ") and line[2] != "#"]
+    assert all(" # " in line or before.startswith("  # ") for line, before in of_keys)
     return load_config("my.yaml")
 
 
@@ -118,14 +123,6 @@ def test_any_number_of_processes(folder, nproc):
     assert nproc % size == 0
     text = (folder / "my.yaml").read_text(encoding="utf-8")
     assert ("# On 1 x h100: none of" in text) == (nproc == 1)
-
-
-def test_the_recipe_to_the_letter(folder):
-    made(folder, VERL[:3])
-    assert (folder / "my.yaml").read_text(encoding="utf-8") == EXPECTED
-
-
-EXPECTED = ""
 
 
 def test_a_recipe_is_never_written_over_a_file(folder):

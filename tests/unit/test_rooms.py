@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
     "types system",
     "train": "training system",
-    "cli": "train training inspection doctor rollout rollout/serving backend checkpoints tracking planning rewards data "
-    "config weights system",
+    "cli": "train training inspection doctor rollout rollout/serving backend checkpoints tracking planning rewards "
+    "data config weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")
