@@ -23,6 +23,7 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
 
 _MOST_PLACES = 3  # of rows of a kind
+_LONGEST_REFERENCE = 500  # characters that are shown
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,8 @@ def _shown(row: SampledRow, read: ReadSet, tokenizer: Any, system_prompt: str | 
         spans=spans,
         tokens=row.length,
         trained=sum(weight > 0 for weight in weights),
-        reference=reference,
-        read_as=None if read_as == reference else read_as,
+        reference=None if reference is None else ending(reference, _LONGEST_REFERENCE),
+        read_as=None if read_as in (None, reference) else ending(read_as, _LONGEST_REFERENCE),
     )
 
 

@@ -200,6 +200,15 @@ def test_of_a_very_long_row_both_ends_are_shown():
     assert spans[1].text == "… 2000 tokens are not shown …"
 
 
+def test_of_a_very_long_reference_the_end_is_shown(tmp_path):
+    row = (
+        inspect(config_of(tmp_path, prompts=[{"prompt": "1+1?", "answer": "x" * 10**6 + "\n#### 2"}]))
+        .data_sets[0]
+        .shown[0]
+    )
+    assert row.reference == "…" + "x" * 492 + " #### 2" and row.read_as == "2"
+
+
 def test_what_cannot_be_seen_is_written_out():
     assert visible("a\tb\x1b[31m\u202e\u200b\ud800\u2028") == "a\\tb\\x1b[31m\\u202e\\u200b\\ud800\\u2028"
     assert visible("two\nlines 👩‍👩‍👧 عربي 数学") == "two\nlines 👩‍👩‍👧 عربي 数学"
