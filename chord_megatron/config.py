@@ -17,6 +17,7 @@ from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEs
 from chord_megatron.algorithm.presets import Preset
 from chord_megatron.config_types import (
     LARGEST_NUMBER,
+    DataSet,
     Fraction,
     Gigabytes,
     Minutes,
@@ -85,8 +86,9 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets; None = no prompts (mu must be 1)
-    dataset: PathName | None = None
+    # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets; None = no prompts (mu must be 1).
+    # Several sources: [a.jsonl, {path: b.parquet, weight: 2.0}], whose rows come in the ratio of the weights.
+    dataset: DataSet | None = None
     dataset_split: Text = "train"  # for a `datasets` name
     eval_dataset: PathName | None = None
     eval_dataset_split: Text = "test"
@@ -181,7 +183,7 @@ class GRPOConfig(_Group):
 
 class ChordConfig(_Group):
     semantics: Preset = "paper"  # whose means, step base and temperatures
-    chord_sft_dataset: PathName | None = None  # as data.dataset; None = no expert stream (mu must be 0)
+    chord_sft_dataset: DataSet | None = None  # as data.dataset; None = no expert stream (mu must be 0)
     chord_sft_dataset_split: Text = "train"
     chord_sft_prompt_column: Text = "prompt"
     chord_sft_answer_column: Text = "answer"
@@ -334,7 +336,8 @@ _BOUNDS = {  # pydantic's name and ours
 
 def _explain(error: Any) -> str:
     """One pydantic error as a sentence with the dotted key."""
-    location = [shown(part)[1:-1] if isinstance(part, str) else str(part) for part in error["loc"]]
+    parts = [part for part in error["loc"] if part not in ("<path>", "<source>", "<list>")]  # the forms of a data set
+    location = [shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
         return f"unknown configuration key {name!r}{_nearest(location)}"

@@ -5,9 +5,20 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, PlainValidator, ValidationError, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from chord_megatron.system.sentences import did_you_mean, one_line, shown
 
@@ -93,3 +104,49 @@ PathName = Annotated[Text, AfterValidator(_path)]
 
 PipelineLayout = Annotated[Literal["auto"] | list[NonNegative] | None, WrapValidator(_pipeline_layout)]
 Recompute = Annotated[bool | str | list[str], PlainValidator(_recompute)]
+
+
+class DataSource(BaseModel):
+    """One of several data sets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    path: PathName
+    # Rows come in the ratio of the weights. None: 1; where no source has one, as many as it has rows.
+    weight: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        for name in value if isinstance(value, dict) else ():
+            if name not in cls.model_fields:
+                raise ValueError(f"unknown key {shown(name)}; a source has {' and '.join(cls.model_fields)}")
+        return value
+
+
+def _kind_of_source(value: Any) -> str:
+    return "<source>" if isinstance(value, dict | DataSource) else "<path>"
+
+
+def _kind_of_data(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<path>"
+
+
+def _once_each(sources: list[str | DataSource]) -> list[str | DataSource]:
+    paths = [source.path for source in sources_of(sources)]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"names {shown(path)} twice; name it once, with the weight of both")
+    return sources
+
+
+_Path = Annotated[PathName, Tag("<path>")]
+_Sources = list[Annotated[_Path | Annotated[DataSource, Tag("<source>")], Discriminator(_kind_of_source)]]
+_OneOrSeveral: TypeAlias = _Path | Annotated[_Sources, Field(min_length=1), AfterValidator(_once_each), Tag("<list>")]
+DataSet = Annotated[_OneOrSeveral, Discriminator(_kind_of_data)]
+
+
+def sources_of(data_set: str | list[str | DataSource]) -> list[DataSource]:
+    """The sources of a data set, in their order."""
+    sources = data_set if isinstance(data_set, list) else [data_set]
+    return [source if isinstance(source, DataSource) else DataSource(path=source) for source in sources]

@@ -30,12 +30,13 @@ def foreign_tokens(tokens: Sequence[int], vocab_size: int) -> list[int]:
 class Prompt:
     """A question with a checkable answer."""
 
-    id: int  # row number in the data set
+    id: int  # row number in the data set, counted through its sources
     text: str  # what the model reads, after the chat template
     tokens: tuple[int, ...]
     reference: str  # what the reward functions compare with
     columns: dict[str, Any] = field(default_factory=dict)  # the row's, but the prompt's own, for reward functions
     prefill: str = ""  # the part of `text` that belongs to the model's turn; rewards see it in front of a completion
+    source: str = ""  # where the row is from, where the data set has several sources
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,6 @@ def write_run(directory: Path, model: Path, sizes: Sizes) -> Path:
         "rollout": {
             "num_generations": sizes.num_generations,
             "max_completion_length": sizes.completion_tokens,
-            "stop_token_ids": [],
         },
         "chord": {
             "chord_sft_dataset": str(write_rows("experts.jsonl", sizes.answer_tokens)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,14 +22,14 @@ def train(
     master_port: Annotated[int, typer.Option(help="port on node 0")] = 29500,
 ) -> int:
     """Train. The same command again resumes from the latest checkpoint."""
-    from chord_megatron.tracking.run_dir import RunDir
+    from chord_megatron.training.beginning import finished
 
     launch = Launch(nproc_per_node, nnodes, node_rank, master_addr, master_port)
     if node_rank >= nnodes:
         raise UserError(f"--node-rank {node_rank} is not one of {nnodes} nodes; they count from 0 to {nnodes - 1}")
     resolved, _ = validated(config, overrides, launch.world_size)  # here: a mistake shows before any process starts
-    if RunDir(Path(resolved.train.output_dir)).is_finished(resolved.train.train_iters):
-        print(f"{resolved.train.output_dir} is finished; raise train.train_iters to train on")
+    if (sentence := finished(resolved)) is not None:
+        print(sentence)
         return 0
     arguments = [str(config), *(overrides or [])]
     if launch.world_size > 1:

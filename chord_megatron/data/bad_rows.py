@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from chord_megatron.config import OnBadRow
@@ -22,9 +22,9 @@ class BadRows:
 
     def __init__(self, source: str, on_bad_row: OnBadRow) -> None:
         self._source, self._stops = source, on_bad_row == "stop"
-        self.by_reason: dict[str, list[str]] = {}  # places
-        self.examples: dict[str, str] = {}  # the whole sentence of each reason's first row
-        self.lines: list[int] | None = None  # of the rows of a text file, from 1
+        self.found: dict[str, tuple[int, str]] = {}  # of each reason: how many rows, and the place of the first
+        self.examples: dict[str, str] = {}  # what was said of that first row, as far as it was read here
+        self.lines: Sequence[int] | None = None  # of the rows of a text file, from 1
 
     def at_row(self, index: int) -> AbstractContextManager[None]:
         """Around the use of a row, from 0. A BadRow ends it here: UserError, or the row is skipped."""
@@ -46,14 +46,26 @@ class BadRows:
             bad = error if isinstance(error, BadRow) else BadRow("nested too deeply")
             if self._stops:
                 raise UserError(f"{self._source}{suffix}: {bad}; mend the row, or set data.on_bad_row=skip") from None
-            self.by_reason.setdefault(bad.reason, []).append(place)
             self.examples.setdefault(bad.reason, str(bad))
+            self.add({bad.reason: (1, place)})
+
+    def add(self, found: Mapping[str, tuple[int, str]]) -> None:
+        """What was found further on."""
+        for reason, (number, place) in found.items():
+            before, first = self.found.get(reason, (0, place))
+            self.found[reason] = (before + number, first)
+
+    def taken(self) -> dict[str, tuple[int, str]]:
+        """What was found until now; it no longer counts here."""
+        found = dict(self.found)
+        self.found.clear()
+        return found
 
     @property
     def count(self) -> int:
-        return sum(map(len, self.by_reason.values()))
+        return sum(number for number, _ in self.found.values())
 
     def __str__(self) -> str:
         """How many of each kind, and where the first is."""
-        kinds = (f"{len(places)} {reason} (first: {places[0]})" for reason, places in self.by_reason.items())
+        kinds = (f"{number} {reason} (first: {first})" for reason, (number, first) in self.found.items())
         return ", ".join(kinds)

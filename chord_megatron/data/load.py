@@ -1,28 +1,42 @@
-"""The data of a run: prompts, held-out prompts and expert answers, read and tokenized at start-up."""
+"""The data of a run: prompts, held-out prompts and expert answers, read and tokenized at start-up, or before."""
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeAlias
 
-from chord_megatron.config import ChordConfig, DataConfig
-from chord_megatron.data.bad_rows import BadRows
+from chord_megatron.config import ChordConfig, DataConfig, OnBadRow
+from chord_megatron.config_types import DataSource, sources_of
+from chord_megatron.data.bad_rows import BadRow, BadRows
+from chord_megatron.data.cache_key import FEWEST_ROWS, cache_folder, content_of
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
-from chord_megatron.data.prompts import make_prompt, reference_finder
+from chord_megatron.data.mixture import Mixture, Part, names_of, weights_of
+from chord_megatron.data.prompts import make_prompt, other_columns, reference_finder
+from chord_megatron.data.samples import Sample
 from chord_megatron.data.segments import TokenWeights
-from chord_megatron.data.sources import Row, load_rows
+from chord_megatron.data.sources import Row, Rows, load_rows
+from chord_megatron.data.tally import Tally
 from chord_megatron.data.tokenizer import generation_end_tokens
 from chord_megatron.data.turns import Turn, Turns, build_turns
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
 
-Sample = TypeVar("Sample", Prompt, ExpertSample)
-MakeSample = Callable[[int, Row, Conversation, Turn], Sample]
+MakeSample: TypeAlias = Callable[[int, Row, Conversation, Turn], Sample]
+
+
+# Keys that choose rows, and change no sample of a row.
+_WHICH_ROWS = {"dataset", "dataset_split", "eval_dataset", "eval_dataset_split", "num_eval_prompts"}
+_WHICH_EXPERTS = {
+    "chord_sft_dataset",
+    "chord_sft_dataset_split",
+    "chord_sft_global_batch_size",
+    "chord_sft_per_device_train_batch_size",
+}
 
 
 @dataclass(frozen=True)
@@ -51,98 +65,180 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, exper
     expert_max_length: chord.chord_sft_max_length, or what the model reads, in tokens.
     """
     turns = build_turns(tokenizer, data.prompt_format, data.system_prompt, data.chat_template_kwargs)
+    reader = _Reader(turns, tokenizer, data.on_bad_row)
+    settings = data.model_dump(exclude=_WHICH_ROWS)
+    experts: Sequence[ExpertSample] = []
+    if chord.chord_sft_dataset is not None:
+        to_expert = partial(
+            make_expert,
+            answer_column=chord.chord_sft_answer_column,
+            turns=turns,
+            token_weights=TokenWeights(tokenizer),
+        )
+        reading = _Reading(
+            ExpertSample,
+            to_expert,
+            prompt_column=chord.chord_sft_prompt_column,
+            limit=("chord.chord_sft_max_length", expert_max_length),
+            other=f"answer: column {chord.chord_sft_answer_column!r}",
+            settings={**settings, **chord.model_dump(include=set(_expert_keys(chord)))},
+        )
+        experts = reader.read(sources_of(chord.chord_sft_dataset), chord.chord_sft_dataset_split, reading)
     to_prompt = partial(
         make_prompt,
         reference_column=data.reference_column,
         find_reference=reference_finder(data.reference_pattern),
     )
-    reader = _Reader(turns, data)
-    experts: list[ExpertSample] = []
-    if chord.chord_sft_dataset is not None:
-        experts = reader.read(
-            chord.chord_sft_dataset,
-            chord.chord_sft_dataset_split,
-            partial(
-                make_expert,
-                answer_column=chord.chord_sft_answer_column,
-                turns=turns,
-                token_weights=TokenWeights(tokenizer),
-            ),
-            prompt_column=chord.chord_sft_prompt_column,
-            limit=("chord.chord_sft_max_length", expert_max_length),
-            other=f"answer: column {chord.chord_sft_answer_column!r}",
-        )
-    read_prompts = partial(
-        reader.read,
-        make=to_prompt,
+    of_prompts = _Reading(
+        Prompt,
+        to_prompt,
         prompt_column=data.prompt_column,
         limit=("data.max_prompt_length", data.max_prompt_length),
         other=f"reference: column {data.reference_column!r}",
+        settings=settings,
     )
-    prompts = read_prompts(data.dataset, data.dataset_split) if data.dataset else []
-    eval_prompts = (
-        read_prompts(data.eval_dataset, data.eval_dataset_split, first=data.num_eval_prompts)
-        if data.eval_dataset
-        else []
-    )
+    prompts = reader.read(sources_of(data.dataset), data.dataset_split, of_prompts) if data.dataset else []
+    eval_prompts: Sequence[Prompt] = []
+    if data.eval_dataset:
+        of_eval = dataclasses.replace(of_prompts, first=data.num_eval_prompts)
+        eval_prompts = reader.read(sources_of(data.eval_dataset), data.eval_dataset_split, of_eval)
     return RunData(prompts, eval_prompts, experts, frozenset(reader.end_token_ids), tuple(reader.notes))
+
+
+def _expert_keys(chord: ChordConfig) -> list[str]:
+    return [key for key in type(chord).model_fields if key.startswith("chord_sft_") and key not in _WHICH_EXPERTS]
+
+
+@dataclass(frozen=True)
+class _Reading(Generic[Sample]):
+    """How the rows of a data set become samples."""
+
+    kind: type[Sample]
+    make: MakeSample[Sample]
+    prompt_column: str
+    limit: tuple[str, int]  # tokens; longer samples are left out
+    other: str  # what is read beside the prompt
+    settings: dict[str, Any]  # what of the configuration the samples of a row depend on
+    first: int | None = None  # so many rows; None: all
 
 
 class _Reader:
     """Reads data sets; `notes` and `end_token_ids` grow with each."""
 
-    def __init__(self, turns: Turns, data: DataConfig) -> None:
-        self._turns, self._on_bad_row = turns, data.on_bad_row
+    def __init__(self, turns: Turns, tokenizer: Any, on_bad_row: OnBadRow) -> None:
+        self._turns, self._tokenizer, self._on_bad_row = turns, tokenizer, on_bad_row
         self.notes: list[str] = []
         self.end_token_ids: set[int] = set()
 
-    def read(
-        self,
-        source: str,
-        split: str,
-        make: MakeSample[Sample],
-        *,
-        prompt_column: str,
-        limit: tuple[str, int],
-        other: str,
-        first: int | None = None,
-    ) -> list[Sample]:
-        """The samples of a data set's first rows (None: of all), without those that are longer than `limit`."""
-        bad_rows = BadRows(source, self._on_bad_row)
-        rows = load_rows(source, split, bad_rows)
-        count = len(rows) if first is None else min(first, len(rows))
-        kinds: Counter[str] = Counter()
-        beside: Counter[str] = Counter()
-        samples = []
-        for index in range(count):
+    def read(self, sources: Sequence[DataSource], split: str, reading: _Reading[Sample]) -> Sequence[Sample]:
+        """The samples of a data set's first rows, without those that are longer than the limit."""
+        paths = [source.path for source in sources]
+        if len(paths) == 1:
+            return self._read_source(paths[0], split, reading, 0, "")[0]
+        read, first_id = [], 0
+        for path, name in zip(paths, names_of(paths)):
+            samples, count = self._read_source(path, split, reading, first_id, name)
+            read.append((first_id, samples))
+            first_id += count
+        weights = weights_of(sources, [len(samples) for _, samples in read])
+        mixture = Mixture([Part(path, weight, *each) for path, weight, each in zip(paths, weights, read)])
+        self.notes.append(mixture.note)
+        return mixture
+
+    def _read_source(
+        self, path: str, split: str, reading: _Reading[Sample], first_id: int, name: str
+    ) -> tuple[Sequence[Sample], int]:
+        """The samples of a source, and its rows. name: that they bear, with `first_id` as the number of its row 0."""
+        bad_rows = BadRows(path, self._on_bad_row)
+        rows = load_rows(path, split, bad_rows)
+        count = len(rows) if reading.first is None else min(reading.first, len(rows))
+        content = content_of(rows)
+        tally = Tally()
+        samples: Sequence[Sample]
+        if content is None or count < FEWEST_ROWS:
+            short, tally = self._make(reading, rows, range(count), bad_rows)
+            samples = [_placed(sample, first_id, name) for sample in short]
+        else:
+            from chord_megatron.data.stored import stored_samples  # with pyarrow, which other runs need not import
+
+            samples, tallies = stored_samples(
+                cache_folder(content, self._tokenizer, [reading.kind.__name__, reading.limit, count, reading.settings]),
+                count,
+                reading.kind,
+                partial(self._make_apart, reading, rows, bad_rows),
+                partial(_build, reading, rows, path, first_id, name),
+            )
+            for each in tallies:
+                tally.add(each)
+                bad_rows.add(each.bad_rows)
+        _refuse_none(path, bad_rows, tally.usable, samples, reading.limit)
+        self.end_token_ids |= tally.end_token_ids
+        self._note(path, bad_rows, tally, tally.usable - len(samples), reading)
+        return samples, len(rows)
+
+    def _make(
+        self, reading: _Reading[Sample], rows: Rows, indices: range, bad_rows: BadRows
+    ) -> tuple[list[Sample], Tally]:
+        """The samples of some rows that are short enough, and what the rows were taken for."""
+        longest = reading.limit[1]
+        tally, short = Tally(), []
+        for index in indices:
             with bad_rows.at_row(index):
-                conversation = read_conversation(rows[index], prompt_column)
-                turn = self._turns.open(conversation, limit[1])
-                samples.append(make(index, rows[index], conversation, turn))
-                self.end_token_ids.add(turn.end_token_id)
-                kinds[f"column {conversation.column!r} ({conversation.kind})"] += 1
-                beside.update(f"column {column!r}" for column in conversation.columns)
-        short = [sample for sample in samples if len(sample.tokens) <= limit[1]]
-        _refuse_none(source, bad_rows, samples, short, limit)
-        self.notes.append(f"{source}: {_recognised(len(samples), kinds, beside, other)}")
+                row = rows[index]
+                conversation = read_conversation(row, reading.prompt_column)
+                turn = self._turns.open(conversation, longest)
+                sample = reading.make(index, row, conversation, turn)
+                tally.count(conversation, turn.end_token_id)
+                if len(sample.tokens) <= longest:
+                    short.append(sample)
+        return short, tally
+
+    def _make_apart(
+        self, reading: _Reading[Sample], rows: Rows, bad_rows: BadRows, indices: range
+    ) -> tuple[list[Sample], Tally]:
+        """The same, with the bad rows among them in the tally alone."""
+        before = bad_rows.taken()
+        samples, tally = self._make(reading, rows, indices, bad_rows)
+        tally.bad_rows = bad_rows.taken()
+        bad_rows.add(before)
+        return samples, tally
+
+    def _note(self, path: str, bad_rows: BadRows, tally: Tally, dropped: int, reading: _Reading[Sample]) -> None:
+        self.notes.append(f"{path}: {tally.line(reading.other)}")
         if bad_rows.count:
-            self.notes.append(f"{source}: skipped {bad_rows.count} unusable rows: {bad_rows}")
-        if len(short) < len(samples):
-            self.notes.append(f"{source}: dropped {len(samples) - len(short)} rows above {limit[0]}={limit[1]}")
-        return short
+            self.notes.append(f"{path}: skipped {bad_rows.count} unusable rows: {bad_rows}")
+        if dropped:
+            self.notes.append(f"{path}: dropped {dropped} rows above {reading.limit[0]}={reading.limit[1]}")
 
 
-def _refuse_none(
-    source: str, bad_rows: BadRows, samples: Sequence[Sample], short: Sequence[Sample], limit: tuple[str, int]
-) -> None:
-    if not samples:
+def _placed(sample: Sample, first_id: int, name: str) -> Sample:
+    """In a data set of several sources."""
+    if not name:
+        return sample
+    of_prompts: dict[str, Any] = {"source": name} if isinstance(sample, Prompt) else {}
+    return dataclasses.replace(sample, id=first_id + sample.id, **of_prompts)
+
+
+def _build(
+    reading: _Reading[Sample], rows: Rows, path: str, first_id: int, name: str, fields: dict[str, Any]
+) -> Sample:
+    """A sample of what is stored of it; the columns of its row are read again."""
+    if reading.kind is Prompt:
+        fields = {**fields, "columns": _columns(rows, fields["id"], path, reading.prompt_column)}
+    return _placed(reading.kind(**fields), first_id, name)
+
+
+def _columns(rows: Rows, index: int, path: str, prompt_column: str) -> dict[str, Any]:
+    """For reward functions, of a row that could be read before."""
+    try:
+        row = rows[index]
+        return other_columns(row, read_conversation(row, prompt_column))
+    except (BadRow, OSError) as error:
+        raise UserError(f"{path} row {index} is not what it was at the start: {error}; restore the file") from None
+
+
+def _refuse_none(source: str, bad_rows: BadRows, usable: int, short: Sequence[Sample], limit: tuple[str, int]) -> None:
+    if not usable:
         raise UserError(f"{source}: none of its {bad_rows.count} rows can be used: {bad_rows}; mend them")
-    if not short:
-        raise UserError(f"all {len(samples)} usable rows of {source} are longer than {limit[0]}={limit[1]}; raise it")
-
-
-def _recognised(count: int, kinds: Counter[str], beside: Counter[str], other: str) -> str:
-    """What the rows were taken for, in one line: rows that are read differently than meant are worse than a refusal."""
-    prompts = ", ".join(f"{number} {kind}" if len(kinds) > 1 else kind for kind, number in kinds.items())
-    line = f"{count} rows; prompt: {prompts}; {other}"
-    return line + "".join(f"; beside it: {name} ({number})" for name, number in beside.items())
+    if not len(short):
+        raise UserError(f"all {usable} usable rows of {source} are longer than {limit[0]}={limit[1]}; raise it")

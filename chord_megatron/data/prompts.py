@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from chord_megatron.data.bad_rows import BadRow
 from chord_megatron.data.columns import read_text
@@ -24,9 +25,14 @@ def make_prompt(
         text=turn.text,
         tokens=turn.tokens,
         reference=find_reference(read_text(row, reference_column)),
-        columns={name: row[name] for name in row if name != conversation.column},
+        columns=other_columns(row, conversation),
         prefill=turn.prefill,
     )
+
+
+def other_columns(row: Row, conversation: Conversation) -> dict[str, Any]:
+    """What reward functions may ask for: the row without what the prompt was made of."""
+    return {name: row[name] for name in row if name != conversation.column}
 
 
 def reference_finder(pattern: str | None) -> FindReference:

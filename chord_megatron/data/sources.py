@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from chord_megatron.data.bad_rows import BadRow, BadRows
+from chord_megatron.data.lazy_lines import LARGE_FILE, LazyLines
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import one_line
 
@@ -36,18 +37,23 @@ def load_rows(source: str, split: str, bad_rows: BadRows) -> Rows:
     return rows
 
 
-def _read_jsonl(path: Path, bad_rows: BadRows) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path, bad_rows: BadRows) -> Rows:
     try:
+        if path.stat().st_size > LARGE_FILE:
+            rows_of_large_file = LazyLines(path, _parse_line)
+            bad_rows.lines = rows_of_large_file.lines
+            return rows_of_large_file
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     rows: list[dict[str, Any]] = []
-    bad_rows.lines = []
+    numbers: list[int] = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             with bad_rows.at_line(number):
                 rows.append(_parse_line(line))
-                bad_rows.lines.append(number)
+                numbers.append(number)
+    bad_rows.lines = numbers
     return rows
 
 

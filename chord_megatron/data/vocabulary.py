@@ -8,6 +8,8 @@ from typing import Any
 
 from chord_megatron.config import Config
 from chord_megatron.data.load import RunData
+from chord_megatron.data.mixture import parts_of
+from chord_megatron.data.samples import Sample, holds_token_beyond
 from chord_megatron.data.tokenizer import generation_end_tokens
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import foreign_tokens
@@ -23,7 +25,7 @@ def check_vocabulary(config: Config, tokenizer: Any, vocab_size: int, data: RunD
 
     Under tensor parallelism such a token would be a vector of zeros without a word, and an IndexError otherwise.
     """
-    sources = (*_end_tokens(config, tokenizer), *(_rows(config, data) if data else ()))
+    sources = (*_end_tokens(config, tokenizer), *(_rows(config, data, vocab_size) if data else ()))
     foreign = [(where, token) for where, tokens in sources for token in foreign_tokens(tokens, vocab_size)]
     if foreign:
         where, first = foreign[0]
@@ -40,12 +42,15 @@ def _end_tokens(config: Config, tokenizer: Any) -> Iterator[tuple[str, Sequence[
         yield f"{model_dir}/generation_config.json", generation_end_tokens(model_dir)
 
 
-def _rows(config: Config, data: RunData) -> Iterator[tuple[str, Sequence[int]]]:
+def _rows(config: Config, data: RunData, vocab_size: int) -> Iterator[tuple[str, Sequence[int]]]:
     yield "the chat template's end of a turn", sorted(data.end_token_ids)
-    for source, rows in (
-        (config.data.dataset, data.prompts),
-        (config.data.eval_dataset, data.eval_prompts),
-        (config.chord.chord_sft_dataset, data.experts),
-    ):
-        for row in rows:
-            yield f"{source} row {row.id}", row.tokens
+    yield from _rows_of(config.data.dataset, data.prompts, vocab_size)
+    yield from _rows_of(config.data.eval_dataset, data.eval_prompts, vocab_size)
+    yield from _rows_of(config.chord.chord_sft_dataset, data.experts, vocab_size)
+
+
+def _rows_of(data_set: object, samples: Sequence[Sample], vocab_size: int) -> Iterator[tuple[str, Sequence[int]]]:
+    """Of those parts of a data set that may hold such a token."""
+    for part in parts_of(samples, str(data_set)):
+        for row in part.samples if holds_token_beyond(part.samples, vocab_size) else ():
+            yield f"{part.path} row {row.id - part.first_id}", row.tokens

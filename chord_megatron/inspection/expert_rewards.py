@@ -11,14 +11,15 @@ import torch
 
 from chord_megatron.config import Config
 from chord_megatron.data.bad_rows import BadRow
+from chord_megatron.data.samples import columns_of
 from chord_megatron.data.turns import Turns
 from chord_megatron.inspection.duplicates import question_of
-from chord_megatron.inspection.reading import ReadSet, SampledRow, Source
+from chord_megatron.inspection.reading import ReadSet, SampledRow, prompts_as
 from chord_megatron.inspection.visible import ending
 from chord_megatron.planning.rewards import reward_settings
 from chord_megatron.rewards import build_reward_function
 from chord_megatron.rewards.answers import final_answer
-from chord_megatron.rewards.functions import RewardFunctions, columns_of
+from chord_megatron.rewards.functions import RewardFunctions
 from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt, RolloutSample
@@ -74,20 +75,18 @@ class _Case(NamedTuple):
     prompt: Prompt  # whose text, reference and columns the functions get
 
 
-def score_experts(
-    config: Config, turns: Turns, tokenizer: object, experts: ReadSet, prompts: ReadSet | None, prompt_source: Source
-) -> ExpertRewards:
-    """Ask the configured functions about the sampled answers, as in training. Raises UserError for a wrong name.
-
-    prompt_source: how a prompt is made of a row; of an expert's row, too, where it has a reference of its own.
-    """
-    find = _Matching(turns, prompts, prompt_source)
+def score_experts(config: Config, turns: Turns, tokenizer: object, found: Sequence[ReadSet]) -> ExpertRewards:
+    """Ask the configured functions about the sampled answers of all experts, as in training."""
+    experts = [read for read in found if read.source.kind == "experts"]
+    find = _Matching(turns, [read for read in found if read.source.kind == "prompts"], config)
     cases, by_own = [], 0
-    for expert in experts.kept:
-        prompt, is_own = find.prompt_of(expert)
-        if prompt is not None:
-            by_own += is_own
-            cases.append(_case(experts.bad.place(expert.index), expert, prompt, tokenizer))
+    for read in experts:
+        of = f"{read.source.name} " * (len(experts) > 1)
+        for expert in read.kept:
+            prompt, is_own = find.prompt_of(expert)
+            if prompt is not None:
+                by_own += is_own
+                cases.append(_case(of + read.bad.place(expert.index), expert, prompt, tokenizer))
     functions: tuple[FunctionScores, ...] = ()
     rejected: dict[int, tuple[str, ...]] = {}
     error = None
@@ -102,7 +101,7 @@ def score_experts(
     return ExpertRewards(
         by_prompt=len(cases) - by_own,
         by_own=by_own,
-        without_reference=len(experts.kept) - len(cases),
+        without_reference=sum(len(read.kept) for read in experts) - len(cases),
         rejected=len(rejected),
         functions=functions,
         examples=tuple(_example(cases[place], names) for place, names in [*rejected.items()][:_MOST_EXAMPLES]),
@@ -113,20 +112,21 @@ def score_experts(
 class _Matching:
     """Finds what an expert's answer is to be compared with."""
 
-    def __init__(self, turns: Turns, prompts: ReadSet | None, source: Source) -> None:
-        self._turns, self._prompts, self._source = turns, prompts, source
-        questions = prompts.questions if prompts else []
-        self._rows = {question.normalised: question.row for question in reversed(questions)}
-        self._rows |= {question.exact: question.row for question in reversed(questions)}
+    def __init__(self, turns: Turns, prompts: Sequence[ReadSet], config: Config) -> None:
+        self._turns = turns
+        self._own = prompts_as(config, "prompts", "", "").make
+        asked = [(read, question) for read in reversed(prompts) for question in reversed(read.questions)]
+        self._rows = {question.normalised: (read, question.row) for read, question in asked}
+        self._rows |= {question.exact: (read, question.row) for read, question in asked}  # the first of each
 
     def prompt_of(self, expert: SampledRow) -> tuple[Prompt | None, bool]:
         """The prompt that asks the same, or the row itself as a prompt (True)."""
         question = question_of(expert.index, expert.conversation)
-        index = self._rows.get(question.exact, self._rows.get(question.normalised))
-        if self._prompts is not None and index is not None and (prompt := self._read(self._prompts, index)):
+        found = self._rows.get(question.exact, self._rows.get(question.normalised))
+        if found is not None and (prompt := self._read(*found)):
             return prompt, False
         try:
-            own = self._source.make(expert.index, expert.row, expert.conversation, expert.turn)
+            own = self._own(expert.index, expert.row, expert.conversation, expert.turn)
         except BadRow:
             return None, False
         assert isinstance(own, Prompt)
@@ -135,8 +135,8 @@ class _Matching:
     def _read(self, prompts: ReadSet, index: int) -> Prompt | None:
         try:
             conversation = prompts.conversation(index)
-            turn = self._turns.open(conversation, self._source.limit[1])
-            prompt = self._source.make(index, prompts.rows[index], conversation, turn)
+            turn = self._turns.open(conversation, prompts.source.limit[1])
+            prompt = prompts.source.make(index, prompts.rows[index], conversation, turn)
         except BadRow:
             return None
         assert isinstance(prompt, Prompt)

@@ -128,9 +128,13 @@ def _rows(path: str) -> tuple[int, list[Row], int]:
     """How many there are, the first of them, and how many lines are none."""
     bad = BadRows(path, "skip")
     rows = load_rows(path, "train", bad)
-    if not len(rows):
+    examined = []
+    for index in range(min(_MOST_ROWS, len(rows))):
+        with bad.at_row(index):  # a large file is parsed row by row
+            examined.append(rows[index])
+    if not examined:
         raise UserError(f"{path}: none of its {bad.count} rows can be read: {bad}; mend them")
-    return len(rows), [rows[index] for index in range(min(_MOST_ROWS, len(rows)))], bad.count
+    return len(rows), examined, bad.count
 
 
 def _question_column(path: str, rows: Sequence[Row]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from chord_megatron.config import Config
@@ -13,13 +14,12 @@ from chord_megatron.data.turns import build_turns
 from chord_megatron.inspection.duplicates import Duplicates, find_duplicates, find_repeats, question_text
 from chord_megatron.inspection.expert_rewards import ExpertRewards, score_experts
 from chord_megatron.inspection.lengths import Lengths, measure_lengths
-from chord_megatron.inspection.reading import ReadSet, SampledRow, experts_as, prompts_as, read_set
+from chord_megatron.inspection.reading import ReadSet, SampledRow, all_sources, read_set
 from chord_megatron.inspection.references import cut_short
 from chord_megatron.inspection.spans import Span, make_spans
 from chord_megatron.inspection.visible import beginning, ending
 from chord_megatron.rewards import check_reward_functions
 from chord_megatron.rewards.answers import final_answer
-from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
 
 _MOST_PLACES = 3  # of rows of a kind
@@ -101,27 +101,17 @@ def inspect_data(
     model_length: tokens that the model reads; lengths are measured up to there. Raises UserError.
     """
     check_reward_functions(config.rewards.reward_funcs, config.rewards.reward_weights)
-    data, chord = config.data, config.chord
+    data = config.data
     turns = build_turns(tokenizer, data.prompt_format, data.system_prompt, data.chat_template_kwargs)
-    prompt_source = prompts_as(config, "prompts", data.dataset or "", data.dataset_split)
-    sources = [prompt_source] if data.dataset else []
-    if data.eval_dataset:
-        first = data.num_eval_prompts
-        sources.append(prompts_as(config, "held-out", data.eval_dataset, data.eval_dataset_split, first))
-    if chord.chord_sft_dataset:
-        sources.append(experts_as(config, chord.chord_sft_dataset, turns, tokenizer, expert_max_length))
-    if not sources:
-        raise UserError(
-            "the configuration names no data; set data.dataset, data.eval_dataset or chord.chord_sft_dataset"
-        )
-    found = {source.name: read_set(source, turns, sample, model_length) for source in sources}
+    sources = all_sources(config, turns, tokenizer, expert_max_length)
+    found = [read_set(source, turns, sample, model_length) for source in sources]
     rewards = None
-    if experts := found.get("experts"):
-        rewards = score_experts(config, turns, tokenizer, experts, found.get("prompts"), prompt_source)
+    if any(read.source.kind == "experts" for read in found):
+        rewards = score_experts(config, turns, tokenizer, found)
     return Inspection(
         model=config.model.path,
         on_bad_row=data.on_bad_row,
-        data_sets=tuple(_data_set(read, config, tokenizer, show) for read in found.values()),
+        data_sets=tuple(_data_set(read, config, tokenizer, show) for read in found),
         duplicates=tuple(_duplicates(found)),
         expert_rewards=rewards,
     )
@@ -156,8 +146,8 @@ def _data_set(read: ReadSet, config: Config, tokenizer: Any, show: int) -> DataS
 
 def _bad_rows(read: ReadSet) -> tuple[LeftOut, ...]:
     return tuple(
-        LeftOut(reason, len(places), tuple(places[:_MOST_PLACES]), beginning(read.bad.examples[reason], 300))
-        for reason, places in read.bad.by_reason.items()
+        LeftOut(reason, count, (first,), beginning(read.bad.examples[reason], 300))
+        for reason, (count, first) in read.bad.found.items()
     )
 
 
@@ -229,28 +219,34 @@ def _messages(conversation: Conversation, system_prompt: str | None) -> list[tup
     return said if system is None or has_own else [("system", system), *said]
 
 
-def _duplicates(found: dict[str, ReadSet]) -> list[FoundDuplicates]:
-    """Within each, and of held-out prompts in what is trained on; experts answer prompts, which is their purpose."""
-    pairs = [(name, name) for name in found]
-    pairs += [("held-out", "prompts"), ("held-out", "experts")]
-    all_found = []
-    for name, other in pairs:
-        if name not in found or other not in found:
-            continue
-        first, second = found[name], found[other]
-        counts = (
-            find_repeats(name, first.questions)
-            if name == other
-            else find_duplicates(name, first.questions, other, second.questions)
+def _duplicates(found: list[ReadSet]) -> list[FoundDuplicates]:
+    """Within each, of several sources in one another, and of held-out prompts in what is trained on.
+
+    Experts answer prompts, which is their purpose.
+    """
+    pairs = [(read, read) for read in found]
+    for other, read in combinations(found, 2):
+        kinds = {other.source.kind, read.source.kind}
+        if len(kinds) == 1 or "held-out" in kinds:
+            pairs.append((other, read) if other.source.kind == "held-out" else (read, other))
+    return [_duplicates_of(read, other) for read, other in pairs]
+
+
+def _duplicates_of(read: ReadSet, other: ReadSet) -> FoundDuplicates:
+    name, questions = read.source.name, read.questions
+    is_one = read is other
+    counts = (
+        find_repeats(name, questions)
+        if is_one
+        else find_duplicates(name, questions, other.source.name, other.questions)
+    )
+    examples = (
+        DuplicateExample(
+            read.bad.place(repeated.row),
+            other.bad.place(repeated.other_row),
+            repeated.exact,
+            beginning(question_text(read.conversation(repeated.row))),
         )
-        examples = (
-            DuplicateExample(
-                first.bad.place(repeated.row),
-                second.bad.place(repeated.other_row),
-                repeated.exact,
-                beginning(question_text(first.conversation(repeated.row))),
-            )
-            for repeated in counts.examples
-        )
-        all_found.append(FoundDuplicates(counts, tuple(examples)))
-    return all_found
+        for repeated in counts.examples
+    )
+    return FoundDuplicates(counts, tuple(examples))

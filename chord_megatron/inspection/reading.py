@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 from chord_megatron.config import Config
+from chord_megatron.config_types import DataSet, sources_of
 from chord_megatron.data.bad_rows import BadRows
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
@@ -18,6 +19,7 @@ from chord_megatron.data.segments import TokenWeights
 from chord_megatron.data.sources import Row, Rows, load_rows
 from chord_megatron.data.turns import Turn, Turns
 from chord_megatron.inspection.duplicates import Question, question_of
+from chord_megatron.system.errors import UserError
 from chord_megatron.types import ExpertSample, Prompt
 
 MakeSample: TypeAlias = Callable[[int, Row, Conversation, Turn], Prompt | ExpertSample]
@@ -28,9 +30,10 @@ _SEED = 0  # the same rows each time
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that a configuration names."""
+    """A data set that a configuration names, or one of several that it mixes."""
 
-    name: str
+    kind: str  # prompts, held-out or experts
+    name: str  # the kind, and which one where there are several
     path: str
     split: str
     prompt_column: str
@@ -81,14 +84,14 @@ class ReadSet:
         return read_conversation(self.rows[index], self.source.prompt_column)
 
 
-def prompts_as(config: Config, name: str, path: str, split: str, first: int | None = None) -> Source:
+def prompts_as(config: Config, kind: str, path: str, split: str, first: int | None = None) -> Source:
     """A data set of prompts, as data/load.py reads it."""
     data = config.data
     to_prompt = partial(
         make_prompt, reference_column=data.reference_column, find_reference=reference_finder(data.reference_pattern)
     )
     limit = ("data.max_prompt_length", data.max_prompt_length)
-    return Source(name, path, split, data.prompt_column, first, limit, to_prompt)
+    return Source(kind, kind, path, split, data.prompt_column, first, limit, to_prompt)
 
 
 def experts_as(config: Config, path: str, turns: Turns, tokenizer: Any, max_length: int) -> Source:
@@ -99,7 +102,37 @@ def experts_as(config: Config, path: str, turns: Turns, tokenizer: Any, max_leng
     )
     limit = ("chord.chord_sft_max_length", max_length)
     split, column = chord.chord_sft_dataset_split, chord.chord_sft_prompt_column
-    return Source("experts", path, split, column, None, limit, to_expert)
+    return Source("experts", "experts", path, split, column, None, limit, to_expert)
+
+
+def all_sources(config: Config, turns: Turns, tokenizer: Any, expert_max_length: int) -> list[Source]:
+    """Those of a configuration. Raises UserError where it names none."""
+    data, chord = config.data, config.chord
+    sources: list[Source] = []
+    if data.dataset:
+        sources += [prompts_as(config, "prompts", path, data.dataset_split) for path in _paths(data.dataset)]
+    if data.eval_dataset:
+        first = data.num_eval_prompts
+        sources += [
+            prompts_as(config, "held-out", path, data.eval_dataset_split, first) for path in _paths(data.eval_dataset)
+        ]
+    if chord.chord_sft_dataset:
+        paths = _paths(chord.chord_sft_dataset)
+        sources += [experts_as(config, path, turns, tokenizer, expert_max_length) for path in paths]
+    if not sources:
+        raise UserError(
+            "the configuration names no data; set data.dataset, data.eval_dataset or chord.chord_sft_dataset"
+        )
+    counts = Counter(source.kind for source in sources)
+    numbers = {kind: iter(range(1, count + 1)) for kind, count in counts.items()}
+    return [
+        source if counts[source.kind] == 1 else replace(source, name=f"{source.kind} {next(numbers[source.kind])}")
+        for source in sources
+    ]
+
+
+def _paths(data_set: DataSet) -> list[str]:
+    return [source.path for source in sources_of(data_set)]
 
 
 def read_set(source: Source, turns: Turns, sample: int, most_tokens: int) -> ReadSet:

@@ -9,7 +9,6 @@ from chord_megatron.rewards.functions import (
     Rewards,
     build_reward_function,
     check_reward_functions,
-    columns_of,
 )
 
-__all__ = ["RewardFunctions", "Rewards", "build_reward_function", "check_reward_functions", "columns_of"]
+__all__ = ["RewardFunctions", "Rewards", "build_reward_function", "check_reward_functions"]

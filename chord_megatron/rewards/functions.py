@@ -14,7 +14,6 @@ from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, Reward
 from chord_megatron.rewards.plugin import Limits, PluginReward, is_plugin
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import did_you_mean, shown
-from chord_megatron.types import Prompt
 
 OnError = Literal["stop", "leave_out"]
 
@@ -69,12 +68,6 @@ class RewardFunctions:
     def close(self) -> None:
         """End the child processes; safe to call twice."""
         self._resources.close()
-
-
-def columns_of(*data_sets: Sequence[Prompt]) -> list[str]:
-    """The columns that every data set has in some row; one without rows does not count."""
-    names = [{name for prompt in prompts for name in prompt.columns} for prompts in data_sets if prompts]
-    return sorted(set.intersection(*names)) if names else []
 
 
 def check_reward_functions(reward_funcs: list[str], reward_weights: list[float] | None) -> None:

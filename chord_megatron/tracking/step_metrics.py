@@ -135,7 +135,17 @@ def rollout_metrics(scored: ScoredRollouts | None) -> Metrics:
             f"reward/{name}": statistics.fmean(numbers) if (numbers := _numbers(values)) else None
             for name, values in scored.rewards_by_function.items()
         },
+        **_rewards_by_source(scored),
     }
+
+
+def _rewards_by_source(scored: ScoredRollouts) -> Metrics:
+    """Of a data set of several sources."""
+    rewards: dict[str, list[float]] = {}
+    for prompt, reward in zip(scored.prompts, scored.rewards, strict=True):
+        if prompt.source:
+            rewards.setdefault(prompt.source, []).extend(_numbers([reward]))
+    return {f"reward_by_source/{name}": statistics.fmean(of) if of else None for name, of in sorted(rewards.items())}
 
 
 def _numbers(values: Sequence[float]) -> list[float]:

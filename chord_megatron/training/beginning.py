@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from chord_megatron.config import Config
 from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.resuming import changes
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
+
+
+def finished(config: Config) -> str | None:
+    """What to say where the run is finished that is in the directory; None where it is not.
+
+    Raises UserError where that is another run: of other data, or of whatever else a run cannot go on with.
+    """
+    run_dir = RunDir(Path(config.train.output_dir))
+    if not run_dir.is_finished(config.train.train_iters):
+        return None
+    changed = changes(run_dir.settings(), config, run_dir.path)
+    since = f" (with other settings than now: {', '.join(changed)})" if changed else ""
+    return f"{run_dir.path} is finished{since}; raise train.train_iters to train on"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.batching.samples import expert_training_samples
 from chord_megatron.config import Config
-from chord_megatron.data.cursor import ShuffledCursor
+from chord_megatron.data.mixture import cursor_over
 from chord_megatron.types import ExpertSample, TrainingSample
 
 
@@ -20,7 +20,7 @@ class ExpertStream:
         semantics = SEMANTICS[config.chord.semantics]
         self._draws_at_0 = semantics.draws_experts_at_0 and bool(experts)
         self._temperature = config.rollout.temperature if semantics.experts_at_rollout_temperature else 1.0
-        self._cursor = ShuffledCursor(max(1, len(experts)), seed)
+        self._cursor = cursor_over(experts, seed)
 
     def next(self, mu: float) -> list[TrainingSample]:
         """The next rows; at mu = 0 none, and the cursor stays, unless chord.semantics draws them even so."""

@@ -21,6 +21,7 @@ from chord_megatron.system.processes import signal_name
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held
+from chord_megatron.training.beginning import finished
 from chord_megatron.training.run import Run
 from chord_megatron.training.stopping import Stopped, StopSignals
 
@@ -60,9 +61,9 @@ class _Process:
         """Train, or say why not."""
         try:
             config = load_config(arguments[0], arguments[1:])
-            if RunDir(Path(config.train.output_dir)).is_finished(config.train.train_iters):
+            if (sentence := finished(config)) is not None:
                 if self._rank == 0:
-                    print(f"{config.train.output_dir} is finished; raise train.train_iters to train on", flush=True)
+                    print(sentence, flush=True)
                 return 0
             self._train(config)
         except UserError as error:

@@ -14,7 +14,7 @@ from chord_megatron.algorithm.objective import Objective
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.batching.samples import most_uncertain, rollout_training_samples
 from chord_megatron.config import Config
-from chord_megatron.data.cursor import ShuffledCursor
+from chord_megatron.data.mixture import cursor_over
 from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.presets import keeps_filtered
 from chord_megatron.planning.schedule import needs_rollouts
@@ -76,7 +76,7 @@ class RolloutStream:
         self._config, self._plan, self._objective = config, plan, objective
         self._prompts, self._params = prompts, params
         self._sampler, self._scorer = sampler, scorer
-        self._cursor = ShuffledCursor(max(1, len(prompts)), seed)
+        self._cursor = cursor_over(prompts, seed)
         self._draws_at_1 = SEMANTICS[config.chord.semantics].draws_rollouts_at_1
         self._ahead: _Ahead | None = None
         self._batch: _GenerationBatch | None = None

@@ -17,14 +17,16 @@ from chord_megatron.algorithm.objective import Objective
 from chord_megatron.backend.engine import MegatronEngine
 from chord_megatron.backend.groups import initialize_distributed
 from chord_megatron.config import Config
+from chord_megatron.config_types import sources_of
 from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
+from chord_megatron.data.samples import columns_of, lengths_of
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.rewards import reward_settings
 from chord_megatron.planning.schedule import needs_rollouts
-from chord_megatron.rewards.functions import build_reward_function, columns_of
+from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
 from chord_megatron.system.errors import UserError
@@ -70,7 +72,7 @@ class Run:
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
-        expert_lengths = ((expert_name(expert.id), len(expert.tokens)) for expert in data.experts)
+        expert_lengths = ((expert_name(row), tokens) for row, tokens in lengths_of(data.experts))
         refuse_longer_rows(expert_lengths, config.train.max_tokens_per_micro_batch)
         self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
         with ExitStack() as opened:  # closed in reverse order, here where something fails
@@ -264,8 +266,9 @@ def _refuse_other_data(config: Config, before: object, now: Mapping[str, str]) -
     }
     for name, (key, source) in sources.items():
         if isinstance(before, dict) and before.get(name, now[name]) != now[name]:
+            paths = ", ".join(each.path for each in sources_of(source)) if source else None
             raise UserError(
-                f"{key}={source} has other rows than when the run began; restore them, or choose another "
+                f"{key}={paths} has other rows than when the run began; restore them, or choose another "
                 "train.output_dir"
             )
 

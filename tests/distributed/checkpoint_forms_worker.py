@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
+from layouts import lay_out
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.backend.hf_weights import load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks, unwrap
@@ -27,10 +28,7 @@ Chunks = list[torch.nn.Module]
 def main(questions: dict[str, Any], results: Path) -> None:
     findings = {}
     for layout, (settings, models, forms) in questions["layouts"].items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel = ParallelConfig(**settings)
-        groups = initialize_distributed(parallel, seed=0)
+        parallel, groups = lay_out(settings)
         for name in models:
             hf, converted = (Path(folder) / name for folder in (questions["hf"], questions["converted"]))
             arch = read_architecture(hf)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from layouts import lay_out
 from safetensors import safe_open
 from torch import Tensor
 
-from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights
 from chord_megatron.backend.model import build_model_chunks
 from chord_megatron.config import ModelConfig, ParallelConfig
@@ -26,10 +26,7 @@ BUCKET_BYTES = 16 * 1024  # several parameters in one, and several in a model
 def main(questions: dict[str, Any], results: Path) -> None:
     findings = {}
     for layout, (settings, models) in questions["layouts"].items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel = ParallelConfig(**settings)
-        groups = initialize_distributed(parallel, seed=0)
+        parallel, groups = lay_out(settings)
         for name in models:
             path, dtype = questions["models"][name]
             findings[f"{layout}: {name}"] = round_trip(Path(path), dtype, parallel, groups)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from layouts import lay_out
 from models_worker import copy_weights
 
 from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.algorithm.policy_losses import clipped_policy_loss
 from chord_megatron.backend.engine import MegatronEngine
-from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import ParallelGroups, shut_down_distributed
 from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.types import TrainingSample
@@ -29,9 +29,7 @@ def main(questions: dict[str, Any], results: Path) -> None:
     answers = {}
     samples = [as_sample(**sample) for sample in questions["samples"]]
     for layout, (settings, optimizer, models) in questions["layouts"].items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        groups = initialize_distributed(ParallelConfig(**settings), seed=0)
+        _, groups = lay_out(settings)
         for model in models:
             build = partial(new_engine, questions["models"][model], settings, optimizer, groups)
             answers[layout, model] = {

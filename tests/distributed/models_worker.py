@@ -11,7 +11,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from layouts import lay_out
 from megatron.core.transformer import utils as transformer_utils
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.algorithm.policy_losses import clipped_policy_loss
 from chord_megatron.backend import generation
 from chord_megatron.backend.engine import MegatronEngine
-from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import ParallelGroups, shut_down_distributed
 from chord_megatron.batching.packing import build_global_batch
 from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from chord_megatron.ops.sampling import sample_tokens
@@ -32,10 +32,7 @@ def main(questions: dict[str, Any], results: Path) -> None:
     """Answer for each layout and model; rank 0 writes."""
     answers = {}
     for layout, (settings, models) in questions["layouts"].items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel = ParallelConfig(**settings)
-        groups = initialize_distributed(parallel, seed=0)
+        parallel, groups = lay_out(settings)
         for model in models:
             answers[layout, model] = answer(questions["models"][model], parallel, groups, questions)
     if groups.rank == 0:

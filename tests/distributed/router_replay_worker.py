@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
+from layouts import lay_out
 from torch import Tensor
 
 from chord_megatron.algorithm.objective import Objective, chord_loss
 from chord_megatron.algorithm.policy_losses import gpg_policy_loss
 from chord_megatron.backend.engine import MegatronEngine
-from chord_megatron.backend.groups import initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import shut_down_distributed
 from chord_megatron.batching.packing import build_global_batch
-from chord_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from chord_megatron.config import ModelConfig, OptimizerConfig
 from chord_megatron.types import LIVE, GlobalBatch, SamplingParams, TrainingSample
 
 OBJECTIVE = Objective(gpg_policy_loss)  # it follows every log-prob
@@ -31,10 +31,7 @@ def main(questions: dict[str, Any], results: Path) -> None:
     """Answer for each layout and model; rank 0 writes."""
     answers = {}
     for layout, (settings, models) in questions["layouts"].items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel = ParallelConfig(**settings["parallel"])
-        groups = initialize_distributed(parallel, seed=0)
+        parallel, groups = lay_out(settings["parallel"])
         for name in models:
             interviews = []
             for path in questions["models"][name]:  # as it was drawn from, and as it has become

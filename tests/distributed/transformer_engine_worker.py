@@ -45,7 +45,8 @@ import torch.distributed as dist
 import upstream_layers_worker as upstream
 from checkpoint_forms_worker import save as save_weights
 from conversion_worker import BUCKET_BYTES, differences
-from megatron.core import optimizer, parallel_state
+from layouts import lay_out
+from megatron.core import optimizer
 from megatron.core.optimizer import distrib_optimizer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -53,7 +54,7 @@ from transformer_engine.pytorch.optimizers import FusedAdam, fused_adam
 
 from chord_megatron.backend.cpu import _rewrite_constants
 from chord_megatron.backend.engine import MegatronEngine
-from chord_megatron.backend.groups import ParallelGroups, initialize_distributed, shut_down_distributed
+from chord_megatron.backend.groups import ParallelGroups, shut_down_distributed
 from chord_megatron.backend.hf_weights import export_hf_weights, load_hf_weights, named_weights
 from chord_megatron.backend.megatron_weights import load_megatron_weights
 from chord_megatron.backend.model import build_model_chunks
@@ -92,10 +93,7 @@ def main(questions: dict[str, Any], results: Path) -> None:
     found: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
     modules: Counter[str] = Counter()
     for layout, (settings, variants) in questions["layouts"].items():
-        if parallel_state.model_parallel_is_initialized():
-            parallel_state.destroy_model_parallel()
-        parallel = ParallelConfig(**settings)
-        groups = initialize_distributed(parallel, seed=0)
+        parallel, groups = lay_out(settings)
         for variant, checks in variants.items():
             path, dtype = questions["models"][variant]
             for check in checks:

@@ -405,6 +405,28 @@ def test_a_sample_is_the_same_each_time_and_is_said(tmp_path):
     assert "51 rows; read in tokens: a sample of 5" in printed(first)
 
 
+def test_several_sources_are_looked_at_one_by_one(tmp_path):
+    more = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("p", PROMPTS[1:2]), ("e", ANSWERS[1:2]))]
+    config = config_of(tmp_path, prompts=PROMPTS[:3], experts=ANSWERS[:1])
+    config = config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"dataset": [config.data.dataset, {"path": more[0], "weight": 2.0}]}),
+            "chord": config.chord.model_copy(update={"chord_sft_dataset": [config.chord.chord_sft_dataset, more[1]]}),
+        }
+    )
+    found = inspect(Config.model_validate(config.model_dump()))
+    assert [data_set.name for data_set in found.data_sets] == ["prompts 1", "prompts 2", "experts 1", "experts 2"]
+    counts = {(each.counts.data_set, each.counts.other): each.counts.count for each in found.duplicates}
+    assert counts == {
+        **{(data_set.name, data_set.name): 0 for data_set in found.data_sets},
+        ("prompts 1", "prompts 1"): 1,
+        ("prompts 2", "prompts 1"): 1,
+        ("experts 2", "experts 1"): 0,
+    }
+    assert found.expert_rewards is not None and found.expert_rewards.by_prompt == 2
+    assert found.expert_rewards.examples[0].place == "experts 2 line 1"
+
+
 def test_without_colour_the_brackets_say_it_and_with_colour_a_line_too(tmp_path):
     found = inspect(config_of(tmp_path, experts=ANSWERS[:1]))
     assert "⟦It is #### 2⟧⟦<|im_end|>⟧" in printed(found)

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from chord_megatron.algorithm.objective import chord_loss
 from chord_megatron.batching.packing import BatchLayout, build_global_batch
 from chord_megatron.config import Config, load_config
+from chord_megatron.config_types import sources_of
 from chord_megatron.ops.sampling import sample_tokens, seed_number
 from chord_megatron.planning.plan import Plan, make_plan
 from chord_megatron.planning.rank_memory import fullest_rank
@@ -165,7 +166,8 @@ def check_it_computes(config: Config) -> None:
         assert 0 < seconds * 1000 < 2**31  # what poll() takes
     for url in rollout.vllm_servers or ():
         assert httpx.URL(url).host and (urlsplit(url).port or 80) > 0
-    for text in (config.model.path, config.data.dataset, train.output_dir, rollout.weight_transfer_dir):
+    sources = [source.path for source in sources_of(config.data.dataset)]
+    for text in (config.model.path, *sources, train.output_dir, rollout.weight_transfer_dir):
         Path(text).exists()
     weight = torch.nn.Parameter(torch.ones(3))
     adam = torch.optim.AdamW(

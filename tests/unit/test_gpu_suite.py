@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +99,13 @@ def test_mfu_by_hand():
     assert mfu(4e14, 2.0, None, None)["of_measured_matmul"] is None
     names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H200", "NVIDIA L4")
     assert [data_sheet_tflops(name) for name in names] == [989, 756, 989, None]
+
+
+@pytest.mark.slow
+def test_the_parts_run_on_a_cpu(tmp_path: Path):
+    suite = Path(__file__).parents[2] / "tools" / "gpu_suite.py"
+    parts = "train_0.5b,generate,offload,nccl"
+    command = [sys.executable, suite, "--tiny", "--parts", parts, "--output", tmp_path]
+    outcome = subprocess.run(command, check=False, capture_output=True, text=True)
+    records = {path.stem: json.loads(path.read_text())["status"] for path in tmp_path.glob("*.json")}
+    assert records == dict.fromkeys(["peaks", *parts.split(",")], "done"), outcome.stdout

@@ -15,6 +15,7 @@ from chord_megatron.config import Config, known_keys, load_config, to_yaml
 from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.planning.resuming import MAY_CHANGE, STAYS, changes
 from chord_megatron.system.errors import UserError
+from chord_megatron.training.beginning import finished
 from chord_megatron.types import ExpertSample, Prompt
 
 MINIMAL: dict[str, Any] = {
@@ -123,3 +124,45 @@ def test_where_the_answer_begins_counts():
 
 def test_what_no_step_reads_does_not_count():
     assert fingerprint([dataclasses.replace(each, id=7, columns={"a": 1}) for each in PROMPTS]) == fingerprint(PROMPTS)
+
+
+def finished_directory(config: Config, tmp_path: Path) -> Config:
+    directory = tmp_path / "run"
+    now = config.model_copy(update={"train": config.train.model_copy(update={"output_dir": str(directory)})})
+    (directory / "checkpoints").mkdir(parents=True)
+    (directory / "checkpoints" / "finished").write_text("4\n", encoding="utf-8")
+    (directory / "config.yaml").write_text(to_yaml(now), encoding="utf-8")
+    return now
+
+
+def changed(config: Config, group: str, **keys: Any) -> Config:
+    return config.model_copy(update={group: getattr(config, group).model_copy(update=keys)})
+
+
+def test_a_finished_run_says_so_and_what_is_other_now(config: Config, tmp_path: Path):
+    now = finished_directory(config, tmp_path)
+    directory = now.train.output_dir
+    assert finished(changed(now, "train", train_iters=5)) is None
+    assert finished(now) == f"{directory} is finished; raise train.train_iters to train on"
+    others = changed(changed(now, "rewards", reward_funcs=["format"]), "rollout", num_generations=4)
+    assert finished(others) == (
+        f'{directory} is finished (with other settings than now: rewards.reward_funcs ["accuracy"] -> ["format"], '
+        "rollout.num_generations 8 -> 4); raise train.train_iters to train on"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("dataset", "other.jsonl", "data.dataset=d.jsonl, but this one has other.jsonl"),
+        ("dataset", ["d.jsonl", "e.jsonl"], 'data.dataset=d.jsonl, but this one has ["d.jsonl", "e.jsonl"]'),
+        ("reference_column", "solution", "data.reference_column=answer, but this one has solution"),
+    ],
+)
+def test_a_finished_run_of_other_data_is_not_this_one(key: str, value: Any, shown: str, config: Config, tmp_path: Path):
+    now = finished_directory(config, tmp_path)
+    with pytest.raises(UserError) as error:
+        finished(changed(now, "data", **{key: value}))
+    assert str(error.value) == (
+        f"{now.train.output_dir} holds a run with {shown}; restore it, or choose another train.output_dir"
+    )

@@ -23,10 +23,10 @@ MAY_IMPORT = {
     "config_types": "system",
     "config": "config_types algorithm system",
     "batching": "algorithm types system",
-    "data": "config types system",
+    "data": "config config_types types system",
     "rewards": "types system",
     "planning": "config algorithm weights types system",
-    "inspection": "planning rewards data config weights types system",
+    "inspection": "planning rewards data config config_types weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints planning batching config config_types ops weights types system",
@@ -35,8 +35,8 @@ MAY_IMPORT = {
     "rollout/servers": "rollout/updates rollout types system",
     "rollout": "rollout/updates rollout/servers backend config ops weights types system",
     "doctor": "checkpoints planning tracking data config weights system",
-    "training": "rollout backend checkpoints tracking planning rewards data batching config weights algorithm "
-    "types system",
+    "training": "rollout backend checkpoints tracking planning rewards data batching config config_types weights "
+    "algorithm types system",
     "train": "training system",
     "cli": "train training inspection doctor rollout rollout/serving backend checkpoints tracking planning rewards "
     "data config weights system",
