@@ -111,6 +111,8 @@ class RewardsConfig(_Group):
     environment: list[Text] = []  # variables that users' functions see beside those that every program needs
     soft_max_length: Positive | None = None  # soft_overlong: tokens; None = rollout.max_completion_length
     soft_cache_length: Positive | None = None  # soft_overlong: how many tokens before that its punishment begins
+    # The mark that `accuracy` wants in a completion: \boxed{}, a "####" line, <answer> tags; any = also without one.
+    answer_format: Literal["boxed", "hash", "tag", "any"] = "any"
     on_error: Literal["stop", "leave_out"] = "stop"  # of a completion for which a function returns None or NaN
 
 
@@ -242,8 +244,11 @@ class TrainConfig(_Group):
     seed: NonNegative = 0
     eval_steps: Positive | None = None
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
+    eval_num_generations: Positive = 1  # completions of each held-out prompt
+    early_stopping_patience: Positive | None = None  # evaluations in a row that are no better than the best before
     save_steps: Positive | None = None  # None = only after the last step
     save_total_limit: Positive | None = None
+    keep_best: bool = False  # beside those: the saved step with the best eval_reward_mean
     async_save: bool = False  # a checkpoint's files are written while training goes on
     save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
@@ -347,6 +352,8 @@ def _explain(error: Any) -> str:
     if bound := _BOUNDS.get(error["type"]):
         remedy = f"must be {bound[1]} {error['ctx'][bound[0]]:.10g}"
     remedy = remedy or error["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    if bound and name in ("optimizer.lr", "train.train_iters") and error["input"] == 0:
+        remedy += "; `chord-megatron evaluate` draws and scores completions without training"
     return f"{name}={shown(error['input'])}: {remedy}"
 
 

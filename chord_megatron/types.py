@@ -72,6 +72,11 @@ class RolloutRequest:
     num_generations: int
     step: int
     policy_version: int  # optimizer steps taken by the weights that are to sample
+    first_place: int = 0  # of the first completion in the batch, where this is a part of one
+
+    def seed(self, run_seed: int, index: int) -> tuple[int, int, int]:
+        """What the random numbers of completion `index` of the request are drawn from."""
+        return run_seed, self.step, self.first_place + index
 
     @property
     def repeated(self) -> list[Prompt]:

@@ -68,12 +68,13 @@ class MegatronEngine:
         self,
         model: ModelConfig,
         parallel: ParallelConfig,
-        optimizer: OptimizerConfig,
+        optimizer: OptimizerConfig | None,
         groups: ParallelGroups,
         *,
         train_iters: int,
         keep_reference: bool,
     ) -> None:
+        """optimizer: None = for evaluation: no gradients, no optimizer, no memory for either."""
         self.groups = groups
         self._model_dir = Path(model.path)
         self.arch = read_architecture(self._model_dir)
@@ -83,7 +84,7 @@ class MegatronEngine:
             installed,
             data_parallel_size=groups.dp_cp_group.size(),
             context_parallel_size=groups.cp_size,
-            overlap_grad_reduce=optimizer.overlap_grad_reduce,
+            overlap_grad_reduce=optimizer.overlap_grad_reduce if optimizer else False,
         )
         self.acceleration_note = describe(acceleration, installed)
         self._can_share_prompts = acceleration.share_prompts
@@ -95,15 +96,17 @@ class MegatronEngine:
             load_hf_weights(chunks, self._model_dir, self.arch, groups)
         # On the host: it is needed once a step, and a second model on the device is what others run out of memory by.
         self._reference = [p.detach().cpu().clone() for _, p in named_weights(chunks)] if keep_reference else None
-        self._chunks = wrap_data_parallel(
-            chunks,
-            use_distributed_optimizer=optimizer.use_distributed_optimizer,
-            overlap_grad_reduce=acceleration.overlap_grad_reduce,
-            grad_reduce_in_fp32=optimizer.main_grads_dtype == "float32",
-        )
-        self._optimizer = build_optimizer(optimizer, model, self._chunks)
-        self._scheduler = build_scheduler(self._optimizer, optimizer, train_iters)
-        self._clip_grad = optimizer.clip_grad
+        self._chunks: list[Any] = chunks
+        if optimizer is not None:
+            self._chunks = wrap_data_parallel(
+                chunks,
+                use_distributed_optimizer=optimizer.use_distributed_optimizer,
+                overlap_grad_reduce=acceleration.overlap_grad_reduce,
+                grad_reduce_in_fp32=optimizer.main_grads_dtype == "float32",
+            )
+            self._optimizer = build_optimizer(optimizer, model, self._chunks)
+            self._scheduler = build_scheduler(self._optimizer, optimizer, train_iters)
+            self._clip_grad = optimizer.clip_grad
         self._bucket_bytes = model.export_bucket_megabytes * 10**6
         self.policy_version = 0  # optimizer steps that the weights have taken
         self._loss_is_finite = True

@@ -55,14 +55,16 @@ def _material(model_dir: Path, data_file: str, experts: str | None, processes: i
     tokenizer = load_tokenizer(model_dir, trust_remote_code=False)
     has_template = bool(getattr(tokenizer, "chat_template", None))
     build = partial(build_turns, tokenizer, "chat" if has_template else "text", template_kwargs={})
-    prompts = guess_prompts(data_file, build, has_template=has_template)
-    turns, weights = build(prompts.system_prompt), TokenWeights(tokenizer)
+    find_experts = partial(
+        guess_experts, experts or data_file, token_weights=TokenWeights(tokenizer), must=experts is not None
+    )
+    prompts = guess_prompts(data_file, build, find_experts(build(None)), has_template=has_template)
     return Material(
         model_dir=str(model_dir),
         arch=arch,
         has_template=has_template,
         prompts=prompts,
-        experts=guess_experts(experts or data_file, turns, weights, must=experts is not None),
+        experts=find_experts(build(prompts.system_prompt)),
         processes=processes,
     )
 

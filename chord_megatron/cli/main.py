@@ -1,6 +1,6 @@
-"""The command line: `chord-megatron init | data | train | validate | doctor | plan | report | convert | serve`.
+"""The command line, a file a command: `chord-megatron init | data | train | evaluate | validate | doctor | ...`.
 
-A file a command. Commands import what they run when they run, so that `--help` is instant.
+Commands import what they run when they run, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from chord_megatron import __version__
 from chord_megatron.cli import convert
 from chord_megatron.cli.data import show
 from chord_megatron.cli.doctor import doctor
+from chord_megatron.cli.evaluate import evaluate
 from chord_megatron.cli.init import init
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
@@ -64,7 +65,7 @@ def _add(command: Callable[..., int], to: typer.Typer = app) -> None:
     to.command()(run)
 
 
-for _command in (init, train, validate, doctor, plan, report, serve):
+for _command in (init, train, evaluate, validate, doctor, plan, report, serve):
     _add(_command)
 app.add_typer(convert.app, name="convert")
 data = typer.Typer(help="Look at the data of a configuration.", no_args_is_help=True)

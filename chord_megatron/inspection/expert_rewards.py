@@ -18,7 +18,7 @@ from chord_megatron.inspection.reading import ReadSet, SampledRow, prompts_as
 from chord_megatron.inspection.visible import ending
 from chord_megatron.planning.rewards import reward_settings
 from chord_megatron.rewards import build_reward_function
-from chord_megatron.rewards.answers import final_answer
+from chord_megatron.rewards.answers import AnswerFormat, final_answer, without_thoughts
 from chord_megatron.rewards.functions import RewardFunctions
 from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.system.errors import UserError
@@ -47,7 +47,7 @@ class RejectedAnswer:
     place: str
     functions: tuple[str, ...]  # that reject it
     reference: str
-    read_as: str | None  # what `accuracy` takes for the final answer; None: no mark, it searches the end
+    read_as: str | None  # the final answer, by rewards.answer_format; None: it has no such mark
     answer: str  # its end
 
 
@@ -104,7 +104,10 @@ def score_experts(config: Config, turns: Turns, tokenizer: object, found: Sequen
         without_reference=sum(len(read.kept) for read in experts) - len(cases),
         rejected=len(rejected),
         functions=functions,
-        examples=tuple(_example(cases[place], names) for place, names in [*rejected.items()][:_MOST_EXAMPLES]),
+        examples=tuple(
+            _example(cases[place], names, config.rewards.answer_format)
+            for place, names in [*rejected.items()][:_MOST_EXAMPLES]
+        ),
         error=error,
     )
 
@@ -204,8 +207,8 @@ def _scores(name: str, rewards: Sequence[float]) -> FunctionScores:
     )
 
 
-def _example(case: _Case, functions: tuple[str, ...]) -> RejectedAnswer:
-    read_as = final_answer(case.completion)
+def _example(case: _Case, functions: tuple[str, ...], answer_format: AnswerFormat) -> RejectedAnswer:
+    read_as = final_answer(without_thoughts(case.completion), answer_format)
     return RejectedAnswer(
         place=case.place,
         functions=functions,

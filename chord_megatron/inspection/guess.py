@@ -14,7 +14,7 @@ from chord_megatron.data.experts import make_expert
 from chord_megatron.data.segments import TokenWeights
 from chord_megatron.data.sources import Row, load_rows
 from chord_megatron.data.turns import Turns
-from chord_megatron.rewards.answers import final_answer, without_thoughts
+from chord_megatron.rewards.answers import AnswerFormat, final_answer, without_thoughts
 from chord_megatron.system.errors import UserError
 
 # As systems call them; the first that most rows have is taken.
@@ -24,12 +24,12 @@ _ANSWERS = ("answer", "solution", "response", "completion", "output", "chosen", 
 _MOST_ROWS = 500  # of a file, its first
 _USABLE = 0.9  # of the rows: a column that fewer have is another's
 _WORKED = 3  # an answer that is so many times as long as its final answer, is worked out
-_HOW_TO_ANSWER = {
+_HOW_TO_ANSWER: dict[AnswerFormat, str] = {
     "hash": 'Reason step by step. End with a line that holds "#### " and the final answer.',
     "boxed": r"Reason step by step, and put the final answer within \boxed{}.",
     "tag": "Reason step by step, and put the final answer between <answer> and </answer>.",
 }
-_MARKS = {"####": "hash", r"\boxed": "boxed", "<answer>": "tag"}
+_MARKS: dict[str, AnswerFormat] = {"####": "hash", r"\boxed": "boxed", "<answer>": "tag"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,13 @@ class PromptGuess:
     prompt_column: str
     kind: str  # how it was read
     reference_column: str | None  # None: no column looks like one
-    mark: str | None  # of the final answer in most references: hash, boxed or tag
-    system_prompt: str | None  # that asks for this mark, where no row has a system message
+    mark: AnswerFormat | None  # of the final answer in most references
+    asked: AnswerFormat | None  # the mark that a system prompt asks for, where no row has a system message
     longest: int  # tokens of a prompt
+
+    @property
+    def system_prompt(self) -> str | None:
+        return _HOW_TO_ANSWER[self.asked] if self.asked else None
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,27 @@ class ExpertGuess:
     unusable: int
     prompt_column: str
     answer_column: str | None  # None: the last message
+    mark: AnswerFormat | None  # of the final answer in most of them
     longest: int  # tokens of prompt and answer
     longest_answer: int
 
 
-def guess_prompts(path: str, build: Callable[[str | None], Turns], *, has_template: bool) -> PromptGuess:
-    """build: how conversations become tokens under a system prompt. Raises UserError where nothing is a question."""
+def guess_prompts(
+    path: str, build: Callable[[str | None], Turns], experts: ExpertGuess | None, *, has_template: bool
+) -> PromptGuess:
+    """build: how conversations become tokens under a system prompt. Raises UserError where nothing is a question.
+
+    Completions are asked to mark their answer as experts do; where these do not, nothing is asked.
+    """
     rows, examined, unreadable = _rows(path)
     column = _question_column(path, examined)
     read = [*_read(examined, column)]
     reference = _reference_column([row for row, _ in read], column)
     mark = _mark([read_text(row, reference) for row, _ in read if _has_text(row, reference)]) if reference else None
     needs_system = has_template and reference and not any(_has_system(conversation) for _, conversation in read)
-    system_prompt = _HOW_TO_ANSWER[mark or "boxed"] if needs_system else None
-    turns = build(system_prompt)
+    usual = experts.mark if experts else (mark or "boxed")
+    asked = usual if needs_system else None
+    turns = build(_HOW_TO_ANSWER[asked] if asked else None)
     lengths = [length for _, conversation in read for length in _prompt_length(conversation, turns)]
     if not lengths:
         raise UserError(f"{path}: no prompt can be made of its column {column!r}; look at its rows")
@@ -83,7 +94,7 @@ def guess_prompts(path: str, build: Callable[[str | None], Turns], *, has_templa
         kind=Counter(f"column {each.column!r}, {each.kind}" for _, each in read).most_common(1)[0][0],
         reference_column=reference,
         mark=mark,
-        system_prompt=system_prompt,
+        asked=asked,
         longest=max(lengths),
     )
 
@@ -104,11 +115,12 @@ def guess_experts(path: str, turns: Turns, token_weights: TokenWeights, *, must:
                 "messages with the assistant's"
             )
         return None
-    samples = []
+    samples, texts = [], []
     for index, (row, conversation) in enumerate(read):
         try:
             turn = turns.open(conversation, 10**6)
             samples.append(make_expert(index, row, conversation, turn, answer or "answer", turns, token_weights))
+            texts.append(str((conversation.answer or {}).get("content")) if is_chat else read_text(row, answer or ""))
         except (BadRow, RecursionError):
             continue
     if not samples:
@@ -119,6 +131,7 @@ def guess_experts(path: str, turns: Turns, token_weights: TokenWeights, *, must:
         unusable=len(examined) + unreadable - len(samples),
         prompt_column=column,
         answer_column=answer,
+        mark=_mark(texts),
         longest=max(len(sample.tokens) for sample in samples),
         longest_answer=max(len(sample.tokens) - sample.prompt_length for sample in samples),
     )
@@ -203,11 +216,11 @@ def _prompt_length(conversation: Conversation, turns: Turns) -> list[int]:
         return []
 
 
-def _mark(references: Sequence[str]) -> str | None:
-    """The mark that most references have."""
-    counts = Counter(name for text in references for mark, name in _MARKS.items() if mark in text)
+def _mark(texts: Sequence[str]) -> AnswerFormat | None:
+    """The mark that most of them have."""
+    counts = Counter(name for text in texts for mark, name in _MARKS.items() if mark in text)
     common = counts.most_common(1)
-    return common[0][0] if common and 2 * common[0][1] > len(references) else None
+    return common[0][0] if common and 2 * common[0][1] > len(texts) else None
 
 
 def _has_system(conversation: Conversation) -> bool:

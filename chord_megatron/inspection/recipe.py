@@ -105,6 +105,10 @@ def _groups(material: Material, output_dir: str) -> Groups:
     }
     if material.draws:
         groups["rewards"] = [Key("reward_funcs", ["accuracy"], "math-verify; or path.py:function of your own")]
+        if prompts.asked:
+            groups["rewards"].append(
+                Key("answer_format", prompts.asked, "as the system prompt asks; a number elsewhere earns nothing")
+            )
         groups["rollout"] = [
             Key("num_generations", _NUM_GENERATIONS, "completions of each prompt, which are compared"),
             Key("temperature", 1.0, "as drawn, so trained"),

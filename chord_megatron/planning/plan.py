@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from chord_megatron.config import Config
 from chord_megatron.planning.batches import check_batches, check_lengths, check_steps, expert_max_length
+from chord_megatron.planning.evaluations import check_evaluations
 from chord_megatron.planning.experts import check_expert_weight
 from chord_megatron.planning.layout import check_layout
 from chord_megatron.planning.megatron import check_megatron
@@ -46,6 +47,7 @@ def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     check_batches(config, data_parallel_size)
     check_mu_schedule(config)
     check_streams(config)
+    check_evaluations(config)
     check_rewards(config)
     check_expert_weight(config.chord)
     check_objective(config.grpo)

@@ -33,7 +33,7 @@ MAY_CHANGE = _keys(
     "sequence_parallel context_parallel_size expert_model_parallel_size distributed_timeout_minutes",
     data="eval_dataset eval_dataset_split num_eval_prompts on_bad_row",
     rewards="reward_funcs reward_weights timeout_seconds memory_limit_gb environment soft_max_length soft_cache_length "
-    "on_error",
+    "answer_format on_error",
     rollout="engine num_generations temperature top_p top_k max_completion_length stop_token_ids max_batch_size "
     "record_to replay_from vllm_mode vllm_tensor_parallel_size vllm_gpu_memory_utilization vllm_enforce_eager "
     "sleep_level offload_optimizer offload_model vllm_servers vllm_server_timeout weight_transfer weight_transfer_dir "
@@ -50,8 +50,8 @@ MAY_CHANGE = _keys(
     "overlap_grad_reduce use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype "
     "exp_avg_sq_dtype optimizer_cpu_offload optimizer_offload_fraction",
     train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
-    "share_prompts train_iters eval_steps eval_temperature save_steps save_total_limit async_save save_on_signal "
-    "max_skipped_steps",
+    "share_prompts train_iters eval_steps eval_temperature eval_num_generations early_stopping_patience save_steps "
+    "save_total_limit keep_best async_save save_on_signal max_skipped_steps",
     tracking="report_to log_completions diagnose_steps",
 )
 

@@ -24,6 +24,8 @@ def check_rewards(config: Config) -> None:
             "grpo.scale_rewards=gdpo normalises each function's rewards, and grpo.kl_in_reward=true takes the penalty "
             "from their sum; set one of them otherwise"
         )
+    if "accuracy" not in rewards.reward_funcs:
+        refuse_unread("rewards", rewards, ["answer_format"], "rewards.reward_funcs without accuracy")
     if "soft_overlong" not in rewards.reward_funcs:
         keys = ("soft_cache_length", "soft_max_length")
         refuse_unread("rewards", rewards, keys, "rewards.reward_funcs without soft_overlong")

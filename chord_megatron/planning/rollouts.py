@@ -22,7 +22,7 @@ def check_rollouts(config: Config, arch: ModelArchitecture, world_size: int) -> 
         raise UserError(
             "rollout.engine=vllm and rollout.vllm_mode (colocate or server) go together; set both or neither"
         )
-    for mode, keys in _KEYS_OF_MODE.items():
+    for mode, keys in KEYS_OF_MODE.items():
         for key in keys:
             if getattr(rollout, key) != getattr(defaults, key) and rollout.vllm_mode != mode:
                 raise UserError(f"rollout.{key} is for rollout.engine=vllm with rollout.vllm_mode={mode}; remove it")
@@ -116,7 +116,7 @@ def _is_server(url: str) -> bool:
     return match is not None and 0 < int(match[3] or 80) < 2**16 and not match[1].startswith(":")
 
 
-_KEYS_OF_MODE = {
+KEYS_OF_MODE = {
     "colocate": (
         "vllm_tensor_parallel_size",
         "vllm_gpu_memory_utilization",

@@ -7,8 +7,11 @@ recursion: a completion may be anything, also ten thousand braces.
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from chord_megatron.rewards.numbers import read_number
+
+AnswerFormat = Literal["boxed", "hash", "tag", "any"]  # which marks count
 
 _MARK = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)"
@@ -25,10 +28,23 @@ def without_thoughts(text: str) -> str:
     return text.rpartition("</think>")[2]
 
 
-def final_answer(text: str) -> str | None:
-    """What the mark that begins last holds: "" where it does not end; None where there is no mark."""
+def final_answer(text: str, answer_format: AnswerFormat = "any") -> str | None:
+    """What the mark that begins last holds: "" where it does not end; None where there is no mark of that format.
+
+    A mark of one format may hold one of another, as in `#### \\boxed{18}`.
+    """
+    if answer_format != "any":
+        held = _last_held(text, answer_format)
+        within = None if held is None else _last_held(held, "any")
+        return held if within is None else within
+    return _last_held(text, "any")
+
+
+def _last_held(text: str, answer_format: AnswerFormat) -> str | None:
     end = len(text.rstrip("# \t\r\n"))
     for mark in reversed(list(_MARK.finditer(text))):
+        if answer_format not in ("any", _format_of(mark)):
+            continue
         if mark["line"] is None:
             return _held(text, mark).strip()
         line = mark["line"].strip()
@@ -36,6 +52,12 @@ def final_answer(text: str) -> str | None:
         if line and (mark.end("line") >= end or read_number(line) is not None):
             return line
     return None
+
+
+def _format_of(mark: re.Match[str]) -> AnswerFormat:
+    if mark["line"] is not None:
+        return "hash"
+    return "tag" if mark["tag"] else "boxed"
 
 
 def _held(text: str, mark: re.Match[str]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
-from chord_megatron.rewards.answers import final_answer, without_thoughts
+from chord_megatron.rewards.answers import AnswerFormat, final_answer, without_thoughts
 from chord_megatron.rewards.formulas import plain_words, read_formula, read_sentences, same_formula
 from chord_megatron.rewards.numbers import read_number, same_number
 
@@ -30,7 +31,21 @@ def accuracy(
     **columns: Any,
 ) -> list[float]:
     """1.0 where the final answer equals the reference's (as number, as formula, or literally for words), else 0.0."""
-    return _of_each("accuracy", _is_correct, zip(completions, references, strict=True))
+    return marked_accuracy("any", prompts, completions, references)
+
+
+def marked_accuracy(
+    answer_format: AnswerFormat,
+    prompts: list[str],
+    completions: list[str],
+    references: list[str],
+    completion_ids: Sequence[Sequence[int]] = (),
+    /,
+    **columns: Any,
+) -> list[float]:
+    """`accuracy` of completions that mark their answer so: 0.0 without such a mark. References may use any."""
+    judge = partial(_is_correct, answer_format=answer_format)
+    return _of_each("accuracy", judge, zip(completions, references, strict=True))
 
 
 def format_reward(
@@ -62,7 +77,7 @@ def soft_overlong(
     return [max(-1.0, min(0.0, (max_length - cache_length - len(ids)) / cache_length)) for ids in completion_ids]
 
 
-# `soft_overlong` is bound to its two lengths first.
+# `soft_overlong` is bound to its two lengths first; of `accuracy` functions.py takes `marked_accuracy`.
 BUILTIN_REWARDS: dict[str, RewardFunction] = {
     "accuracy": accuracy,
     "format": format_reward,
@@ -88,9 +103,11 @@ def _of_one(name: str, judge: Callable[..., bool], case: tuple[str, ...]) -> flo
         return FailedReward()
 
 
-def _is_correct(completion: str, reference: str) -> bool:
+def _is_correct(completion: str, reference: str, answer_format: AnswerFormat = "any") -> bool:
     completion, reference = without_thoughts(completion), without_thoughts(reference)
-    marked, expected = final_answer(completion), final_answer(reference)
+    marked, expected = final_answer(completion, answer_format), final_answer(reference)
+    if marked is None and answer_format != "any":
+        return False
     answer = completion.strip() if marked is None else marked
     expected = reference.strip() if expected is None else expected
     if not answer or not expected:

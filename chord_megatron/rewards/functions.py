@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+from chord_megatron.rewards.answers import AnswerFormat
 from chord_megatron.rewards.arguments import Offer
-from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction
+from chord_megatron.rewards.builtin import BUILTIN_REWARDS, FailedReward, RewardFunction, marked_accuracy
 from chord_megatron.rewards.plugin import Limits, PluginReward, is_plugin
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import did_you_mean, shown
@@ -98,23 +99,29 @@ def build_reward_function(
     reference_column: str | None = None,
     soft_max_length: int | None = None,
     soft_cache_length: int | None = None,
+    answer_format: AnswerFormat = "any",
     on_error: OnError = "stop",
 ) -> RewardFunctions:
     """Reward functions from names or `path.py:function`, loaded now; weights are 1 by default.
 
     Time, memory and environment are those of plugin.py's `Limits`. `columns` are those of the data: a function that
-    needs another is refused, where they are given. The two lengths are those of `soft_overlong`. Raises UserError.
+    needs another is refused, where they are given. The two lengths are those of `soft_overlong`, the format is that of
+    `accuracy`. Raises UserError.
     """
     check_reward_functions(reward_funcs, reward_weights)
     weights = reward_weights if reward_weights is not None else [1.0] * len(reward_funcs)
     limits = Limits(timeout_seconds, memory_limit_gb, tuple(environment))
     offer = Offer(columns, reference_column)
+    bound: dict[str, RewardFunction] = {
+        **BUILTIN_REWARDS,
+        "accuracy": partial(marked_accuracy, answer_format),
+        "soft_overlong": partial(BUILTIN_REWARDS["soft_overlong"], soft_max_length, soft_cache_length),
+    }
     with ExitStack() as resources:  # ends the processes already started where a later function fails
         functions: dict[str, RewardFunction] = {}
         for name in reward_funcs:
-            if name in BUILTIN_REWARDS:
-                lengths = (soft_max_length, soft_cache_length) if name == "soft_overlong" else ()
-                functions[name] = partial(BUILTIN_REWARDS[name], *lengths)
+            if name in bound:
+                functions[name] = bound[name]
             else:
                 plugin = functions[name] = PluginReward(name, limits, offer)
                 resources.callback(plugin.close)

@@ -66,7 +66,7 @@ class EmbeddedRollout:
             indices = mine[start : start + self._max_batch_size]
             outputs = self._engine.generate(
                 [repeated[i].tokens for i in indices],
-                [(self._seed, request.step, i) for i in indices],
+                [request.seed(self._seed, i) for i in indices],
                 request.params,
                 record_routing=self._routing is not None,
             )

@@ -78,7 +78,7 @@ class VllmColocateRollout:
         mine = range(self._engine_rank, len(repeated), self._num_engines)
         outputs = self._complete(
             [repeated[i].tokens for i in mine],
-            [sampling_arguments(request.params, (self._seed, request.step, i)) for i in mine],
+            [sampling_arguments(request.params, request.seed(self._seed, i)) for i in mine],
         )
         self._sleep()
         completions = [_completion(i, output.outputs[0]) for i, output in zip(mine, outputs) if self._is_first]

@@ -1,4 +1,4 @@
-"""Where a run keeps its checkpoints: step directories, an atomic pointer to the latest, and pruning."""
+"""Where a run keeps its checkpoints: step directories, atomic pointers to the latest and the best, and pruning."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import read_yaml
+from chord_megatron.tracking.best import best_step
 from chord_megatron.tracking.run_log import LOG_FILES, METRICS_FILE
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
@@ -20,7 +22,7 @@ _ALWAYS_THERE = (".metadata", "state.json")  # in a checkpoint
 
 
 class RunDir:
-    """`checkpoints/step_N`, `hf/step_N` and `checkpoints/latest` of one run; written by rank 0."""
+    """`checkpoints/step_N`, `hf/step_N`, `checkpoints/latest` and `checkpoints/best` of a run; written by rank 0."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,6 +30,7 @@ class RunDir:
         self._checkpoints = path / "checkpoints"
         self._exports = path / "hf"
         self._latest = self._checkpoints / "latest"
+        self._best = self._checkpoints / "best"
         self._finished = self._checkpoints / "finished"
 
     def checkpoint(self, step: int) -> Path:
@@ -101,15 +104,24 @@ class RunDir:
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"{existing} cannot be written to; choose another train.output_dir")
 
-    def is_finished(self, train_iters: int) -> bool:
-        """Whether a run of `train_iters` steps left everything it leaves."""
-        if not self._finished.exists():
-            return False
-        return _read(self._finished).strip() == str(train_iters)
+    def ending(self, train_iters: int, patience: int | None, *, since: str = "") -> str | None:
+        """What to say of a run of these settings that left everything it leaves; None: there is more to do.
 
-    def mark_finished(self, train_iters: int) -> None:
-        """Say so, after the report is written."""
-        atomic_write(self._finished, [f"{train_iters}\n".encode()])
+        patience: train.early_stopping_patience. since: what differs now, in words.
+        """
+        if not self._finished.exists():
+            return None
+        mark, _, reason = _read(self._finished).strip().partition("\n")
+        if mark == str(train_iters):
+            return f"{self.path} is finished{since}; raise train.train_iters to train on"
+        if patience is not None and mark == _early(train_iters, patience):
+            return f"{self.path} is finished{since}: {reason}; raise train.early_stopping_patience to train on"
+        return None
+
+    def mark_finished(self, train_iters: int, *, early: tuple[int, str] | None = None) -> None:
+        """Say so, after the report is written. early: train.early_stopping_patience, and why that ended the run."""
+        lines = [str(train_iters)] if early is None else [_early(train_iters, early[0]), early[1]]
+        atomic_write(self._finished, [f"{line}\n".encode() for line in lines])
 
     def set_aside(self, step: int) -> list[str]:
         """Rename what is newer than `step`, whose place a run that goes on from there takes; returns the new names.
@@ -127,16 +139,32 @@ class RunDir:
             moved.append(str(copy.relative_to(self.path)))
         return moved
 
-    def publish(self, step: int, keep: int | None) -> list[str]:
+    def publish(self, step: int, keep: int | None, rewards: Mapping[int, float] | None = None) -> list[str]:
         """Make a complete checkpoint the latest, then remove the oldest of this run beyond `keep` (None keeps all).
 
-        Returns a sentence on each folder that cannot be removed: the next time it is tried again.
+        rewards: of the evaluations by step, where the best of them is kept, too. Returns a sentence on each folder that
+        cannot be removed: the next time it is tried again.
         """
         atomic_write(self._latest, [f"step_{step}\n".encode()])
+        best = None if rewards is None else self.mark_best(rewards)
         saved = [other for other in self.saved_steps() if other <= step]
-        stale = saved[:-keep] if keep else []
+        stale = [old for old in saved[:-keep] if old != best] if keep else []
         # The checkpoint last: it is what a pruning that is killed is taken up again by.
         return [said for old in stale for folder in (self.hf(old), self.checkpoint(old)) for said in _remove(folder)]
+
+    def mark_best(self, rewards: Mapping[int, float]) -> int | None:
+        """Let `best` name the saved step with the highest of these rewards, the first of equals; returns it."""
+        step = best_step(rewards, self.saved_steps())
+        if step is None:
+            self._best.unlink(missing_ok=True)
+        elif step != self.best_step():
+            atomic_write(self._best, [f"step_{step}\n".encode()])
+        return step
+
+    def best_step(self) -> int | None:
+        """What `best` names; None where it names no checkpoint that is there."""
+        match = _STEP.fullmatch(_read(self._best).strip()) if self._best.exists() else None
+        return int(match[1]) if match and self.checkpoint(int(match[1])).is_dir() else None
 
     def saved_steps(self) -> list[int]:
         """The steps whose checkpoints are there, in order."""
@@ -149,6 +177,11 @@ class RunDir:
     def _steps_in(folder: Path) -> list[Path]:
         """The step_N there, in order."""
         return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=_step_of)
+
+
+def _early(train_iters: int, patience: int) -> str:
+    """The first line of the mark of a run that ended early."""
+    return f"{train_iters} early_stopping_patience={patience}"
 
 
 def _free_name(path: Path) -> Path:

@@ -29,7 +29,7 @@ class RunLog:
 
     `resume_step` is the next step of a run that goes on (None: a new run): whatever the interrupted
     run logged from there on is dropped, because it will be written again. `last_eval_step` is the step of
-    the newest evaluation kept, so that a resumed run need not repeat it.
+    the newest evaluation kept, so that a resumed run need not repeat it; `rewards`, those of all of them by step.
     Raises UserError when a new run finds the metrics of another one in `run_dir`.
     """
 
@@ -43,7 +43,11 @@ class RunLog:
         stream: TextIO | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        last_eval = _prepare(run_dir, resume_step)
+        evaluations = _prepare(run_dir, resume_step)
+        last_eval = evaluations[-1] if evaluations else None
+        self.rewards: dict[int, float] = {}
+        for record in evaluations:
+            self._note_reward(record["step"], record)
         self.last_eval_step: int | None = None if last_eval is None else last_eval["step"]
         self._metrics = JsonLines(run_dir / METRICS_FILE)
         self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
@@ -68,6 +72,7 @@ class RunLog:
         self._metrics.write(record)
         self._write_scalars(record)
         self.last_eval_step = step
+        self._note_reward(step, metrics)
         shown = (f"{k.removeprefix('eval_')} {v:.4g}" for k, v in metrics.items() if v is not None)
         self.message(" | ".join((f"eval at step {step}", *shown)))
 
@@ -105,6 +110,11 @@ class RunLog:
     ) -> None:
         self.close()
 
+    def _note_reward(self, step: int, metrics: Metrics) -> None:
+        reward = metrics.get("eval_reward_mean")
+        if reward is not None and math.isfinite(reward):
+            self.rewards[step] = reward
+
     def _write_scalars(self, record: Metrics) -> None:
         if self._curves is not None:
             scalars = {
@@ -136,13 +146,13 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
-    """Drop what a resumed run writes again; returns the last evaluation that stays."""
+def _prepare(run_dir: Path, resume_step: int | None) -> list[dict[str, Any]]:
+    """Drop what a resumed run writes again; returns the evaluations that stay."""
     metrics, completions = run_dir / METRICS_FILE, run_dir / COMPLETIONS_FILE
     if resume_step is None:
         if metrics.exists() and metrics.stat().st_size > 0:
             raise UserError(f"{run_dir} holds the metrics of another run; resume that run or choose another output_dir")
-        return None
+        return []
     # The evaluation at step k comes before training step k, so it outlives a resume at k.
     filter_json_lines(metrics, lambda record: record["step"] < resume_step + ("loss" not in record))
     evaluations = [record for record in read_metrics(metrics) if "loss" not in record]
@@ -152,7 +162,7 @@ def _prepare(run_dir: Path, resume_step: int | None) -> dict[str, Any] | None:
         lambda row: row["step"] in evaluated if row.get("split") == "eval" else row["step"] < resume_step,
     )
     filter_json_lines(run_dir / EXPERTS_FILE, lambda row: row["step"] < resume_step)
-    return evaluations[-1] if evaluations else None
+    return evaluations
 
 
 def _first_log_probs(path: Path) -> dict[int, float]:

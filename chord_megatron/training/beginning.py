@@ -18,11 +18,12 @@ def finished(config: Config) -> str | None:
     Raises UserError where that is another run: of other data, or of whatever else a run cannot go on with.
     """
     run_dir = RunDir(Path(config.train.output_dir))
-    if not run_dir.is_finished(config.train.train_iters):
+    settings = (config.train.train_iters, config.train.early_stopping_patience)
+    if run_dir.ending(*settings) is None:
         return None
     changed = changes(run_dir.settings(), config, run_dir.path)
     since = f" (with other settings than now: {', '.join(changed)})" if changed else ""
-    return f"{run_dir.path} is finished{since}; raise train.train_iters to train on"
+    return run_dir.ending(*settings, since=since)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -38,34 +38,33 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m chord_megatron.train CONFIG.yaml [key=value ...]", file=sys.stderr)
         return 2
     silence_cuda_advice()
-    process = _Process()
+    process = _Training()
     try:
         with process.signals.heard():
             return process.run(arguments)
     except Stopped as stopped:
-        process.say(_ending(stopped, process.where))
+        process.say(process.ending(stopped))
         return process.leave(128 + stopped.number)
     finally:
         shut_down_distributed()
 
 
-class _Process:
-    """What this process knows of itself, whatever ends it."""
+class Process:
+    """One of a job: what it knows of itself, whatever ends it."""
 
     def __init__(self) -> None:
         self.signals, self.where = StopSignals(), Whereabouts()
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._limit = timedelta(seconds=_SECONDS_FOR_RANK_0)
 
+    def work(self, arguments: list[str]) -> None:
+        """What it is there for."""
+        raise NotImplementedError
+
     def run(self, arguments: list[str]) -> int:
-        """Train, or say why not."""
+        """Work, or say why not."""
         try:
-            config = load_config(arguments[0], arguments[1:])
-            if (sentence := finished(config)) is not None:
-                if self._rank == 0:
-                    print(sentence, flush=True)
-                return 0
-            self._train(config)
+            self.work(arguments)
         except UserError as error:
             self.say(f"error: {error}")
             return self.leave(2)
@@ -79,21 +78,17 @@ class _Process:
             raise
         return 0
 
-    def _train(self, config: Config) -> None:
+    def settle(self, config: Config) -> None:
+        """Before anything is asked of other ranks: how long they are waited for, and where they may be."""
         self._limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
         _stay_on_this_machine(config)
-        with ExitStack() as opened:
-            if self._rank == 0:
-                run_dir = RunDir(Path(config.train.output_dir))
-                run_dir.refuse_unusable()
-                opened.enter_context(held(run_dir.path))
-            if self._world_size > 1:
-                opened.enter_context(self._heartbeat())
-            Run(config, self.signals, self.where).train()
 
-    def _heartbeat(self) -> Heartbeat:
+    def heartbeat(self) -> AbstractContextManager[object]:
+        """Within, the other ranks hear of this one."""
+        if self._world_size == 1:
+            return nullcontext()
         late = min(SECONDS_UNTIL_LATE, self._limit.total_seconds() / 2)
-        store, rank, world_size = meet(self._limit), self._rank, self._world_size
+        store, rank, world_size = meet(self._limit), self.rank, self._world_size
         return Heartbeat(store, self.where, rank=rank, world_size=world_size, seconds_until_late=late)
 
     def say(self, sentence: str) -> None:
@@ -122,16 +117,35 @@ class _Process:
         minutes = self._limit.total_seconds() / 60
         reason = str(error).splitlines()[0][:200]
         return (
-            f"error: rank {self._rank} has lost another rank, or got no answer from it within "
+            f"error: rank {self.rank} has lost another rank, or got no answer from it within "
             f"parallel.distributed_timeout_minutes={minutes:g}, in {self.where} ({reason})"
         )
 
 
-def _ending(stopped: Stopped, where: Whereabouts) -> str:
-    name = signal_name(stopped.number)
-    if stopped.saved_step is not None:
-        return f"ended by {name} after step {stopped.saved_step}, which is saved; the same command goes on from there"
-    return f"ended by {name} in {where}; the same command goes on from the latest checkpoint"
+class _Training(Process):
+    def work(self, arguments: list[str]) -> None:
+        config = load_config(arguments[0], arguments[1:])
+        if (sentence := finished(config)) is not None:
+            if self.rank == 0:
+                print(sentence, flush=True)
+            return
+        run_dir = RunDir(Path(config.train.output_dir))
+        self.settle(config)
+        with ExitStack() as opened:
+            if self.rank == 0:
+                run_dir.refuse_unusable()
+                opened.enter_context(held(run_dir.path))
+            opened.enter_context(self.heartbeat())
+            Run(config, self.signals, self.where).train()
+
+    def ending(self, stopped: Stopped) -> str:
+        """What to say where a signal ends it."""
+        name = signal_name(stopped.number)
+        if stopped.saved_step is not None:
+            return (
+                f"ended by {name} after step {stopped.saved_step}, which is saved; the same command goes on from there"
+            )
+        return f"ended by {name} in {self.where}; the same command goes on from the latest checkpoint"
 
 
 def _stay_on_this_machine(config: Config) -> None:

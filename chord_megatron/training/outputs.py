@@ -11,6 +11,7 @@ from chord_megatron.config import Config, to_yaml
 from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.rollout.replay import RolloutRecorder
 from chord_megatron.system.atomic import atomic_write, failed_writes_named
+from chord_megatron.tracking.best import best_step, evaluations_since_best
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
@@ -68,8 +69,26 @@ class RunOutputs:
     def finish(self, step: int) -> None:
         """The report, and where everything is."""
         png, html = write_report(self._run_dir.path)
-        self._run_dir.mark_finished(step)
+        early = self._early_end(step)
+        self._run_dir.mark_finished(self._config.train.train_iters, early=early)
+        if early is not None:
+            print(early[1], flush=True)
+        best = self._run_dir.best_step() if self._config.train.keep_best else None
+        if best is not None:
+            print(f"best: {self._run_dir.hf(best)}, by its eval_reward_mean", flush=True)
         print(f"model: {self._run_dir.hf(step)}\nreport: {html}, {png}", flush=True)
+
+    def _early_end(self, step: int) -> tuple[int, str] | None:
+        """What train.early_stopping_patience is, and why it ended the run; None where the run took all its steps."""
+        patience, rewards = self._config.train.early_stopping_patience, self.log.rewards
+        best = best_step(rewards, rewards)
+        if step == self._config.train.train_iters or patience is None or best is None:
+            return None
+        count = evaluations_since_best(rewards)
+        which = "the last evaluation was" if count == 1 else f"{count} evaluations in a row were"
+        return patience, (
+            f"stopped early at step {step}: {which} not above the eval_reward_mean of step {best}, {rewards[best]:.4g}"
+        )
 
     def close(self) -> None:
         """Close the files."""

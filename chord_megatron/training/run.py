@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,29 +28,27 @@ from chord_megatron.planning.rewards import reward_settings
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
-from chord_megatron.rollout.protocol import RolloutEngine, ScoringEngine
 from chord_megatron.system.errors import UserError
+from chord_megatron.tracking.best import evaluations_since_best
 from chord_megatron.tracking.heartbeat import Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.beginning import find_beginning
-from chord_megatron.training.evaluation import Evaluator
+from chord_megatron.training.evaluation import Evaluator, build_evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.mu_control import MuControl
 from chord_megatron.training.objective import build_means, build_objective
 from chord_megatron.training.outputs import RunOutputs
 from chord_megatron.training.packing import expert_name, refuse_longer_rows
 from chord_megatron.training.rollout_stream import RolloutStream
-from chord_megatron.training.sampler import Sampler
+from chord_megatron.training.sampler import Sampler, choose_probes, sampling_params
 from chord_megatron.training.saving import Saves
 from chord_megatron.training.scorer import Scorer
 from chord_megatron.training.stopping import Stopped, StopSignals
 from chord_megatron.training.trainer import ChordTrainer, StepResult
-from chord_megatron.types import Prompt, SamplingParams
+from chord_megatron.types import SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
 from chord_megatron.weights.model_files import links_out_of
-
-_NUM_PROBES = 8
 
 
 class Run:
@@ -98,8 +96,9 @@ class Run:
             timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None, where=self.where)
             scorer = Scorer(tokenizer, reward_function, timer)
             stop = stop_token_ids(model_dir, tokenizer, config.rollout.stop_token_ids, data.end_token_ids)
-            params = _sampling_params(config, stop)
-            sampler = Sampler(self.engine, rollout, config.rollout, _probes(config, rollout, data), timer)
+            params = sampling_params(config.rollout, stop)
+            probes = choose_probes(config.rollout, rollout, data.prompts)
+            sampler = Sampler(self.engine, rollout, config.rollout, probes, timer)
             self.evaluator = self._build_evaluator(data, params, sampler, scorer)
             self.trainer = _build_trainer(config, plan, objective, data, params, sampler, scorer)
             self.skipped_steps = self.skipped_in_row = 0
@@ -117,28 +116,30 @@ class Run:
                 model_dir,
                 keep=config.train.save_total_limit,
                 say=self.outputs.log.message if self.outputs else None,
+                rewards=self.outputs.log.rewards if self.outputs and config.train.keep_best else None,
             )
             opened.callback(self.saves.abandon)
             self._opened = opened.pop_all()
 
     def _build_evaluator(self, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer) -> Evaluator:
-        """Held-out prompts at train.eval_temperature, out of the whole distribution."""
         if self.config.rollout.replay_from:  # a recording has no answers to them
             embedded = build_embedded(self.config, self.engine, self.groups)
             sampler = dataclasses.replace(sampler, rollout=embedded)
-        params = dataclasses.replace(params, temperature=self.config.train.eval_temperature, top_p=1.0, top_k=0)
-        return Evaluator(data.eval_prompts, params, sampler, scorer)
+        return build_evaluator(self.config.train, data.eval_prompts, params, sampler, scorer)
 
     def train(self) -> None:
-        """Evaluate, step, log and save until train_iters."""
+        """Evaluate, step, log and save until train_iters, or train.early_stopping_patience."""
         self.signals.is_noted_only = self.config.train.save_on_signal
         with self._opened, self.where.within("log"):
+            self.saves.mark_best()
             if self._lacks_export:
                 with self.where.within("save"):
                     self.saves.export(self.next_step)
             while self.next_step < self.config.train.train_iters:
                 self.where.step = self.next_step
                 self._evaluate()
+                if self._ends_early():
+                    break
                 result = self.trainer.step(self.next_step)
                 told = self._log(result)
                 self.next_step += 1
@@ -182,6 +183,19 @@ class Run:
             metrics, scored = self.evaluator.evaluate()
             if self.outputs:
                 self.outputs.evaluation(step, metrics, scored)
+                self.saves.mark_best()
+
+    def _ends_early(self) -> bool:
+        """Whether train.early_stopping_patience is over; the weights are saved then."""
+        patience, step = self.config.train.early_stopping_patience, self.next_step
+        if patience is None or step % self._steps_per_rollout:  # inside a batch a run cannot be resumed
+            return False
+        answer = [self.outputs is not None and evaluations_since_best(self.outputs.log.rewards) >= patience]
+        dist.broadcast_object_list(answer, src=0)
+        if answer[0] and step not in (self._resume_step, self.saves.last_step):
+            with self.where.within("save"):
+                self.saves.begin(step, self._state(), in_background=False)
+        return answer[0]
 
     def _log(self, result: StepResult) -> int:
         """Returns the signal that any rank was told to end by, the same on all; 0 for none."""
@@ -271,23 +285,6 @@ def _refuse_other_data(config: Config, before: object, now: Mapping[str, str]) -
                 f"{key}={paths} has other rows than when the run began; restore them, or choose another "
                 "train.output_dir"
             )
-
-
-def _probes(config: Config, rollout: RolloutEngine, data: RunData) -> Sequence[Prompt]:
-    """What trainer and sampler both score after an update; none where they share their weights."""
-    is_checked = isinstance(rollout, ScoringEngine) and config.rollout.consistency_threshold is not None
-    return data.prompts[:_NUM_PROBES] if is_checked else ()
-
-
-def _sampling_params(config: Config, stop: tuple[int, ...]) -> SamplingParams:
-    rollout = config.rollout
-    return SamplingParams(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_completion_length=rollout.max_completion_length,
-        stop_token_ids=stop,
-    )
 
 
 def _peak_memory_bytes() -> int:

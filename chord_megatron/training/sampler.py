@@ -17,6 +17,25 @@ from chord_megatron.rollout.protocol import AsynchronousEngine, RolloutEngine, S
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.types import Prompt, RolloutRequest, RolloutSample, SamplingParams
 
+_NUM_PROBES = 8
+
+
+def sampling_params(config: RolloutConfig, stop: tuple[int, ...]) -> SamplingParams:
+    """Of training's rollouts; `stop`: the tokens that end a completion."""
+    return SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_completion_length=config.max_completion_length,
+        stop_token_ids=stop,
+    )
+
+
+def choose_probes(config: RolloutConfig, rollout: RolloutEngine, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+    """What trainer and sampler both score after an update; none where they share their weights."""
+    is_checked = isinstance(rollout, ScoringEngine) and config.consistency_threshold is not None
+    return prompts[:_NUM_PROBES] if is_checked else ()
+
 
 class Drawing:
     """Completions that have been asked for."""
@@ -43,9 +62,17 @@ class Sampler:
     timer: PhaseTimer
     _ahead: Drawing | None = field(default=None, init=False)  # must be done before the weights change
 
-    def draw(self, prompts: Sequence[Prompt], params: SamplingParams, *, num_generations: int, step: int) -> Drawing:
+    def draw(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        num_generations: int,
+        step: int,
+        first_place: int = 0,
+    ) -> Drawing:
         """Completions by the policy as it is now; under max_staleness 1 they come while the caller goes on."""
-        request = RolloutRequest(prompts, params, num_generations, step, self.engine.policy_version)
+        request = RolloutRequest(prompts, params, num_generations, step, self.engine.policy_version, first_place)
         if not self.config.max_staleness:
             return Drawing(partial(self._draw_now, request))
         assert isinstance(self.rollout, AsynchronousEngine)

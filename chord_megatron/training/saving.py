@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ class _Abandoned(BaseException):
 
 
 class Saves:
-    """At most one save goes on at a time. Every method but `abandon` is a collective call of all ranks."""
+    """At most one save goes on at a time. Methods are collective calls of all ranks, unless they say otherwise."""
 
     def __init__(
         self,
@@ -31,16 +31,22 @@ class Saves:
         *,
         keep: int | None,
         say: Callable[[str], None] | None,
+        rewards: Mapping[int, float] | None = None,
     ) -> None:
-        """keep: the newest so many of both; None = all. say: a line in the log; None where others write it."""
+        """keep: the newest so many of both; None = all. say: a line in the log; None where others write it.
+
+        rewards: of the evaluations so far by step, where the best saved step is kept beside those.
+        """
         self._engine, self._run_dir, self._model_dir = engine, run_dir, model_dir
-        self._keep, self._say = keep, say
+        self._keep, self._say, self._rewards = keep, say, rewards
+        self.last_step: int | None = None  # that was begun here
         self._open = ExitStack()  # of the save that goes on
         self._writing: Background | None = None
 
     def begin(self, step: int, state: dict[str, Any], *, in_background: bool) -> None:
         """The weights as they are; in the background the checkpoint is there later: see `finish_if_written`."""
         self.finish()
+        self.last_step = step
         with ExitStack() as opened:
             opened.enter_context(self._exported(step))
             directory = self._run_dir.checkpoint(step)
@@ -68,8 +74,13 @@ class Saves:
         with self._exported(step):
             pass
 
+    def mark_best(self) -> None:
+        """After an evaluation: which saved step is the best now. Not collective."""
+        if self._rewards is not None:
+            self._run_dir.mark_best(self._rewards)
+
     def abandon(self) -> None:
-        """Leave nothing of the save that goes on."""
+        """Leave nothing of the save that goes on. Not collective."""
         try:
             with self._open.pop_all():
                 raise _Abandoned
@@ -82,5 +93,5 @@ class Saves:
         with exported_hf(self._engine, self._model_dir, self._run_dir.hf(step)):
             yield
         if self._say is not None:
-            for note in self._run_dir.publish(step, self._keep):
+            for note in self._run_dir.publish(step, self._keep, self._rewards):
                 self._say(note)

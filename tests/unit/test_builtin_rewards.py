@@ -6,7 +6,7 @@ import pytest
 from math_verify.errors import TimeoutException
 
 from chord_megatron.rewards import build_reward_function, builtin
-from chord_megatron.rewards.builtin import accuracy, format_reward
+from chord_megatron.rewards.builtin import accuracy, format_reward, marked_accuracy
 
 
 def accuracy_of(completion: str, reference: str) -> float:
@@ -251,7 +251,7 @@ def test_format(completion, reward):
     "error", [RecursionError("too deep"), MemoryError(), ValueError("4300 digits"), TimeoutException()]
 )
 def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch):
-    def raise_for_73(text):
+    def raise_for_73(text, *_):
         if "73" in text:
             raise error
         return text
@@ -268,7 +268,7 @@ def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch
 
 
 def test_an_interrupt_is_no_reward(monkeypatch):
-    def interrupted(text):
+    def interrupted(text, *_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(builtin, "final_answer", interrupted)
@@ -305,3 +305,36 @@ def test_numbers_of_another_base_are_others(answer, reference, reward):
 )
 def test_ten_in_the_morning_is_not_ten_in_the_evening(answer, reference, reward):
     assert accuracy_of(f"\\boxed{{{answer}}}", reference) == reward
+
+
+MARKED = {
+    "boxed": r"it is \boxed{32}",
+    "hash": "it is\n#### 32",
+    "tag": "<answer>32</answer>",
+}
+
+
+@pytest.mark.parametrize("answer_format", ["boxed", "hash", "tag", "any"])
+def test_an_answer_format_wants_its_mark(answer_format: str):
+    completions = [*MARKED.values(), "a1 32 zz", "32"]
+    reward = build_reward_function(["accuracy"], None, 60, answer_format=answer_format)
+    found = reward([""] * 5, completions, ["#### 32"] * 5, [{}] * 5).total
+    wanted = [float(answer_format in (mark, "any")) for mark in MARKED]
+    assert found == [*wanted, *[float(answer_format == "any")] * 2]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer_format", "reward"),
+    [
+        (r"#### $\boxed{32}$", "hash", 1.0),  # one mark within another
+        (r"<answer>\boxed{32}</answer>", "tag", 1.0),
+        (r"\boxed{31} then" "\n#### 32", "hash", 1.0),
+        ("#### 32\n" r"but \boxed{31}", "hash", 1.0),  # the other mark is no mark
+        ("#### 32\n#### 31", "hash", 0.0),
+        ("<think>#### 32</think> 32", "hash", 0.0),
+        ("####", "hash", 0.0),
+        (r"\boxed{32", "boxed", 0.0),
+    ],
+)
+def test_which_mark_counts(completion: str, answer_format: str, reward: float):
+    assert marked_accuracy(answer_format, [""], [completion], ["32"]) == [reward]

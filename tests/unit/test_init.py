@@ -76,7 +76,7 @@ def test_gsm8k_worked_answers_are_references_and_experts(folder):
         "question",
         "answer",
     )
-    assert (chord.chord_mu_peak, chord.chord_mu_valley) == (0.9, 0.05)
+    assert (chord.chord_mu_peak, chord.chord_mu_valley, config.rewards.answer_format) == (0.9, 0.05, "hash")
     # <|im_start|>system\nYou are helpful.<|im_end|>\n... is 53 + "What is 10+10?": 14 bytes
     assert data.max_prompt_length == 128
     assert (train.output_dir, train.train_iters, train.global_batch_size) == ("runs/my", 4, 256)
@@ -87,6 +87,7 @@ def test_math_has_its_reference_and_its_solution_in_two_columns(folder):
     assert (config.data.prompt_column, config.data.reference_column) == ("problem", "answer")
     assert config.chord.chord_sft_answer_column == "solution"
     assert config.data.system_prompt is not None and "boxed" in config.data.system_prompt
+    assert config.rewards.answer_format == "boxed"
 
 
 def test_ms_swift_messages_are_prompts_and_experts(folder):
@@ -111,6 +112,8 @@ def test_experts_of_a_file_of_their_own(folder):
     write(folder / "experts.jsonl", [{"prompt": "1+1?", "response": "It is 2"}] * 5)
     config = made(folder, VERL, "--experts", "experts.jsonl")
     assert config.chord.chord_sft_answer_column == "response"
+    # These answers mark nothing: completions are not asked to, or rewards would reject the experts.
+    assert (config.data.system_prompt, config.rewards.answer_format) == (None, "any")
     assert config.chord.chord_sft_global_batch_size == 5
 
 

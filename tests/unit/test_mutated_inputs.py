@@ -13,6 +13,8 @@ import torch
 from mutations import check_damaged
 
 from chord_megatron.config import load_config
+from chord_megatron.evaluation.records import EvaluationFile
+from chord_megatron.evaluation.results import summary
 from chord_megatron.planning.resuming import changes
 from chord_megatron.rollout.recorded_routing import RoutingForm, encode
 from chord_megatron.rollout.replay import ReplayRollout, RolloutRecorder
@@ -96,6 +98,29 @@ EXPERTS = json_lines(
     [{"step": step, "id": row, "log_prob": -1.5, "phi": 0.25, "shift": 0.0} for step in (0, 1) for row in (3, 4)]
 )
 
+DRAWN = {
+    "completion": "it is 7",
+    "answer": "7",
+    "reward": 1.0,
+    "rewards": {"accuracy": 1.0},
+    "reward_errors": 0,
+    "tokens": 4,
+    "finish_reason": "stop",
+}
+SETTINGS = {"model": "m", "num_prompts": 3, "k": 1, "reward_funcs": ["accuracy"], "temperature": 0.5}
+EVALUATION = json_lines(
+    [
+        {"settings": SETTINGS},
+        *({"prompt_id": n, "source": "s", "prompt": "p", "reference": "7", "completions": [DRAWN]} for n in (0, 1)),
+    ]
+)
+
+
+def evaluate_on(path: Path) -> None:
+    with EvaluationFile(path, SETTINGS) as file:
+        if file.rows:
+            summary(file.rows, ("accuracy", 1.0))
+
 
 def read_overrides(path: Path) -> None:
     config = path.with_name("minimal.yaml")
@@ -153,8 +178,18 @@ INPUTS = {
         "config.yaml", b"model: {path: some/model}\ntrain: {seed: 0}\n", refuse_other_run
     ),
     "pointer to the latest checkpoint": Input("checkpoints/latest", b"step_2\n", latest_step),
+    "pointer to the best checkpoint": Input(
+        "checkpoints/best", b"step_2\n", lambda path: RunDir(path.parents[1]).best_step(), is_refused=False
+    ),
+    "completions of an evaluation": Input("evaluation.jsonl", EVALUATION, evaluate_on),
+    "mark of a run that ended early": Input(
+        "checkpoints/finished",
+        b"4 early_stopping_patience=2\nstopped early\n",
+        lambda path: RunDir(path.parents[1]).ending(4, 2),
+        is_refused=False,
+    ),
     "mark of a finished run": Input(
-        "checkpoints/finished", b"4\n", lambda path: RunDir(path.parents[1]).is_finished(4), is_refused=False
+        "checkpoints/finished", b"4\n", lambda path: RunDir(path.parents[1]).ending(4, None), is_refused=False
     ),
 }
 

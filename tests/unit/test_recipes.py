@@ -9,7 +9,7 @@ import pytest
 from chord_megatron.config import load_config
 from chord_megatron.data.columns import read_text
 from chord_megatron.data.prompts import reference_finder
-from chord_megatron.rewards.builtin import accuracy
+from chord_megatron.rewards.builtin import marked_accuracy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,7 +27,9 @@ SOLUTIONS = {
     ],
     "gsm8k/gsm8k.yaml": [
         ("He pays <<2*9=18>>$18.\n#### 18", "#### $18", 1.0),
-        ("He pays <<2*9=18>>$18.\n#### 18", r"\boxed{18 dollars}", 1.0),
+        ("He pays <<2*9=18>>$18.\n#### 18", r"#### \boxed{18 dollars}", 1.0),
+        ("He pays <<2*9=18>>$18.\n#### 18", r"\boxed{18 dollars}", 0.0),  # not what its system prompt demands
+        ("Toula paid 32.\n#### 32", "zx 32 q", 0.0),  # noise
         ("He pays <<2*900=1800>>$1800.\n#### 1,800", "#### 1800", 1.0),
         ("He pays <<2*9=18>>$18.\n#### 18", "#### 9", 0.0),
     ],
@@ -40,7 +42,8 @@ SOLUTIONS = {
     [(recipe, *case) for recipe, cases in SOLUTIONS.items() for case in cases],
 )
 def test_the_rewards_of_a_recipe(recipe, solution, completion, reward):
-    data = load_config(EXAMPLES / recipe).data
+    config = load_config(EXAMPLES / recipe)
+    data = config.data
     text = read_text({data.reference_column: solution}, data.reference_column)
     reference = reference_finder(data.reference_pattern)(text)
-    assert accuracy([""], [completion], [reference]) == [reward]
+    assert marked_accuracy(config.rewards.answer_format, [""], [completion], [reference]) == [reward]

@@ -37,9 +37,10 @@ MAY_IMPORT = {
     "doctor": "checkpoints planning tracking data config weights system",
     "training": "rollout backend checkpoints tracking planning rewards data batching config config_types weights "
     "algorithm types system",
+    "evaluation": "training rollout backend tracking planning rewards data config weights types system",
     "train": "training system",
-    "cli": "train training inspection doctor rollout rollout/serving backend checkpoints tracking planning rewards "
-    "data config weights system",
+    "cli": "train evaluation training inspection doctor rollout rollout/serving backend checkpoints tracking planning "
+    "rewards data config weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")

@@ -36,7 +36,7 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 def test_what_failed_is_counted_in_the_metrics_of_its_step(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def raise_for_73(text: str) -> str:
+    def raise_for_73(text: str, *_: str) -> str:
         if text == "73":
             raise RecursionError
         return text

@@ -55,7 +55,7 @@ class ServerRollout:
         return [
             {
                 "token_ids": list(prompt.tokens),
-                "sampling_params": sampling_arguments(request.params, (self._seed, request.step, index)),
+                "sampling_params": sampling_arguments(request.params, request.seed(self._seed, index)),
             }
             for index, prompt in enumerate(request.repeated)
         ]
