@@ -344,6 +344,15 @@ def test_experts_are_compared_with_the_prompt_that_asks_the_same_else_with_their
     assert (example.place, example.reference, example.read_as, example.answer) == ("line 2", "4", "5", "#### 5")
 
 
+def test_an_answer_with_another_mark_than_the_one_that_is_paid_is_rejected(tmp_path):
+    experts = [{"prompt": "1+1?", "answer": r"It is \boxed{2}"}]
+    for answer_format, rejected, read_as in (("any", 0, []), ("boxed", 0, []), ("hash", 1, [None])):
+        config = config_of(tmp_path, prompts=PROMPTS[:1], experts=experts, rewards={"answer_format": answer_format})
+        rewards = inspect(config).expert_rewards
+        assert rewards is not None and rewards.rejected == rejected
+        assert [example.read_as for example in rewards.examples] == read_as
+
+
 FUNCTION = """
 import os
 
