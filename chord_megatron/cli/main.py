@@ -1,4 +1,4 @@
-"""The command line, a file a command: `chord-megatron train | evaluate | validate | doctor | plan | report | ...`.
+"""The command line, a file a command: `chord-megatron init | data | train | evaluate | validate | doctor | ...`.
 
 Commands import what they run when they run, so that `--help` is instant.
 """
@@ -14,9 +14,11 @@ import typer
 
 from chord_megatron import __version__
 from chord_megatron.cli import convert
+from chord_megatron.cli.data import show
 from chord_megatron.cli.doctor import doctor
 from chord_megatron.cli.evaluate import evaluate
 from chord_megatron.cli.import_ import SETTINGS, import_
+from chord_megatron.cli.init import init
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
@@ -47,7 +49,7 @@ def _options(
     """What stands before the command."""
 
 
-def _add(command: Callable[..., int], **how: Any) -> None:
+def _add(command: Callable[..., int], to: typer.Typer = app, **how: Any) -> None:
     """Register a command that returns its exit code; a UserError is one sentence and exit code 2."""
 
     @wraps(command)
@@ -61,10 +63,13 @@ def _add(command: Callable[..., int], **how: Any) -> None:
             code = 130  # 128 + SIGINT, as of any program that it ends
         raise typer.Exit(code)
 
-    app.command(**how)(run)
+    to.command(**how)(run)
 
 
-for _command in (train, evaluate, validate, doctor, plan, report, serve):
+for _command in (init, train, evaluate, validate, doctor, plan, report, serve):
     _add(_command)
 _add(import_, name="import", context_settings=SETTINGS)
 app.add_typer(convert.app, name="convert")
+data = typer.Typer(help="Look at the data of a configuration.", no_args_is_help=True)
+_add(show, data)
+app.add_typer(data, name="data")

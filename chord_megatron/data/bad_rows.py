@@ -23,11 +23,16 @@ class BadRows:
     def __init__(self, source: str, on_bad_row: OnBadRow) -> None:
         self._source, self._stops = source, on_bad_row == "stop"
         self.found: dict[str, tuple[int, str]] = {}  # of each reason: how many rows, and the place of the first
+        self.examples: dict[str, str] = {}  # what was said of that first row, as far as it was read here
         self.lines: Sequence[int] | None = None  # of the rows of a text file, from 1
 
     def at_row(self, index: int) -> AbstractContextManager[None]:
         """Around the use of a row, from 0. A BadRow ends it here: UserError, or the row is skipped."""
-        return self.at_line(self.lines[index]) if self.lines else self._at(f" row {index}", f"row {index}")
+        return self.at_line(self.lines[index]) if self.lines else self._at(f" {self.place(index)}", self.place(index))
+
+    def place(self, index: int) -> str:
+        """Where row `index`, from 0, is found: the line of a text file."""
+        return f"line {self.lines[index]}" if self.lines else f"row {index}"
 
     def at_line(self, number: int) -> AbstractContextManager[None]:
         """Around the reading of a line, from 1."""
@@ -41,6 +46,7 @@ class BadRows:
             bad = error if isinstance(error, BadRow) else BadRow("nested too deeply")
             if self._stops:
                 raise UserError(f"{self._source}{suffix}: {bad}; mend the row, or set data.on_bad_row=skip") from None
+            self.examples.setdefault(bad.reason, str(bad))
             self.add({bad.reason: (1, place)})
 
     def add(self, found: Mapping[str, tuple[int, str]]) -> None:

@@ -16,11 +16,12 @@ from chord_megatron.backend.groups import ParallelGroups, initialize_distributed
 from chord_megatron.config import Config
 from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
+from chord_megatron.data.samples import columns_of
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
 from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile
 from chord_megatron.planning.rewards import reward_settings
-from chord_megatron.rewards.functions import build_reward_function, columns_of
+from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.rewards.votes import vote
 from chord_megatron.rollout.build import build_rollout

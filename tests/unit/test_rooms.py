@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "rewards": "types system",
     "importers": "config algorithm system",
     "planning": "config config_types algorithm weights types system",
+    "inspection": "planning rewards data config config_types weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints planning batching config config_types ops weights types system",
@@ -40,8 +41,8 @@ MAY_IMPORT = {
     "algorithm types system",
     "evaluation": "training rollout backend tracking planning rewards data config weights types system",
     "train": "training system",
-    "cli": "importers train evaluation training doctor rollout rollout/serving backend checkpoints tracking planning "
-    "rewards data config weights system",
+    "cli": "importers train evaluation training inspection doctor rollout rollout/serving backend checkpoints tracking "
+    "planning rewards data config weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")
