@@ -1,6 +1,6 @@
-"""The command line: `chord-megatron train | validate | doctor | plan | report | convert | serve`. A file a command.
+"""The command line: `chord-megatron train | validate | doctor | plan | report | compare | convert | serve`.
 
-Commands import what they run when they run, so that `--help` is instant.
+A file a command. Commands import what they run when they run, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 
 from chord_megatron import __version__
 from chord_megatron.cli import convert
+from chord_megatron.cli.compare import compare
 from chord_megatron.cli.doctor import doctor
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
@@ -62,6 +63,6 @@ def _add(command: Callable[..., int]) -> None:
     app.command()(run)
 
 
-for _command in (train, validate, doctor, plan, report, serve):
+for _command in (train, validate, doctor, plan, report, compare, serve):
     _add(_command)
 app.add_typer(convert.app, name="convert")
