@@ -63,8 +63,8 @@ class Group:
 
     @property
     def name(self) -> str:
-        """The first one's, with the number of seeds where there are several."""
-        return self.runs[0].name if len(self.runs) == 1 else f"{self.runs[0].name} ({len(self.runs)} seeds)"
+        """The first one's, with the number of runs where there are several."""
+        return self.runs[0].name if len(self.runs) == 1 else f"{self.runs[0].name} ({len(self.runs)} runs)"
 
     @property
     def hue(self) -> int:

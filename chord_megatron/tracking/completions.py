@@ -89,7 +89,7 @@ def _rows(path: Path) -> Iterator[Completion]:
 
 
 def _completion(row: Mapping[str, Any]) -> Completion:
-    reward = row.get("reward")
+    reward: Any = row.get("reward")
     is_number = type(reward) in (int, float) and abs(reward) < _LARGEST  # not NaN either
     others = {key: value for key, value in row.items() if key not in ("step", "split", *_TEXTS)}
     return Completion(

@@ -54,7 +54,7 @@ class Panel:
     draw: Callable[[Axes], None]
 
 
-def style(theme: Theme) -> dict[str, Any]:
+def style(theme: Theme) -> dict[Any, Any]:
     """Matplotlib's settings, under which a figure is built and rendered."""
     from cycler import cycler
 
@@ -81,7 +81,6 @@ def style(theme: Theme) -> dict[str, Any]:
         "legend.handlelength": 1.0,
         "legend.handletextpad": 0.4,
         "text.color": theme.ink,
-        "text.parse_math": False,  # names of runs may hold a $
         "xtick.color": theme.muted,
         "ytick.color": theme.muted,
     }
@@ -108,6 +107,7 @@ def panel_figure(panel: Panel) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=PANEL_INCHES, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr, call-arg]
     _fill(figure.subplots(), panel)
     return figure
 
@@ -120,17 +120,19 @@ def picture_figure(panels: Sequence[Panel], title: str, below: str, legend: Sequ
     rows = max(1, -(-len(panels) // COLUMNS))
     figure = Figure(figsize=(COLUMNS * 5, rows * 3.5), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # type: ignore[union-attr, call-arg]
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)  # a name may hold a $
     places = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axis, panel in zip(places, panels):
         _fill(axis, panel)
     for axis in places[len(panels) :]:
         axis.set_axis_off()
     if below:
-        figure.supxlabel(below, x=0.01, ha="left", fontsize=10)
+        figure.supxlabel(below, x=0.01, ha="left", fontsize=10, parse_math=False)
     if legend:
-        lines = [Line2D([], [], color=color, linestyle=dashes, label=label) for label, color, dashes in legend]
-        figure.legend(handles=lines, loc="outside upper left", ncols=4, fontsize=9)
+        lines = [Line2D([], [], color=color, ls=dashes, label="a run") for _, color, dashes in legend]
+        texts = figure.legend(handles=lines, loc="outside upper left", ncols=4, fontsize=9).get_texts()
+        for text, (label, _, _) in zip(texts, legend):  # afterwards: a label that begins with _ would be left out
+            text.set(text=label, parse_math=False)
     return figure
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,8 +15,8 @@ from chord_megatron.tracking.drawing import INK, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
 
-COLORMAP = "viridis"
 MOST_POINTS = 4_000  # in a figure; every k-th visit beyond
 MOST_MOVED = 10
 _LARGEST = 1e300
@@ -93,22 +93,31 @@ def _is_number_or_none(value: Any) -> bool:
 
 def _scatter(axis: Axes, *, visits: Sequence[Visit], field: str, label: str) -> None:
     steps, values, phis = zip(*((v.step, getattr(v, field), v.phi) for v in visits))
-    points = axis.scatter(steps, values, c=phis, cmap=COLORMAP, s=7, linewidths=0)
+    points = axis.scatter(steps, values, c=phis, cmap=_colors(), s=7, linewidths=0)
     axis.set_ylabel(f"{label} (nats)")
     if field == "shift":
         axis.axhline(0, color=INK, linewidth=0.8)
     axis.get_figure().colorbar(points, ax=axis, label="phi, summed over the answer")  # type: ignore[union-attr]
 
 
-def _moved(row: Sequence[Visit], most_phi: float) -> MovedRow:
+@cache
+def _colors() -> Colormap:
+    """From little phi to much: the part of plasma that is seen on white and on black."""
     from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    plasma = colormaps["plasma"]
+    return ListedColormap([plasma(0.3 + 0.55 * place / 255) for place in range(256)])
+
+
+def _moved(row: Sequence[Visit], most_phi: float) -> MovedRow:
     from matplotlib.colors import to_hex
 
-    thinned = row[:: max(1, len(row) // 40)]
+    thinned = [*row[: -1 : max(1, len(row) // 40)], row[-1]]
     xs = _spread([v.step for v in thinned], _WIDTH)
     ys = [_HEIGHT - y for y in _spread([v.log_prob for v in thinned], _HEIGHT)]
     shades = (0.0 if math.isnan(v.phi) or most_phi <= 0 else v.phi / most_phi for v in thinned)
-    colors = [to_hex(colormaps[COLORMAP](shade)) for shade in shades]
+    colors = [to_hex(_colors()(shade)) for shade in shades]
     return MovedRow(
         id=row[0].id,
         visits=len(row),

@@ -66,7 +66,7 @@ def test_runs_that_differ_in_seed_and_place_alone_are_one_group():
         ["unknown"],
         ["unknown, too"],
     ]
-    assert [group.name for group in groups] == ["a (3 seeds)", "other", "unknown", "unknown, too"]
+    assert [group.name for group in groups] == ["a (3 runs)", "other", "unknown", "unknown, too"]
     assert [group.line for group in groups[:2]] == [("C0", "-"), ("C1", "-")]
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import matplotlib as mpl
 import pytest
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 from typer.testing import CliRunner
@@ -165,6 +167,7 @@ def test_nothing_in_a_panel_overlaps(panel: Any) -> None:
         boxes.append(box_of(axis.get_legend(), figure))
     boxes += [box_of(each.yaxis.label, figure) for each in figure.axes if each.yaxis.label.get_text()]
     boxes.append(box_of(axis.xaxis.label, figure))
+    assert axis.bbox.width > figure.bbox.width / 2  # what stands beside it leaves it room
     assert overlapping(boxes) == []
     assert [box for box in boxes if not (figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1)] == []
     assert [box for box in boxes if not (figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1)] == []
@@ -177,7 +180,9 @@ def test_nothing_in_the_picture_overlaps() -> None:
     panels = run_panels(history(STEP))
     assert [panel.title for panel in panels] == ALL_PANELS
     with mpl.rc_context(style(LIGHT)):
-        figure = picture_figure(panels, "$x_1$ " * 10, "said\nsaid", [("a" * 30, "C0", "-"), ("b", "C1", "--")])
+        figure = picture_figure(
+            panels, "$x_1$ " * 10, "said\nsaid", [("_a $" + "a" * 30 + "$", "C0", "-"), ("b", "C1", "--")]
+        )
         FigureCanvasAgg(figure).draw()
     for axis in figure.axes:
         if axis.get_legend() is not None:
@@ -186,6 +191,7 @@ def test_nothing_in_the_picture_overlaps() -> None:
     for axis in figure.axes:  # the two of a panel with a right scale have one place
         places.setdefault(axis.get_subplotspec().num1, []).append(axis.get_tightbbox())  # type: ignore[arg-type, union-attr]
     (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_a $" + "a" * 30 + "$", "b"]
     texts = [text for text in (figure._suptitle, figure._supxlabel) if text is not None]  # type: ignore[attr-defined]
     assert len(places) == 9
     assert overlapping([*map(Bbox.union, places.values()), *(box_of(text, figure) for text in (*texts, legend))]) == []
@@ -206,7 +212,7 @@ def test_a_panel_is_drawn_in_both_themes() -> None:
     panel = run_panels(history(STEP))[0]
     for theme in (LIGHT, DARK):
         pixels = mpl.image.imread(io.BytesIO(draw_panel(panel, theme)))  # type: ignore[attr-defined]
-        assert mpl.colors.to_hex(pixels[0, 0]) == theme.paper  # type: ignore[attr-defined]
+        assert to_hex(pixels[0, 0]) == theme.paper
         shown = {tuple(color) for color in (pixels.reshape(-1, 4)[:, :3] * 255).round().astype(int)}
         assert tuple(round(255 * part) for part in mpl.colors.to_rgb(theme.cycle[4])) in shown  # type: ignore[attr-defined]
 
@@ -311,8 +317,8 @@ def test_expert_rows(tmp_path: Path) -> None:
     assert (gained.id, gained.visits, gained.first, gained.last, gained.phi) == (4, 2, -2.0, -1.0, 0.0)
     assert (lost.id, lost.visits, lost.first, lost.last) == (7, 3, -1.0, -1.5)
     assert (lost.line, lost.start) == ("5.0,5.0 100.0,22.0 195.0,39.0", 5.0)  # from top left to bottom right
-    assert lost.points[2] == (195.0, 39.0, "#440154")  # viridis at 0
-    assert gained.points[0][2] == "#fde725"  # at 1
+    assert lost.points[2] == (195.0, 39.0, to_hex(colormaps["plasma"](0.3)))
+    assert gained.points[0][2] == to_hex(colormaps["plasma"](0.85))
     page = Page(page_of(tmp_path))
     assert [a["alt"] for a, _ in page.of("img")][-2:] == [
         "Expert rows, over the steps",
