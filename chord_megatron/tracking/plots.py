@@ -135,16 +135,23 @@ def _time_split(axis: Axes, history: History) -> None:
     steps = [record["step"] for record in history.steps]
     edges = [step - 0.5 for step in steps] + [steps[-1] + 0.5]
     below = [0.0] * len(steps)
+
+    def stack(low: list[float], high: list[float], color: str, label: str) -> None:
+        ends = [*low, low[-1]], [*high, high[-1]]
+        # Of 10,000 steps several times as fast as axis.stairs.
+        axis.fill_between(edges, *ends, step="post", color=color, linewidth=0, label=label)
+
     for phase, color in PHASE_COLORS.items():
         if any(history.known(f"time_{phase}")):
             seconds = (0.0 if math.isnan(s) else s for s in history.column(f"time_{phase}"))
             top = [low + s for low, s in zip(below, seconds, strict=True)]
-            axis.stairs(top, edges, baseline=below, fill=True, color=color, label=phase)
+            stack(below, top, color, phase)
             below = top
     # max() keeps `low`, its first argument, where the total is NaN.
     top = [max(low, total) for low, total in zip(below, history.column("time_step"), strict=True)]
     if any(high > low for high, low in zip(top, below, strict=True)):
-        axis.stairs(top, edges, baseline=below, fill=True, color=GREY, label="other")
+        stack(below, top, GREY, "other")
+    axis.set_ylim(bottom=0)
 
 
 def _throughput(axis: Axes, history: History) -> None:

@@ -180,9 +180,8 @@ def test_nothing_in_the_picture_overlaps() -> None:
     panels = run_panels(history(STEP))
     assert [panel.title for panel in panels] == ALL_PANELS
     with mpl.rc_context(style(LIGHT)):
-        figure = picture_figure(
-            panels, "$x_1$ " * 10, "said\nsaid", [("_a $" + "a" * 30 + "$", "C0", "-"), ("b", "C1", "--")]
-        )
+        legend_rows = [("_a $" + "a" * 30 + "$", "C0", "-"), ("b", "C1", "--")]
+        figure = picture_figure(panels, "$x_1$ " * 10, "said\nsaid", legend_rows)
         FigureCanvasAgg(figure).draw()
     for axis in figure.axes:
         if axis.get_legend() is not None:
