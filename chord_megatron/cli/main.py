@@ -1,6 +1,6 @@
-"""The command line, a file a command: `chord-megatron init | data | train | evaluate | validate | doctor | ...`.
+"""The command line, a file a command: `chord-megatron init | data | train | evaluate | report | compare | ...`.
 
-Commands import what they run when they run, so that `--help` is instant.
+A file a command. Commands import what they run when they run, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 
 from chord_megatron import __version__
 from chord_megatron.cli import convert
+from chord_megatron.cli.compare import compare
 from chord_megatron.cli.data import show
 from chord_megatron.cli.doctor import doctor
 from chord_megatron.cli.evaluate import evaluate
@@ -66,7 +67,7 @@ def _add(command: Callable[..., int], to: typer.Typer = app, **how: Any) -> None
     to.command(**how)(run)
 
 
-for _command in (init, train, evaluate, validate, doctor, plan, report, serve):
+for _command in (init, train, evaluate, validate, doctor, plan, report, compare, serve):
     _add(_command)
 _add(import_, name="import", context_settings=SETTINGS)
 app.add_typer(convert.app, name="convert")
