@@ -32,7 +32,7 @@ class Figure(NamedTuple):
 
 def figure_of(panel: Panel) -> Figure:
     """Draw a panel for a page."""
-    return Figure(panel.title, *(_data_address(draw_panel(panel, theme)) for theme in (LIGHT, DARK)))
+    return Figure(panel.title, *map(_data_address, draw_panel(panel)))
 
 
 def render(template: str, *, script: str | None = None, **values: Any) -> bytes:
@@ -55,5 +55,5 @@ def _hash(text: str) -> Markup:
     return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'")
 
 
-def _data_address(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+def _data_address(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode('ascii')}"
