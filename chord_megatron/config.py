@@ -9,13 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from chord_megatron.algorithm.advantages import AdvantageEstimator, Scale
 from chord_megatron.algorithm.importance import ImportanceSamplingMode
 from chord_megatron.algorithm.policy_losses import ImportanceSamplingLevel, KLEstimator, LossType
 from chord_megatron.algorithm.presets import Preset
+from chord_megatron.config_names import OTHER_NAMES
 from chord_megatron.config_types import (
+    LARGEST_INTEGER,
     LARGEST_NUMBER,
     DataFormat,
     DataSet,
@@ -87,9 +89,8 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    # A file, a folder, a glob, or a `datasets` name, with ":subset" where it has subsets (docs/data.md); None = no
-    # prompts (mu must be 1).
-    # Several sources: [a.jsonl, {path: b.parquet, weight: 2.0}], whose rows come in the ratio of the weights.
+    # A file, folder, glob or `datasets` name, as "org/name:subset" (docs/data.md); or several, which come in the ratio
+    # of their weights: [a.jsonl, {path: b.parquet, weight: 2.0}]. None = no prompts (mu must be 1).
     dataset: DataSet | None = None
     dataset_split: Text = "train"  # for a `datasets` name
     eval_dataset: PathName | None = None
@@ -97,8 +98,7 @@ class DataConfig(_Group):
     num_eval_prompts: Positive | None = None  # the first N; None = all
     format: DataFormat = "auto"  # whose rows these are; auto recognises each row, and says what it was taken for
     max_rows: Positive | None = None  # of each source of data.dataset the first N; None = all
-    # Columns, also by a dotted path; None = those of the format.
-    prompt_column: Text | None = None  # text, or a list of chat messages
+    prompt_column: Text | None = None  # text, or chat messages; "a.b" leads into an object; None = the format's
     reference_column: Text | None = None
     reference_pattern: Pattern | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: PromptFormat = "chat"
@@ -140,9 +140,8 @@ class RolloutConfig(_Group):
     vllm_tensor_parallel_size: Positive = 1  # colocate
     vllm_gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)  # colocate: share of each GPU's memory
     vllm_enforce_eager: bool = False  # colocate: no CUDA graphs
-    sleep_level: Literal[0, 1, 2] = (
-        0  # colocate: 1 keeps the sampler's weights on the host while training, 2 drops them
-    )
+    # colocate: 1 keeps the sampler's weights on the host while training, 2 drops them
+    sleep_level: Literal[0, 1, 2] = 0
     offload_optimizer: bool = False  # colocate: optimizer state and gradients to the host while generating
     offload_model: bool = False  # colocate: the training weights to the host while generating
     vllm_servers: list[Text] | None = None  # server: http://host:port of each
@@ -221,6 +220,7 @@ class OptimizerConfig(_Group):
     min_lr: NonNegativeNumber = 0.0
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
     lr_warmup_iters: NonNegative = 0
+    lr_warmup_ratio: float | None = Field(default=None, ge=0, lt=1)  # in place of lr_warmup_iters: of train_iters
     weight_decay: NonNegativeNumber = 0.0
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
@@ -248,6 +248,8 @@ class TrainConfig(_Group):
     skip_idle_rows: bool = True  # rows whose loss has no gradient are not run
     share_prompts: bool = True  # the prompt of several rows of a micro-batch is read once, where the attention can
     train_iters: Positive
+    # In place of train_iters: passes over the prompts, over the experts at mu = 1; counted where the data is read.
+    num_train_epochs: PositiveNumber | None = None
     seed: NonNegative = 0
     eval_steps: Positive | None = None
     eval_temperature: TemperatureOrGreedy = 0.0  # 0 = greedy
@@ -259,6 +261,13 @@ class TrainConfig(_Group):
     async_save: bool = False  # a checkpoint's files are written while training goes on
     save_on_signal: bool = False  # SIGTERM, SIGINT: finish the step and save a checkpoint first
     max_skipped_steps: Positive = 5  # abort after that many non-finite steps in a row
+
+    @model_validator(mode="before")
+    @classmethod
+    def _iterations_until_counted(cls, values: Any) -> Any:
+        """A run of epochs is as long as any until its data is read."""
+        is_open = isinstance(values, dict) and values.get("num_train_epochs") is not None
+        return {**values, "train_iters": LARGEST_INTEGER} if is_open and values.get("train_iters") is None else values
 
 
 class TrackingConfig(_Group):
@@ -299,9 +308,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        mistakes = [_explain(item) for item in error.errors()]
-        more = f"; and {len(mistakes) - _MOST_MISTAKES} more" if len(mistakes) > _MOST_MISTAKES else ""
-        raise UserError("; ".join(mistakes[:_MOST_MISTAKES]) + more) from None
+        raise UserError(explain_mistakes(error)) from None
+
+
+def explain_mistakes(error: ValidationError) -> str:
+    """What is wrong with a configuration, in one sentence."""
+    mistakes = [_explain(item) for item in error.errors()]
+    more = f"; and {len(mistakes) - _MOST_MISTAKES} more" if len(mistakes) > _MOST_MISTAKES else ""
+    return "; ".join(mistakes[:_MOST_MISTAKES]) + more
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -366,8 +380,8 @@ def _explain(error: Any) -> str:
 
 def _nearest(location: list[str]) -> str:
     known = known_keys()
-    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group
-    wanted = same_leaf[0] if same_leaf else ".".join(location)
+    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group, or in none
+    wanted = same_leaf[0] if same_leaf else OTHER_NAMES.get(location[-1], ".".join(location))
     return did_you_mean(wanted, known) or f"; known groups are {', '.join(Config.model_fields)}"
 
 

@@ -1,6 +1,6 @@
-"""The command line, a file a command: `chord-megatron train | evaluate | validate | doctor | plan | report | ...`.
+"""The command line, a file a command: `chord-megatron init | data | train | evaluate | report | compare | ...`.
 
-Commands import what they run when they run, so that `--help` is instant.
+A file a command. Commands import what they run when they run, so that `--help` is instant.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ import typer
 
 from chord_megatron import __version__
 from chord_megatron.cli import convert
+from chord_megatron.cli.compare import compare
+from chord_megatron.cli.data import show
 from chord_megatron.cli.doctor import doctor
 from chord_megatron.cli.evaluate import evaluate
+from chord_megatron.cli.import_ import SETTINGS, import_
+from chord_megatron.cli.init import init
 from chord_megatron.cli.plan import plan
 from chord_megatron.cli.report import report
 from chord_megatron.cli.serve import serve
@@ -46,7 +50,7 @@ def _options(
     """What stands before the command."""
 
 
-def _add(command: Callable[..., int]) -> None:
+def _add(command: Callable[..., int], to: typer.Typer = app, **how: Any) -> None:
     """Register a command that returns its exit code; a UserError is one sentence and exit code 2."""
 
     @wraps(command)
@@ -60,9 +64,13 @@ def _add(command: Callable[..., int]) -> None:
             code = 130  # 128 + SIGINT, as of any program that it ends
         raise typer.Exit(code)
 
-    app.command()(run)
+    to.command(**how)(run)
 
 
-for _command in (train, evaluate, validate, doctor, plan, report, serve):
+for _command in (init, train, evaluate, validate, doctor, plan, report, compare, serve):
     _add(_command)
+_add(import_, name="import", context_settings=SETTINGS)
 app.add_typer(convert.app, name="convert")
+data = typer.Typer(help="Look at the data of a configuration.", no_args_is_help=True)
+_add(show, data)
+app.add_typer(data, name="data")

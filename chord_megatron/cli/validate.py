@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def validate(
     config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
 ) -> int:
-    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer.
+    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer, of
+    the data the rows that say how many steps epochs have.
 
     Of train.output_dir it says what would keep the run from beginning there, and writes nothing.
     """
@@ -26,9 +27,11 @@ def validate(
 
     from chord_megatron.data.tokenizer import load_tokenizer
     from chord_megatron.data.vocabulary import check_vocabulary
+    from chord_megatron.planning.plan import make_plan
     from chord_megatron.tracking.run_dir import RunDir
     from chord_megatron.tracking.run_lock import refuse_used
     from chord_megatron.training.beginning import find_beginning
+    from chord_megatron.training.counting import count
     from chord_megatron.weights.hf_config import read_architecture
 
     resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
@@ -41,16 +44,18 @@ def validate(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
     arch = read_architecture(model_dir)
     check_vocabulary(resolved, tokenizer, arch.vocab_size)
-    Console().print(_plan_table(resolved, plan, arch))
+    resolved, counted = count(resolved, plan, tokenizer)
+    plan = make_plan(resolved, arch, plan.world_size)
+    Console().print(_plan_table(resolved, plan, arch, *counted))
     return 0
 
 
-def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
+def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture, length: str = "") -> Table:
     from rich.table import Table
 
     from chord_megatron.planning.presets import cost_of_preset
 
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     table = Table(show_header=False, title="What one optimizer step does", title_justify="left")
     for name, value in (
         ("prompts", f"{plan.prompts_per_step}"),
@@ -78,7 +83,7 @@ def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture) -> Table:
         *([("layers", _layers(config, arch))] if parallel.pipeline_model_parallel_size > 1 else []),
         ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
-        ("steps", f"{train.train_iters}, into {train.output_dir}"),
+        ("steps", f"{length or config.train.train_iters}, into {config.train.output_dir}"),
     ):
         table.add_row(name, value)
     return table

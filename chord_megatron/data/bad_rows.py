@@ -28,6 +28,8 @@ class BadRows:
         self._place = "" if whole is None else f"{source} "
         # Of each reason: how many rows, and the place of the first. A data set and its files have one.
         self.found: dict[str, tuple[int, str]] = {} if whole is None else whole.found
+        # What was said of that first row, as far as it was read here.
+        self.examples: dict[str, str] = {} if whole is None else whole.examples
         self._files: list[tuple[int, BadRows]] = []  # with the first row of each
         self.first = 0  # of the rows that were read, the one that is counted as 0
         self.lines: Sequence[int] | None = None  # of the rows of a text file, from 1
@@ -45,11 +47,25 @@ class BadRows:
 
     def at_row(self, index: int) -> AbstractContextManager[None]:
         """Around the use of a row, from 0. A BadRow ends it here: UserError, or the row is skipped."""
-        index += self.first
-        if self._files:
-            first, file = self._files[bisect_right(self._files, index, key=lambda each: each[0]) - 1]
-            return file.at_row(index - first)
+        file, index = self._found_in(index)
+        if file is not None:
+            return file.at_row(index)
         return self.at_line(self.lines[index]) if self.lines else self._at(f" row {index}", f"row {index}")
+
+    def place(self, index: int) -> str:
+        """Where row `index`, from 0, is found: the line of a text file."""
+        file, index = self._found_in(index)
+        if file is not None:
+            return file.place(index)
+        return self._place + (f"{self.unit} {self.lines[index]}" if self.lines else f"row {index}")
+
+    def _found_in(self, index: int) -> tuple[BadRows | None, int]:
+        """The file of several that has a row, None where there is but one; and the number of the row there."""
+        index += self.first
+        if not self._files:
+            return None, index
+        first, file = self._files[bisect_right(self._files, index, key=lambda each: each[0]) - 1]
+        return file, index - first
 
     def at_line(self, number: int) -> AbstractContextManager[None]:
         """Around the reading of a line, or of an item of a list, from 1."""
@@ -64,6 +80,7 @@ class BadRows:
             bad = error if isinstance(error, BadRow) else BadRow("nested too deeply")
             if self._on_bad_row == "stop":
                 raise UserError(f"{self.source}{suffix}: {bad}; mend the row, or set data.on_bad_row=skip") from None
+            self.examples.setdefault(bad.reason, str(bad))
             self.add({bad.reason: (1, self._place + place)})
 
     def add(self, found: Mapping[str, tuple[int, str]]) -> None:

@@ -23,7 +23,7 @@ def make_prompt(index: int, row: Row, conversation: Conversation, turn: Turn, fi
         id=index,
         text=turn.text,
         tokens=turn.tokens,
-        reference=find_reference(_reference(row, conversation)),
+        reference=find_reference(reference_text(row, conversation)),
         columns=other_columns(row, conversation),
         prefill=turn.prefill,
     )
@@ -34,7 +34,8 @@ def other_columns(row: Row, conversation: Conversation) -> dict[str, Any]:
     return {name: row[name] for name in row if name != conversation.column}
 
 
-def _reference(row: Row, conversation: Conversation) -> str:
+def reference_text(row: Row, conversation: Conversation) -> str:
+    """What a pattern takes the reference of. Raises BadRow."""
     if conversation.other != FINAL:
         return read_text(row, conversation.other)
     if conversation.answer is None:

@@ -14,6 +14,7 @@ from chord_megatron.doctor.check import Check
 from chord_megatron.doctor.machine import Gpu, available_memory
 from chord_megatron.planning.memory import checkpoint_bytes, export_bytes
 from chord_megatron.planning.rank_memory import RankMemory
+from chord_megatron.planning.steps import is_counted
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import size
 from chord_megatron.tracking.run_dir import RunDir
@@ -174,6 +175,8 @@ def _copies_to_write(config: Config, *, already: int) -> int:
     """How many more copies than the `already` saved ones there will be at once."""
     train = config.train
     saves = math.ceil(train.train_iters / train.save_steps) if train.save_steps else 1
+    if not is_counted(config):
+        saves = 2  # at the least: how many epochs have, the data says
     # The oldest goes when the newest is complete.
     at_once = saves if train.save_total_limit is None else min(saves, train.save_total_limit + 1)
     return max(1, at_once - already)

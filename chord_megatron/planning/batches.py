@@ -7,6 +7,7 @@ import math
 from chord_megatron.algorithm.presets import SEMANTICS
 from chord_megatron.config import Config
 from chord_megatron.planning.schedule import needs_rollouts
+from chord_megatron.planning.steps import check_length_of_run, is_counted
 from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -87,7 +88,9 @@ def expert_max_length(config: Config, arch: ModelArchitecture) -> int:
 def check_steps(config: Config, steps_per_rollout: int) -> None:
     """That counts of steps fit one another, and the optimizer's numbers, too."""
     train, optimizer = config.train, config.optimizer
-    for name, value in (("train_iters", train.train_iters), ("save_steps", train.save_steps)):
+    check_length_of_run(config)
+    iterations = train.train_iters if is_counted(config) else None
+    for name, value in (("train_iters", iterations), ("save_steps", train.save_steps)):
         if value is not None and value % steps_per_rollout:
             raise UserError(
                 f"train.{name}={value} is not a multiple of grpo.steps_per_generation x num_iterations = "

@@ -46,12 +46,12 @@ MAY_CHANGE = _keys(
     chord="chord_sft_global_batch_size chord_sft_per_device_train_batch_size chord_mu_peak chord_mu_valley "
     "chord_mu_warmup_steps chord_mu_decay_steps mu_schedule mu_target mu_start mu_smoothing mu_update_steps "
     "chord_enable_phi_function expert_weight expert_weight_cutoff luffy_gamma",
-    optimizer="lr min_lr lr_decay_style lr_warmup_iters weight_decay adam_beta1 adam_beta2 adam_eps clip_grad "
-    "overlap_grad_reduce use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype "
+    optimizer="lr min_lr lr_decay_style lr_warmup_iters lr_warmup_ratio weight_decay adam_beta1 adam_beta2 adam_eps "
+    "clip_grad overlap_grad_reduce use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype "
     "exp_avg_sq_dtype optimizer_cpu_offload optimizer_offload_fraction",
     train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
-    "share_prompts train_iters eval_steps eval_temperature eval_num_generations early_stopping_patience save_steps "
-    "save_total_limit keep_best async_save save_on_signal max_skipped_steps",
+    "share_prompts train_iters num_train_epochs eval_steps eval_temperature eval_num_generations "
+    "early_stopping_patience save_steps save_total_limit keep_best async_save save_on_signal max_skipped_steps",
     tracking="report_to log_completions diagnose_steps",
 )
 

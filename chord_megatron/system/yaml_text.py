@@ -70,6 +70,15 @@ def write_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
+def write_yaml_line(value: Any) -> str:
+    """The same, on one line."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, default_style=style, width=float("inf")
+    )
+    return text.removesuffix("...\n").strip()
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's, with the scalars of version 1.2 alone."""
 

@@ -23,6 +23,7 @@ class Rule:
     lasting: int
     sentence: str
     of_first: bool = False  # the threshold is a share of the first value
+    only_at: tuple[str, float] | None = None  # another metric, which contradicts the sentence where it is not at this
 
     @property
     def condition(self) -> str:
@@ -31,12 +32,19 @@ class Rule:
 
     def since(self, rows: Sequence[Mapping[str, Any]]) -> int | None:
         """The step since which it holds without a break up to the last measurement; None: it does not."""
-        known = [(row["step"], row[self.metric]) for row in rows if row.get(self.metric) is not None]
-        threshold = self.threshold * known[0][1] if self.of_first and known else self.threshold
+        known = [row for row in rows if row.get(self.metric) is not None]
+        threshold = self.threshold * known[0][self.metric] if self.of_first and known else self.threshold
         begin = len(known)
-        while begin and _COMPARE[self.side](known[begin - 1][1], threshold):
+        while begin and self._holds(known[begin - 1], threshold):
             begin -= 1
-        return known[begin][0] if len(known) - begin >= self.lasting else None
+        return known[begin]["step"] if len(known) - begin >= self.lasting else None
+
+    def _holds(self, row: Mapping[str, Any], threshold: float) -> bool:
+        if self.only_at is not None:
+            other, value = self.only_at
+            if row.get(other) not in (None, value):
+                return False
+        return _COMPARE[self.side](row[self.metric], threshold)
 
     def says(self, rows: Sequence[Mapping[str, Any]]) -> str | None:
         """Its sentence about the steps of a run, in order; None where it has nothing to say."""
@@ -86,6 +94,7 @@ RULES = (
         5,
         "no group has different rewards, so that rollouts teach nothing; take prompts of another difficulty, or more "
         "generations of each (where rewards are missing, unscorable_completions counts them).",
+        only_at=("idle_row_fraction", 1),  # grpo.kl_in_reward tells apart completions whose rewards are equal
     ),
     Rule(
         "idle_row_fraction",

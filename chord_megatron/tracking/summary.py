@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.findings import findings
@@ -120,12 +121,22 @@ def summary_rows(summary: Summary) -> list[tuple[str, str]]:
 def print_summary(run_dir: Path, console: Console) -> None:
     """Print the summary of a run as a table, and what its curves suggest. Raises UserError when it has no metrics."""
     history = load_history(run_dir)
-    table = Table(title=run_dir.resolve().name, show_header=False)
+    table = Table(title=Text(run_dir.resolve().name), show_header=False)
     for row in summary_rows(summarize_history(history)):
         table.add_row(*row)
     console.print(table)
     for sentence in findings(history.steps):
         console.print(f"- {sentence}", markup=False, highlight=False)
+
+
+def summary_document(run_dir: Path) -> dict[str, Any]:
+    """The same as one JSON object. Raises UserError when the run has no metrics."""
+    history = load_history(run_dir)
+    return {
+        "run": run_dir.resolve().name,
+        "summary": asdict(summarize_history(history)),
+        "findings": findings(history.steps),
+    }
 
 
 def _number(value: float | int | None) -> float:

@@ -34,6 +34,7 @@ from chord_megatron.tracking.heartbeat import Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.beginning import find_beginning
+from chord_megatron.training.counting import counted_in
 from chord_megatron.training.evaluation import Evaluator, build_evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.mu_control import MuControl
@@ -69,6 +70,10 @@ class Run:
         self._steps_per_rollout = plan.steps_per_rollout
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
+        config, length = counted_in(data, config, plan)
+        if config is not self.config:
+            self.config, plan = config, make_plan(config, arch, plan.world_size)
+            beginning = find_beginning(self.run_dir, config, plan)
         check_vocabulary(config, tokenizer, arch.vocab_size, data)
         expert_lengths = ((expert_name(row), tokens) for row, tokens in lengths_of(data.experts))
         refuse_longer_rows(expert_lengths, config.train.max_tokens_per_micro_batch)
@@ -105,7 +110,7 @@ class Run:
             self.next_step = self._resume()
             self.outputs: RunOutputs | None = None  # rank 0 writes
             if self.groups.rank == 0:
-                notes = [self.engine.acceleration_note, *data.notes, *links_out_of(model_dir)]
+                notes = [self.engine.acceleration_note, *data.notes, *length, *links_out_of(model_dir)]
                 self.outputs = RunOutputs(
                     config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=beginning.changed
                 )

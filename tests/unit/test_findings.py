@@ -70,6 +70,18 @@ def test_a_break_starts_it_anew_and_steps_without_a_number_do_not():
     assert rule.since([{"step": 0, "loss": 1.0}, *rows_of("mu", [0.0, 0.0])]) == FIRST
 
 
+def test_equal_rewards_that_the_kl_in_them_tells_apart_are_no_finding():
+    """With grpo.kl_in_reward advantages differ where rewards do not, which idle_row_fraction shows."""
+    equal = [{"step": step, "zero_std_fraction": 1.0, "idle_row_fraction": float(step < 2)} for step in range(9)]
+    assert findings(equal) == []
+    assert [said.split(":")[0] for said in findings([row | {"idle_row_fraction": 1.0} for row in equal])] == [
+        "zero_std_fraction at 1 since step 0",
+        "idle_row_fraction above 0.75 since step 0",
+    ]
+    without = [{key: value for key, value in row.items() if key != "idle_row_fraction"} for row in equal]
+    assert len(findings(without)) == 1  # of an older run
+
+
 def test_numbers_that_are_none_hold_nothing():
     assert all(rule.says(rows_of(rule.metric, [math.nan] * 9)) is None for rule in RULES)
 
@@ -82,10 +94,14 @@ def test_a_healthy_run_has_no_findings():
     assert findings([{"step": step, **healthy} for step in range(20)]) == []
 
 
+def and_at(rule: Rule) -> str:
+    return f", and `{rule.only_at[0]}` not below it" if rule.only_at else ""
+
+
 def test_the_docs_have_every_threshold():
     lines = DOCS.read_text(encoding="utf-8").splitlines()
     for rule in RULES:
-        (row,) = [line for line in lines if line.startswith(f"| `{rule.metric}` {rule.condition} |")]
+        (row,) = [line for line in lines if line.startswith(f"| `{rule.metric}` {rule.condition}{and_at(rule)} |")]
         assert row.split("|")[2].strip() == str(rule.lasting)
 
 

@@ -19,7 +19,8 @@ from chord_megatron.planning.resuming import changes
 from chord_megatron.rollout.recorded_routing import RoutingForm, encode
 from chord_megatron.rollout.replay import ReplayRollout, RolloutRecorder
 from chord_megatron.system.errors import UserError
-from chord_megatron.tracking import report
+from chord_megatron.tracking.completions import read_completions
+from chord_megatron.tracking.expert_rows import read_visits
 from chord_megatron.tracking.plots import draw_history
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
@@ -173,7 +174,8 @@ INPUTS = {
     "metrics, drawn": Input("metrics.jsonl", METRICS, lambda path: draw_history(load_history(path.parent), "x"), 15),
     "completions, resumed": Input("completions.jsonl", COMPLETIONS, resume),
     "experts, resumed": Input("experts.jsonl", EXPERTS, resume),
-    "completions, shown": Input("completions.jsonl", COMPLETIONS, report._samples),
+    "completions, shown": Input("completions.jsonl", COMPLETIONS, read_completions),
+    "experts, shown": Input("experts.jsonl", EXPERTS, read_visits),
     "configuration of another run": Input(
         "config.yaml", b"model: {path: some/model}\ntrain: {seed: 0}\n", refuse_other_run
     ),

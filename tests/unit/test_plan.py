@@ -590,12 +590,16 @@ def test_mu_of_the_configured_schedule():
         ("gsm8k/gsm8k.yaml", ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0")),
         (
             "ms_swift_chord/chord_8gpu.yaml",
-            ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0, 0.05 at step 2262"),
+            ("256 = 32 prompts x 8", "64", "TP 2 x PP 1 x DP 4", "3 steps: 1 epoch of 100 prompts, 32 a step"),
         ),
     ],
 )
 def test_the_examples_validate(model_dir: Path, example: str, rows: tuple[str, ...]):
+    prompts = model_dir / "prompts.jsonl"  # where epochs are counted
+    prompts.write_text(json.dumps({"problem": "1 + 1", "solution": "2"}) + "\n", encoding="utf-8")
+    prompts.write_text(prompts.read_text(encoding="utf-8") * 100, encoding="utf-8")
     arguments = ["validate", str(EXAMPLES / example), f"model.path={model_dir}", "--nproc-per-node", "8"]
+    arguments += [f"data.dataset={prompts}", "data.prompt_format=text", "data.system_prompt=null"]
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.stderr
     for row in rows:

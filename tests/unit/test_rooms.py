@@ -21,11 +21,14 @@ MAY_IMPORT = {
     "ops": "types system",
     "weights": "system",
     "config_types": "system",
-    "config": "config_types algorithm system",
+    "config_names": "",
+    "config": "config_names config_types algorithm system",
     "batching": "algorithm types system",
     "data": "config config_types types system",
     "rewards": "types system",
-    "planning": "config algorithm weights types system",
+    "importers": "config algorithm system",
+    "planning": "config config_types algorithm weights types system",
+    "inspection": "planning rewards data config config_types weights types system",
     "tracking": "algorithm types system",
     "checkpoints": "weights system",
     "backend": "checkpoints planning batching config config_types ops weights types system",
@@ -38,8 +41,8 @@ MAY_IMPORT = {
     "algorithm types system",
     "evaluation": "training rollout backend tracking planning rewards data config weights types system",
     "train": "training system",
-    "cli": "train evaluation training doctor rollout rollout/serving backend checkpoints tracking planning rewards "
-    "data config weights system",
+    "cli": "importers train evaluation training inspection doctor rollout rollout/serving backend checkpoints tracking "
+    "planning rewards data config weights system",
 }
 # Tensors, numbers and explicit groups in, tensors out.
 PURE = ("algorithm", "batching", "ops", "weights")

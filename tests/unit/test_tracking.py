@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import re
 import threading
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ from chord_megatron.system.files import JsonLines, read_json_lines
 from chord_megatron.tracking.plots import running_mean
 from chord_megatron.tracking.progress import RECENT_STEPS, format_step
 from chord_megatron.tracking.progress import ProgressLine as Progress
-from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.step_metrics import ExpertRow
 from chord_megatron.tracking.summary import EvalPoint, load_history, print_summary, summarize_history
@@ -334,62 +332,6 @@ def test_print_summary(tmp_path: Path) -> None:
     text = stream.getvalue()
     assert tmp_path.name in text
     assert "0.2000 (step 2)" in text and "rollout 60%, reward 5%, train 30%, sync 2%" in text
-
-
-@pytest.mark.parametrize("step", ['"<script>alert(1)</script>"', '["<script>"]', "1.5", "true", "null"])
-def test_a_step_of_the_report_is_a_number(tmp_path: Path, step: str) -> None:
-    write_run(tmp_path, 2)
-    (tmp_path / "completions.jsonl").write_text(f'{{"step": {step}, "prompt": "p", "completion": "c"}}\n')
-    with pytest.raises(UserError, match=r"line 1 of .*completions.jsonl has no step \(an integer from 0 on\)"):
-        write_report(tmp_path)
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_report(tmp_path: Path) -> None:
-    with open_log(tmp_path) as log:
-        for step in range(30):
-            right_axes = {"kl": 0.01, "truncated_fraction": 0.5, "effective_sample_size": 0.9}
-            log.log_step(step_metrics(step, log_prob_diff_mean=0.0, **right_axes))
-            rows = [{"prompt": f"p{step}", "completion": "<script>alert(1)</script>", "reward<b>": 1.0}]
-            log.log_completions(step, rows)
-        log.log_eval(30, {"eval_reward_mean": 0.75})
-    (tmp_path / "config.yaml").write_text("model: '<img src=x>'\n")
-    png, html = write_report(tmp_path)
-    assert (png, html) == (tmp_path / "report.png", tmp_path / "report.html")
-    assert png.read_bytes().startswith(b"\x89PNG")
-    page = html.read_text("utf-8")
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<script" not in page
-    assert "reward&lt;b&gt;: 1" in page and "&lt;img src=x&gt;" in page and "<img src=x" not in page
-    assert "<td>0.7500 (step 30)</td>" in page
-    assert [name for name in ("p0", "p1", "p28", "p29") if f"<pre>{name}</pre>" in page] == ["p0", "p29"]
-    assert re.findall(r'(?:src|href)="(.{22})', page) == ["data:image/png;base64,"]  # nothing external
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        [{"step": 0, "loss": 0.5, "time_rollout": 1.0, "time_step": 2.0}],
-        [{"step": 3, "loss": None, "reward_mean": None, "kl": None, "time_step": None}],
-        [{"step": 0, "eval_reward_mean": 0.5}],
-        [{"step": 0, "eval_reward_mean": None}],
-    ],
-    ids=["single step", "nothing known", "evaluation only", "evaluation without reward"],
-)
-def test_report_of_a_sparse_run(tmp_path: Path, records: list[dict[str, Any]]) -> None:
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    png, html = write_report(tmp_path)
-    assert png.stat().st_size > 10_000
-    steps = sum("loss" in record for record in records)
-    assert f"<th>Training steps</th><td>{steps}</td>" in html.read_text("utf-8")
-
-
-def test_report_without_metrics(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"metrics.jsonl does not exist; give the output directory"):
-        write_report(tmp_path)
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(UserError, match=r"metrics.jsonl is empty"):
-        write_report(tmp_path)
 
 
 def test_running_mean() -> None:

@@ -1,0 +1,54 @@
+"""`chord-megatron compare`: the curves, numbers and configurations of several runs beside one another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="where the two files go")] = Path(),
+    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> int:
+    """Write comparison.html and comparison.png of several runs, finished or not.
+
+    Runs that differ in train.seed alone are one curve: their mean, in a band from the lowest to the highest.
+    """
+    from rich.console import Console
+
+    from chord_megatron.system.files import finite
+    from chord_megatron.tracking.comparison_report import load_comparison, write_comparison
+
+    comparison = load_comparison(run_dirs)
+    paths = write_comparison(comparison, output)
+    if print_json:
+        print(json.dumps(finite({**comparison.document(), "files": [str(path) for path in paths]}), indent=2))
+        return 0
+    columns, rows = comparison.numbers()
+    console = Console()
+    console.print(_table(columns, [texts for texts, _ in rows]))
+    if comparison.differing:
+        names = ["key", *(group.name for group in comparison.groups)]
+        console.print(_table(names, [[key, *texts] for key, texts in comparison.differing]))
+    print(*paths, sep="\n")
+    return 0
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for name in columns:
+        table.add_column(Text(name), overflow="fold")
+    for texts in rows:
+        table.add_row(*map(Text, texts))
+    return table
