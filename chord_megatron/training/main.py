@@ -15,12 +15,15 @@ import torch.distributed as dist
 from chord_megatron.backend.groups import meet, shut_down_distributed
 from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import Config, load_config
+from chord_megatron.data.hub import with_local_model
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.listening import is_loopback, listen_on_loopback
 from chord_megatron.system.processes import signal_name
+from chord_megatron.system.sentences import say
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held
+from chord_megatron.tracking.waiting import Watch
 from chord_megatron.training.run import Run
 from chord_megatron.training.stopping import Stopped, StopSignals
 
@@ -42,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         with process.signals.heard():
             return process.run(arguments)
     except Stopped as stopped:
-        process.say(_ending(stopped, process.where))
+        process.say(process.ending(stopped))
         return process.leave(128 + stopped.number)
     finally:
         shut_down_distributed()
@@ -55,12 +58,14 @@ class _Process:
         self.signals, self.where = StopSignals(), Whereabouts()
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._limit = timedelta(seconds=_SECONDS_FOR_RANK_0)
+        self._run_dir: RunDir | None = None
 
     def run(self, arguments: list[str]) -> int:
         """Train, or say why not."""
         try:
-            config = load_config(arguments[0], arguments[1:])
-            if RunDir(Path(config.train.output_dir)).is_finished(config.train.train_iters):
+            config = with_local_model(load_config(arguments[0], arguments[1:]))
+            self._run_dir = RunDir(Path(config.train.output_dir))
+            if self._run_dir.is_finished(config.train.train_iters):
                 if self._rank == 0:
                     print(f"{config.train.output_dir} is finished; raise train.train_iters to train on", flush=True)
                 return 0
@@ -81,14 +86,33 @@ class _Process:
     def _train(self, config: Config) -> None:
         self._limit = timedelta(minutes=config.parallel.distributed_timeout_minutes)
         _stay_on_this_machine(config)
+        assert self._run_dir is not None
         with ExitStack() as opened:
             if self._rank == 0:
-                run_dir = RunDir(Path(config.train.output_dir))
-                run_dir.refuse_unusable()
-                opened.enter_context(held(run_dir.path))
+                self._run_dir.refuse_unusable()
+                opened.enter_context(held(self._run_dir.path))
             if self._world_size > 1:
                 opened.enter_context(self._heartbeat())
-            Run(config, self.signals, self.where).train()
+            watch = opened.enter_context(Watch(self.where)) if self._rank == 0 else None
+            run = Run(config, self.signals, self.where)
+            if watch and run.outputs:
+                watch.show = run.outputs.log.waiting
+            run.train()
+
+    def ending(self, stopped: Stopped) -> str:
+        """Where a signal has ended the run, and what the same command does next."""
+        name = signal_name(stopped.number)
+        if stopped.saved_step is not None:
+            at = f"stopped by {name} before step {stopped.saved_step}, with a checkpoint"
+        elif self.where.step is None:
+            at = f"stopped by {name} at the start" + (f" ({self.where.phase})" if self.where.moves else "")
+        else:
+            at = f"stopped by {name} at step {self.where.step} ({self.where.phase})"
+        try:
+            saved = self._run_dir.resume_step() if self._run_dir else None
+        except UserError:  # the same command will say it
+            return f"{at}; the same command looks for a checkpoint to resume from"
+        return f"{at}; the same command {'begins anew' if saved is None else f'resumes from step {saved}'}"
 
     def _heartbeat(self) -> Heartbeat:
         late = min(SECONDS_UNTIL_LATE, self._limit.total_seconds() / 2)
@@ -102,7 +126,7 @@ class _Process:
         except (RuntimeError, UserError):  # rank 0 has ended, with its store: once on each node
             is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         if is_first:
-            print(sentence, file=sys.stderr, flush=True)
+            say(sentence, sys.stderr)
 
     def leave(self, exit_code: int) -> int:
         """The exit code. Ends at once where there are other ranks: they wait in a collective until this one is gone."""
@@ -124,13 +148,6 @@ class _Process:
             f"error: rank {self._rank} has lost another rank, or got no answer from it within "
             f"parallel.distributed_timeout_minutes={minutes:g}, in {self.where} ({reason})"
         )
-
-
-def _ending(stopped: Stopped, where: Whereabouts) -> str:
-    name = signal_name(stopped.number)
-    if stopped.saved_step is not None:
-        return f"ended by {name} after step {stopped.saved_step}, which is saved; the same command goes on from there"
-    return f"ended by {name} in {where}; the same command goes on from the latest checkpoint"
 
 
 def _stay_on_this_machine(config: Config) -> None:
