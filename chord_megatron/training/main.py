@@ -28,6 +28,7 @@ from chord_megatron.training.run import Run
 from chord_megatron.training.stopping import Stopped, StopSignals
 
 _SECONDS_FOR_RANK_0 = 60  # to come, where this rank has only a mistake to tell
+_SECONDS_FOR_RANK_0_TO_SPEAK = 1
 _SECONDS_FOR_THE_CAUSE = 5  # to be heard first: the launcher ends this process meanwhile
 
 _SIGNS_OF_A_LOST_RANK = ("gloo/transport", "ncclRemoteError")
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         with process.signals.heard():
             return process.run(arguments)
     except Stopped as stopped:
+        if process.rank:  # rank 0 has bars on its terminal to clear away first, if it was told, too
+            time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)
         process.say(process.ending(stopped))
         return process.leave(128 + stopped.number)
     finally:
@@ -56,7 +59,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.signals, self.where = StopSignals(), Whereabouts()
-        self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._limit = timedelta(seconds=_SECONDS_FOR_RANK_0)
         self._run_dir: RunDir | None = None
 
@@ -66,7 +69,7 @@ class _Process:
             config = with_local_model(load_config(arguments[0], arguments[1:]))
             self._run_dir = RunDir(Path(config.train.output_dir))
             if self._run_dir.is_finished(config.train.train_iters):
-                if self._rank == 0:
+                if self.rank == 0:
                     print(f"{config.train.output_dir} is finished; raise train.train_iters to train on", flush=True)
                 return 0
             self._train(config)
@@ -88,12 +91,12 @@ class _Process:
         _stay_on_this_machine(config)
         assert self._run_dir is not None
         with ExitStack() as opened:
-            if self._rank == 0:
+            if self.rank == 0:
                 self._run_dir.refuse_unusable()
                 opened.enter_context(held(self._run_dir.path))
             if self._world_size > 1:
                 opened.enter_context(self._heartbeat())
-            watch = opened.enter_context(Watch(self.where)) if self._rank == 0 else None
+            watch = opened.enter_context(Watch(self.where)) if self.rank == 0 else None
             run = Run(config, self.signals, self.where)
             if watch and run.outputs:
                 watch.show = run.outputs.log.waiting
@@ -116,7 +119,7 @@ class _Process:
 
     def _heartbeat(self) -> Heartbeat:
         late = min(SECONDS_UNTIL_LATE, self._limit.total_seconds() / 2)
-        store, rank, world_size = meet(self._limit), self._rank, self._world_size
+        store, rank, world_size = meet(self._limit), self.rank, self._world_size
         return Heartbeat(store, self.where, rank=rank, world_size=world_size, seconds_until_late=late)
 
     def say(self, sentence: str) -> None:
@@ -145,7 +148,7 @@ class _Process:
         minutes = self._limit.total_seconds() / 60
         reason = str(error).splitlines()[0][:200]
         return (
-            f"error: rank {self._rank} has lost another rank, or got no answer from it within "
+            f"error: rank {self.rank} has lost another rank, or got no answer from it within "
             f"parallel.distributed_timeout_minutes={minutes:g}, in {self.where} ({reason})"
         )
 
