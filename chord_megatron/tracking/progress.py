@@ -10,6 +10,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from chord_megatron.system.sentences import fitted
 from chord_megatron.system.work import Work
@@ -47,12 +48,13 @@ class ProgressLine:
             self._recent.append(metrics["time_step"] or 0.0)
         step = int(metrics["step"] or 0)
         eta = self._eta(step)
-        fields = step_fields(metrics, self._train_iters, eta)
-        if self._bars is None:
-            self._console.print(" | ".join(fields))
-        else:
-            self._console.print(_broken(fields, self._console.width))
+        self.fields(step_fields(metrics, self._train_iters, eta))
+        if self._bars is not None:
             self._bars.show_run(step + 1, self._train_iters, eta)
+
+    def fields(self, fields: Sequence[str]) -> None:
+        """Print them on a line, on a terminal on as many as they need."""
+        self._console.print(" | ".join(fields) if self._bars is None else _broken(fields, self._console.width))
 
     def waiting(self, work: Work, line: str, is_due: bool) -> None:
         """Say how far a phase is: in its bar, and where there is none in a line of its own, when that is due."""
@@ -86,8 +88,10 @@ class _Bars:
     def __init__(self, console: Console, step: int, train_iters: int) -> None:
         self._progress = Progress(
             BarColumn(bar_width=16),
-            TextColumn("{task.description}", markup=False),
+            # It has the room that the bar leaves, and is cut where that is too little; without that the bar gives way.
+            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
             console=console,
+            expand=True,
             refresh_per_second=2,
             transient=True,
         )

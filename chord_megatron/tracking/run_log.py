@@ -70,7 +70,7 @@ class RunLog:
         self._write_scalars(record)
         self.last_eval_step = step
         shown = (f"{k.removeprefix('eval_')} {v:.4g}" for k, v in metrics.items() if v is not None)
-        self.message(" | ".join((f"eval at step {step}", *shown)))
+        self._progress.fields([f"eval at step {step}", *shown])
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record sampled completions of a training step, one line each."""

@@ -18,7 +18,7 @@ Show = Callable[[Work, str, bool], None]  # the line, and whether it is due wher
 
 
 def in_words(where: Whereabouts, seconds: float) -> str:
-    """Where a process is, how far, and how long that takes: `rollout of step 3: 40 of 256 completions in 12.0 s, ...`.
+    """Where a process is, how far, and how long that takes: `rollout of step 3: 40 of 256 completions, ...`.
 
     At the start of a run `seconds` are those since it began.
     """
@@ -26,11 +26,9 @@ def in_words(where: Whereabouts, seconds: float) -> str:
     if not work.total:
         waiting = f", {work.what}" if work.what else ""
         return f"{where}{waiting}: {format_duration(seconds)} so far"
-    line = f"{where}: {work.done} of {work.total} {work.what} in {format_duration(seconds)}"
-    if not work.done or not seconds:
-        return line
-    rate = work.done / seconds
-    return f"{line}, {rate:.3g}/s, ETA {format_duration((work.total - work.done) / rate)}"
+    rate = work.done / seconds if seconds else 0.0
+    speed = f", {rate:.3g}/s, ETA {format_duration((work.total - work.done) / rate)}" if rate else ""
+    return f"{where}: {work.done} of {work.total} {work.what}{speed} ({format_duration(seconds)} so far)"
 
 
 @dataclass

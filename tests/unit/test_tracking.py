@@ -299,7 +299,8 @@ def test_a_terminal_keeps_each_step_whole_above_the_bars(tmp_path: Path, monkeyp
     stream = Terminal()
     path = "/a/path/that/is/longer/than/what/is/left/of/the/line/and/that/one/wants/to/copy/as/it/stands"
     with RunLog(tmp_path, train_iters=2, report_to=(), stream=stream) as log:
-        log.waiting(Work("completions", 3, 8), "rollout of step 0: 3 of 8 completions", is_due=False)
+        log.log_eval(0, {f"eval_{name}_mean": 0.25 for name in ("reward", "response_length", "another", "third")})
+        log.waiting(Work("completions", 3, 8), "rollout of step 0: 3 of 8 completions" + ", far" * 20, is_due=False)
         log.log_step(step_metrics(0))
         log.message(f"the checkpoint of step 1, which is the newest that the run has so far, is saved in {path}")
         log.log_step(step_metrics(1, loss_rollout=-0.5))
@@ -311,6 +312,8 @@ def test_a_terminal_keeps_each_step_whole_above_the_bars(tmp_path: Path, monkeyp
         "    12,345 tokens/s | 10.0 s/step: rollout 60% reward 5% train 30% sync 2%",
     ]
     assert [line for line in lines if line and "━" not in line] == [
+        "eval at step 0 | reward_mean 0.25 | response_length_mean 0.25",
+        "    another_mean 0.25 | third_mean 0.25",
         *step,
         "the checkpoint of step 1, which is the newest that the run has so far, is saved",
         "in",
@@ -319,7 +322,9 @@ def test_a_terminal_keeps_each_step_whole_above_the_bars(tmp_path: Path, monkeyp
         "    loss 0.5000 (rollout -0.5000 / expert 0.7500) | entropy 0.830",
         step[2],
     ]
-    assert "rollout of step 0: 3 of 8 completions" in text and "1 of 2 steps, ETA 10.0 s" in text
+    bars = [line for line in lines if "rollout of step 0: 3 of 8 completions" in line]
+    assert {(line.index(" "), len(line), line[-1]) for line in bars} == {(16, 80, "…")}  # whole, beside what fits
+    assert "1 of 2 steps, ETA 10.0 s" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
 
 

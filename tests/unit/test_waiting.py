@@ -54,9 +54,9 @@ def test_the_words():
         )
     with where.within("rollout"):
         where.work.begin("completions", 256)
-        assert in_words(where, 10) == "rollout of step 3: 0 of 256 completions in 10.0 s"
+        assert in_words(where, 10) == "rollout of step 3: 0 of 256 completions (10.0 s so far)"
         where.work.done = 64
-        assert in_words(where, 20) == "rollout of step 3: 64 of 256 completions in 20.0 s, 3.2/s, ETA 0:01:00"
+        assert in_words(where, 20) == ("rollout of step 3: 64 of 256 completions, 3.2/s, ETA 0:01:00 (20.0 s so far)")
 
 
 def test_a_watch_shows_where_its_process_is_until_it_ends():
