@@ -19,7 +19,7 @@ comma := ,
 install: .venv/run
 	@echo 'the command is $(BIN)/chord-megatron; `. $(BIN)/activate` puts it on the PATH of this shell'
 
-# Some 30 steps, in under a minute: a run, its report, and the same command again, which resumes.
+# 24 steps of the same, half a minute of them, and their report.
 demo-short: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml train.output_dir=$(DEMO)/short --nproc-per-node 2 \
 	  train.train_iters=24 train.eval_steps=12 train.save_steps=12

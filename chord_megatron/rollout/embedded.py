@@ -63,7 +63,7 @@ class EmbeddedRollout:
         repeated, rank, size = request.repeated, self._replicas.rank(), self._replicas.size()
         # Side by side, so that the completions of a prompt stay together and the engine reads it once.
         mine = range(len(repeated) * rank // size, len(repeated) * (rank + 1) // size)
-        completions = []
+        completions: list[Completion] = []
         # All ranks call equally often: with experts on other ranks a call is a collective of the replicas.
         largest_share = -(-len(repeated) // size)
         self._work.begin("completions of this rank" if size > 1 else "completions", len(mine))
