@@ -49,7 +49,7 @@ def end_before_the_run(number: int, _frame: FrameType | None) -> NoReturn:
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         sentence = f"stopped by {signal_name(number)} before the run began; the same command starts it\n"
-        os.write(sys.stderr.fileno(), sentence.encode())
+        os.write(2, sentence.encode())
     os._exit(128 + number)
 
 
