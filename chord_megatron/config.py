@@ -241,7 +241,7 @@ class OptimizerConfig(_Group):
 class TrainConfig(_Group):
     output_dir: PathName
     micro_batch_size: Positive = 1  # sequences packed into one micro-batch
-    global_batch_size: Positive  # completions per optimizer step
+    global_batch_size: Positive | None = None  # completions per optimizer step; None where mu is 1 throughout
     # In place of micro_batch_size: rows are spread over ranks and micro-batches by their cost; the same loss.
     max_tokens_per_micro_batch: Positive | None = None
     packing_order: Literal["arrival", "shuffled"] = "arrival"  # shuffled spreads long rows over ranks; same loss

@@ -75,8 +75,4 @@ def describe(chosen: Acceleration, installed: Installed) -> str:
         kind = f"Megatron local (TransformerEngine {missing})"
     fusion = "fused" if chosen.fuse_gradient_accumulation else f"unfused (Apex's kernel {missing})"
     overlap = "overlapped" if chosen.overlap_grad_reduce else "not overlapped"
-    prompts = "read once a micro-batch" if chosen.share_prompts else "read by each row"
-    return (
-        f"layers: {kind}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}, "
-        f"shared prompts: {prompts}"
-    )
+    return f"layers: {kind}, Adam: {installed.adam}, gradient accumulation: {fusion}, gradient reduction: {overlap}"

@@ -71,6 +71,11 @@ class Cohort:
             self._select_cached(rows)
         self.padding = torch.cat([self.padding, self.padding.new_zeros(len(rows), 1)], dim=1)
 
+    @property
+    def num_ended(self) -> int:
+        """Completions that need no more tokens."""
+        return self._num_rows if self.is_done else self._num_rows - len(self.alive)
+
     def finish(self) -> None:
         """Nothing more is drawn: forget the cache."""
         self.is_finished = True

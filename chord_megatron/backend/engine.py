@@ -266,14 +266,18 @@ class MegatronEngine:
         params: SamplingParams,
         *,
         record_routing: bool = False,
+        tell: Callable[[int], None] = lambda ended: None,
     ) -> list[tuple[Tensor, ...]]:
         """(completion tokens int32, their log-probs float32) of each prompt, on the host, by KV-cache decoding.
 
         seeds: what each completion's random numbers are drawn from; nothing else influences them. record_routing: and,
-        as a third, the experts of the tokens of prompt and completion (RolloutSample.routing).
+        as a third, the experts of the tokens of prompt and completion (RolloutSample.routing). tell: is called with
+        each token, and told how many completions have ended.
         """
         self._assert_here("model")
-        return generate_batch(self._chunks, prompts, seeds, params, self.groups, record_routing=record_routing)
+        return generate_batch(
+            self._chunks, prompts, seeds, params, self.groups, record_routing=record_routing, tell=tell
+        )
 
     def export_hf_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(HF name, full tensor) of the current weights, in the order of `hf_tensors`; every rank must exhaust it."""

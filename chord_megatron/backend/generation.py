@@ -38,10 +38,12 @@ def generate_batch(
     groups: ParallelGroups,
     *,
     record_routing: bool = False,
+    tell: Callable[[int], None] = lambda ended: None,
 ) -> list[tuple[Tensor, ...]]:
     """(tokens int32, log-probs float32) of one completion for each prompt, on the host; an end token is part of it.
 
     record_routing: and, as a third, which experts served the tokens of prompt and completion (RolloutSample.routing).
+    tell: is called with each token, and told how many completions have ended.
 
     A collective of the ranks that share a model (TP x PP); data-parallel replicas run their own batches, and so do
     context-parallel ranks. Under expert parallelism replicas serve each other in every layer: all of them have to call
@@ -57,7 +59,7 @@ def generate_batch(
     with _inference_mode(chunks), listening(routers if record_routing else []) as heard:
         for cohort in cohorts if record_routing else ():
             cohort.routing = CompletionRouting(heard, routers[0].arch, groups)
-        _Pipeline(chunks, cohorts, params, groups).run()
+        _Pipeline(chunks, cohorts, params, groups, tell).run()
     return [row for cohort in cohorts for row in cohort.results()]
 
 
@@ -92,8 +94,14 @@ class _Pipeline:
     """
 
     def __init__(
-        self, chunks: list[torch.nn.Module], cohorts: list[Cohort], params: SamplingParams, groups: ParallelGroups
+        self,
+        chunks: list[torch.nn.Module],
+        cohorts: list[Cohort],
+        params: SamplingParams,
+        groups: ParallelGroups,
+        tell: Callable[[int], None],
     ) -> None:
+        self._tell_ended = tell
         self._models = [unwrap(chunk) for chunk in chunks]
         self._cohorts, self._params, self._groups = cohorts, params, groups
         # CUDA sums need not be the same twice; and an expert computes the tensor-parallel ranks' copies of a token as
@@ -185,6 +193,7 @@ class _Pipeline:
             drawn = torch.empty(len(cohort.alive), dtype=torch.int64, device=self._groups.device)
         self._share(drawn)
         cohort.take(drawn)
+        self._tell_ended(sum(cohort.num_ended for cohort in self._cohorts))
         if _may_stop(cohort.is_done, self._groups):
             self._share(cohort.log_probs)
             cohort.finish()

@@ -13,6 +13,7 @@ from chord_megatron.backend.acceleration import Acceleration
 from chord_megatron.backend.transformer_options import checked_options, refusals_named
 from chord_megatron.config import ModelConfig, ParallelConfig
 from chord_megatron.planning.pipeline import stage_layers
+from chord_megatron.system.errors import UserError
 from chord_megatron.weights.architecture import ModelArchitecture, YarnRope
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,6 +28,11 @@ def transformer_config(
     """
     config_class = TransformerConfig if arch.mla is None else MLATransformerConfig
     options = checked_options(model.transformer_config, config_class, transformer_impl=acceleration.transformer_impl)
+    if options.get("gradient_accumulation_fusion") and not acceleration.fuse_gradient_accumulation:
+        raise UserError(
+            "model.transformer_config.gradient_accumulation_fusion=true needs a GPU and Apex's kernel for it, which "
+            "this machine lacks; remove it: where both are there, it is on"
+        )
     with refusals_named(model):
         return _build(config_class, {**_defaults(acceleration), **options}, arch, model, parallel, acceleration)
 

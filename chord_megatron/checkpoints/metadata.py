@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from chord_megatron.checkpoints.bounded_pickle import BoundedUnpickler, Inert
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
-from chord_megatron.system.sentences import shown
+from chord_megatron.system.sentences import looked_for, shown
 
 METADATA_FILE = ".metadata"
 # Where megatron-core keeps what is no tensor, since 0.19 (checkpoints/common_state.py).
@@ -36,7 +36,9 @@ def find_checkpoint(directory: Path) -> Path:
     """The folder with the .metadata file: `directory`, or Megatron-LM's latest iteration below it. UserError."""
     tracker = directory / _TRACKER
     if not directory.is_dir():
-        raise UserError(f"the checkpoint folder {directory} is not a directory")
+        raise UserError(
+            f"the checkpoint folder {directory} is not a directory{looked_for(directory)}{_instead_of(directory)}"
+        )
     if not (directory / METADATA_FILE).is_file() and tracker.is_file():
         latest = tracker.read_bytes().decode("ascii", errors="replace").strip()
         if not re.fullmatch("release|[0-9]{1,15}", latest):
@@ -53,7 +55,19 @@ def find_checkpoint(directory: Path) -> Path:
     if any(directory.glob("mp_rank_*")):
         raise UserError(f'{directory} is in Megatron-LM\'s old "torch" format; {_TORCH_DIST_REMEDY}')
     _refuse_other_backend(directory)
-    raise UserError(f"{directory} is not a Megatron checkpoint: it has neither .metadata nor {_TRACKER}")
+    raise UserError(
+        f"{directory} is not a Megatron checkpoint: it has neither .metadata nor {_TRACKER}{_instead_of(directory)}"
+    )
+
+
+def _instead_of(directory: Path) -> str:
+    """The end of a sentence that refuses a folder: the newest checkpoint of a run nearby, if there is one."""
+    for folder in (directory / "checkpoints", directory, directory.parent, directory.parent / "checkpoints"):
+        steps = [step for step in folder.glob("step_*") if (step / METADATA_FILE).is_file() and step != directory]
+        if steps:
+            newest = max(steps, key=lambda step: (len(step.name), step.name))  # by number
+            return f"; did you mean {newest}?"
+    return ""
 
 
 def _refuse_other_backend(directory: Path) -> None:

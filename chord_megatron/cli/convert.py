@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import say
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +114,7 @@ def _exit_codes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from chord_megatron.cli.options import Nodes, Overrides, ProcessesPerNode, validated
+from chord_megatron.cli.options import Nodes, Overrides, PrintJson, ProcessesPerNode, validated
 
 
 def doctor(
@@ -16,7 +16,7 @@ def doctor(
     overrides: Overrides = None,
     nproc_per_node: ProcessesPerNode = 1,
     nnodes: Nodes = 1,
-    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    print_json: PrintJson = False,
 ) -> int:
     """Say what this machine has and what replaces the rest; exit code 1 where training, or CONFIG, cannot run."""
     from rich.console import Console
@@ -36,7 +36,7 @@ def doctor(
     else:
         Console().print(as_table(checks))
         if not problems(checks):
-            what = "training" if config is None else "this run\n(its data, rewards and servers were not looked at)"
+            what = "training" if config is None else "this run\n(its data, rewards and servers were not checked)"
             print(f"\nnothing on this machine stands in the way of {what}")
     for problem in problems(checks):
         print(f"problem: {problem}", file=sys.stderr)

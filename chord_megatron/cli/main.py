@@ -26,11 +26,11 @@ from chord_megatron.cli.serve import serve
 from chord_megatron.cli.train import train
 from chord_megatron.cli.validate import validate
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import say
 
 app = typer.Typer(
     help="CHORD training on Megatron-Core models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -58,7 +58,7 @@ def _add(command: Callable[..., int], to: typer.Typer = app, **how: Any) -> None
         try:
             code = command(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", sys.stderr)
             code = 2
         except KeyboardInterrupt:
             code = 130  # 128 + SIGINT, as of any program that it ends

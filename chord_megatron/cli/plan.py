@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chord_megatron.cli.options import ConfigFile, Overrides
+from chord_megatron.cli.options import ConfigFile, Overrides, PrintJson
+from chord_megatron.system.sentences import counted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,19 +34,20 @@ def plan(
     mfu: Annotated[float, typer.Option(min=0.01, max=1, help="share of its peak that computing reaches")] = 0.5,
     show: Annotated[int, typer.Option(min=1, help="so many layouts in the table")] = 8,
     output: Annotated[Path | None, typer.Option(help="a new file for what is proposed")] = None,
-    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    print_json: PrintJson = False,
 ) -> int:
     """Propose a layout for GPUs that need not be here: what fits, memory and time by part. Computed, not measured.
 
     Of the model only config.json is read.
     """
     from chord_megatron.config import load_config
+    from chord_megatron.data.hub import with_local_model
     from chord_megatron.planning.gpus import Assumptions, Cluster, gpu_named
     from chord_megatron.planning.proposals import search
     from chord_megatron.weights.hf_config import read_architecture
 
     cluster = Cluster(gpu_named(gpu), _count(gpus, nodes, gpus_per_node), gpus_per_node)
-    before = load_config(config, overrides)
+    before = with_local_model(load_config(config, overrides), weights=False)
     _refuse_output(output)
     assumptions = Assumptions(mfu=mfu)
     found = search(before, read_architecture(Path(before.model.path)), cluster, assumptions)
@@ -119,7 +121,7 @@ def _title(before: Config, best: Proposal, cluster: Cluster, assumptions: Assump
     gpu, load = cluster.gpu, workload(before, best.layout.plan, assumptions.fill)
     nodes = -(-cluster.gpus // cluster.gpus_per_node)
     return (
-        f"{before.model.path} on {cluster.gpus} x {gpu.name} ({nodes} node{'s' * (nodes > 1)}): {gpu.memory_gb:g} GB, "
+        f"{before.model.path} on {cluster.gpus} x {gpu.name} ({counted(nodes, 'node')}): {gpu.memory_gb:g} GB, "
         f"{gpu.bf16_tflops:g} TFLOP/s, HBM {gpu.hbm_gb_per_s:g}, NVLink {gpu.nvlink_gb_per_s:g}, network "
         f"{gpu.network_gb_per_s:g} GB/s ({gpu.source})\n"
         f"memory: every row of {load.longest_row} tokens, TransformerEngine's layers; time: rows of "

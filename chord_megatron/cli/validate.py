@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, ProcessesPerNode, validated
+from chord_megatron.cli.options import ConfigFile, Nodes, Overrides, PrintJson, ProcessesPerNode, validated
+from chord_megatron.system.sentences import counted
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from chord_megatron.config import Config
     from chord_megatron.planning.plan import Plan
     from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def validate(
-    config: ConfigFile, overrides: Overrides = None, nproc_per_node: ProcessesPerNode = 1, nnodes: Nodes = 1
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nproc_per_node: ProcessesPerNode = 1,
+    nnodes: Nodes = 1,
+    print_json: PrintJson = False,
 ) -> int:
     """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer, of
     the data the rows that say how many steps epochs have.
 
     Of train.output_dir it says what would keep the run from beginning there, and writes nothing.
     """
-    from rich.console import Console
-
     from chord_megatron.data.tokenizer import load_tokenizer
     from chord_megatron.data.vocabulary import check_vocabulary
     from chord_megatron.planning.plan import make_plan
@@ -34,7 +37,7 @@ def validate(
     from chord_megatron.training.counting import count
     from chord_megatron.weights.hf_config import read_architecture
 
-    resolved, plan = validated(config, overrides, nproc_per_node * nnodes)
+    resolved, plan = validated(config, overrides, nproc_per_node * nnodes, loads_weights=False)
     run_dir = RunDir(Path(resolved.train.output_dir))
     run_dir.refuse_unusable()
     if nnodes == 1:  # a node that comes back to a run of several finds it in use, by that run
@@ -44,49 +47,66 @@ def validate(
     tokenizer = load_tokenizer(model_dir, trust_remote_code=resolved.model.trust_remote_code)
     arch = read_architecture(model_dir)
     check_vocabulary(resolved, tokenizer, arch.vocab_size)
-    resolved, counted = count(resolved, plan, tokenizer)
+    resolved, length = count(resolved, plan, tokenizer)
     plan = make_plan(resolved, arch, plan.world_size)
-    Console().print(_plan_table(resolved, plan, arch, *counted))
+    _print(resolved, plan, dict(_rows(resolved, plan, arch, *length)), as_json=print_json)
     return 0
 
 
-def _plan_table(config: Config, plan: Plan, arch: ModelArchitecture, length: str = "") -> Table:
+def _print(config: Config, plan: Plan, rows: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        document = {"plan": asdict(plan), "summary": rows, "config": config.model_dump()}
+        print(json.dumps(document, indent=2, default=str))
+        return
+    from rich.console import Console
     from rich.table import Table
 
-    from chord_megatron.planning.presets import cost_of_preset
-
-    parallel = config.parallel
     table = Table(show_header=False, title="What one optimizer step does", title_justify="left")
-    for name, value in (
-        ("prompts", f"{plan.prompts_per_step}"),
-        (
-            "completions",
-            f"{plan.completions_per_step} = {plan.prompts_per_step} prompts x {config.rollout.num_generations}",
-        ),
-        ("expert rows", f"{plan.expert_rows_per_step}"),
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _rows(config: Config, plan: Plan, arch: ModelArchitecture, length: str = "") -> list[tuple[str, str]]:
+    """Name and text of what is said; nothing of a stream that the run has not."""
+    from chord_megatron.planning.presets import cost_of_preset
+    from chord_megatron.planning.schedule import needs_rollouts
+    from chord_megatron.planning.workload import reads_experts
+
+    return [
+        *(_rollouts(config, plan) if needs_rollouts(config) else []),
+        *([("expert rows", f"{plan.expert_rows_per_step}")] if reads_experts(config) else []),
         ("micro-batches", _micro_batches(config, plan)),
-        ("rollouts", f"{config.rollout.engine}, new ones every {plan.steps_per_rollout} step(s)"),
-        (
-            "layout",
-            f"{plan.world_size} processes = TP {parallel.tensor_model_parallel_size}"
-            f" x PP {parallel.pipeline_model_parallel_size}"
-            + f" x CP {parallel.context_parallel_size}" * (parallel.context_parallel_size > 1)
-            + f" x DP {plan.data_parallel_size}"
-            + (
-                f", VPP {parallel.virtual_pipeline_model_parallel_size}"
-                * bool(parallel.virtual_pipeline_model_parallel_size)
-            )
-            + ", sequence parallel" * parallel.sequence_parallel
-            + ", distributed optimizer" * config.optimizer.use_distributed_optimizer,
-        ),
+        ("layout", _layout(config, plan)),
         *_memory(config, plan, arch),
-        *([("layers", _layers(config, arch))] if parallel.pipeline_model_parallel_size > 1 else []),
+        *([("layers", _layers(config, arch))] if config.parallel.pipeline_model_parallel_size > 1 else []),
         ("mu", _mu(config)),
         ("semantics", ": ".join(filter(None, (config.chord.semantics, cost_of_preset(config))))),
         ("steps", f"{length or config.train.train_iters}, into {config.train.output_dir}"),
-    ):
-        table.add_row(name, value)
-    return table
+    ]
+
+
+def _rollouts(config: Config, plan: Plan) -> list[tuple[str, str]]:
+    generations, steps = config.rollout.num_generations, plan.steps_per_rollout
+    often = "at every step" if steps == 1 else f"every {steps} steps"
+    groups = f"{counted(plan.prompts_per_step, 'prompt')} x {counted(generations, 'completion')}"
+    return [
+        ("prompts", f"{plan.prompts_per_step}"),
+        ("completions", f"{plan.completions_per_step} = {groups}"),
+        ("rollouts", f"{config.rollout.engine}, new ones {often}"),
+    ]
+
+
+def _layout(config: Config, plan: Plan) -> str:
+    parallel = config.parallel
+    sizes = [("TP", parallel.tensor_model_parallel_size), ("PP", parallel.pipeline_model_parallel_size)]
+    sizes += [("CP", parallel.context_parallel_size)] * (parallel.context_parallel_size > 1)
+    sizes += [("DP", plan.data_parallel_size)]
+    layout = f"{counted(plan.world_size, 'process', 'processes')} = " + " x ".join(f"{n} {size}" for n, size in sizes)
+    if parallel.virtual_pipeline_model_parallel_size:
+        layout += f", VPP {parallel.virtual_pipeline_model_parallel_size}"
+    layout += ", sequence parallel" * parallel.sequence_parallel
+    return layout + ", distributed optimizer" * config.optimizer.use_distributed_optimizer
 
 
 def _memory(config: Config, plan: Plan, arch: ModelArchitecture) -> list[tuple[str, str]]:
@@ -104,9 +124,9 @@ def _memory(config: Config, plan: Plan, arch: ModelArchitecture) -> list[tuple[s
 def _micro_batches(config: Config, plan: Plan) -> str:
     budget = config.train.max_tokens_per_micro_batch
     if budget is not None:
-        return f"as many per data-parallel rank as the lengths need, of up to {budget} tokens"
-    size = config.train.micro_batch_size
-    return f"{plan.micro_batches_per_step} per data-parallel rank, of up to {size} packed sequences"
+        return f"as many on each data-parallel rank as the lengths need, of up to {budget} tokens"
+    size = counted(config.train.micro_batch_size, "packed sequence")
+    return f"{plan.micro_batches_per_step} on each data-parallel rank, of up to {size}"
 
 
 def _layers(config: Config, arch: ModelArchitecture) -> str:
@@ -121,9 +141,11 @@ def _layers(config: Config, arch: ModelArchitecture) -> str:
 
 
 def _mu(config: Config) -> str:
-    from chord_megatron.planning.schedule import CLOSED_LOOPS, mu_at, mu_range
+    from chord_megatron.planning.schedule import CLOSED_LOOPS, is_valley_throughout, mu_at, mu_range
 
     chord, last = config.chord, config.train.train_iters - 1
+    if is_valley_throughout(chord):
+        return f"{chord.chord_mu_valley:.3g} throughout, the valley: without warm-up and decay the peak is not read"
     start = f"{mu_at(config, 0):.3g} at step 0"
     if chord.mu_schedule not in CLOSED_LOOPS:
         return f"{start}, {mu_at(config, last):.3g} at step {last}"

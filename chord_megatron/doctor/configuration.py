@@ -16,7 +16,7 @@ from chord_megatron.planning.memory import checkpoint_bytes, export_bytes
 from chord_megatron.planning.rank_memory import RankMemory
 from chord_megatron.planning.steps import is_counted
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import size
+from chord_megatron.system.sentences import counted, size
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -124,7 +124,7 @@ def check_host_memory(
     parts += [f"{size(state.aside)} a process while trainer and vLLM make room ({_MAKE_ROOM})"] if state.aside else []
     parts += [f"{size(state.offloaded)} optimizer a process"] if state.offloaded else []
     parts += [f"{size(saving)} of checkpoints that are being written (train.async_save)"] if saving else []
-    what = f"{size(needed)} for {nproc_per_node} process{'es' * (nproc_per_node > 1)}: {', '.join(parts)}"
+    what = f"{size(needed)} for {counted(nproc_per_node, 'process', 'processes')}: {', '.join(parts)}"
     if needed > free:
         remedy = f"start fewer processes here, or {_LESS_MEMORY}"
         return Check(name, found, "wrong", f"{found}, but needed are {what}", remedy, is_blocking=True)

@@ -170,7 +170,7 @@ def _ask(config: Config, cases: Sequence[_Case]) -> dict[str, list[float]]:
         reference_column=config.data.reference_column,
     )
     try:
-        size = config.train.global_batch_size
+        size = config.train.global_batch_size or len(cases)
         parts = [_ask_at_once(asked, cases[start : start + size]) for start in range(0, len(cases), size)]
     finally:
         asked.close()

@@ -237,12 +237,13 @@ def _fallback(material: Material, before: Config, error: str) -> _Layout:
     arch, processes = material.arch, material.processes
     tp = math.gcd(processes, arch.num_query_groups)
     share = math.lcm(_NUM_GENERATIONS, processes // tp)
-    rows = -(-before.train.global_batch_size // share) * share
+    completions = before.train.global_batch_size or share
+    rows = -(-completions // share) * share
     keys = [
         Key("tensor_model_parallel_size", tp, "as far as the heads allow; the memory does not suffice, see above"),
         Key("sequence_parallel", tp > 1, "splits norms, too, over TP"),
     ]
-    changed = [] if rows == before.train.global_batch_size else [Key("train.global_batch_size", rows, "of a step")]
+    changed = [] if rows == completions else [Key("train.global_batch_size", rows, "of a step")]
     return _Layout(keys, changed, f"On {processes} x {_GPU.name}: {error}")
 
 

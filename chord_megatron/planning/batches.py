@@ -13,8 +13,16 @@ from chord_megatron.weights.architecture import ModelArchitecture
 
 
 def check_batches(config: Config, data_parallel_size: int) -> None:
-    """That groups are whole and micro-batches full, where they are counted in rows."""
+    """That groups are whole and micro-batches full, where they are counted in rows; nothing where none is drawn."""
     size, micro_batch_size = config.train.global_batch_size, config.train.micro_batch_size
+    counts_experts = config.chord.chord_sft_per_device_train_batch_size is not None
+    if not (needs_rollouts(config) or counts_experts):
+        return
+    if size is None:
+        wanted = "while mu < 1; for supervised training alone set chord.chord_mu_peak=1 and chord.chord_mu_valley=1"
+        if counts_experts:
+            wanted = "by chord.chord_sft_per_device_train_batch_size; or set chord.chord_sft_global_batch_size instead"
+        raise UserError(f"train.global_batch_size, the completions of an optimizer step, is required {wanted}")
     num_generations = config.rollout.num_generations
     share = micro_batch_size * data_parallel_size if counts_rows(config) else 1
     remedy = f"set train.global_batch_size to {_multiples_around(size, math.lcm(num_generations, share))}"
@@ -31,7 +39,7 @@ def check_batches(config: Config, data_parallel_size: int) -> None:
 
 
 def counts_rows(config: Config) -> bool:
-    """Whether something depends on how many rows a micro-batch has."""
+    """Whether something depends on how many rows are in a micro-batch."""
     is_cut_by_rows = config.train.max_tokens_per_micro_batch is None
     has_means_of_rows = SEMANTICS[config.chord.semantics].micro_batches is not None
     return is_cut_by_rows or has_means_of_rows or config.chord.chord_sft_per_device_train_batch_size is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from chord_megatron.config import Config, ParallelConfig
 from chord_megatron.planning.pipeline import stage_layers
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import counted
 from chord_megatron.weights.architecture import MixtureOfExperts, ModelArchitecture
 
 
@@ -21,7 +22,7 @@ def check_layout(config: Config, arch: ModelArchitecture, world_size: int) -> in
         if cp > 1:
             kinds, sizes = f"{kinds} x context", f"{sizes} x {cp}"
         raise UserError(
-            f"{world_size} process{'es' * (world_size > 1)} cannot hold {kinds} = {sizes} = {ranks} ranks a model; "
+            f"{counted(world_size, 'process', 'processes')} cannot hold a model on {kinds} = {sizes} = {ranks} ranks; "
             f"start a multiple of {ranks} processes (--nproc-per-node, --nnodes)"
         )
     _check_expert_parallel(parallel, arch, ranks_per_stage=world_size // pp)
@@ -85,4 +86,4 @@ def _check_expert_parallel(parallel: ParallelConfig, arch: ModelArchitecture, *,
 def _check_router(moe: MixtureOfExperts) -> None:
     """Refuse what Megatron-Core's topk_routing_with_score_function computes otherwise than transformers."""
     if moe.experts_per_token == 1 and moe.normalize_top_k:
-        raise UserError("a model that normalizes the weight of a single expert a token cannot be trained; use another")
+        raise UserError("a model that normalizes the weight of a token's single expert cannot be trained; use another")

@@ -12,7 +12,7 @@ def check_preset(config: Config, expert_rows_per_step: int) -> None:
     """That the preset's micro-batches exist, and its bounds fit the configuration's. Raises UserError."""
     chord, grpo, train = config.chord, config.grpo, config.train
     semantics, key = SEMANTICS[chord.semantics], f"chord.semantics={chord.semantics}"
-    num_micro_batches = train.global_batch_size // train.micro_batch_size
+    num_micro_batches = (train.global_batch_size or 0) // train.micro_batch_size
     if semantics.micro_batches == "equal" and expert_rows_per_step % num_micro_batches:
         raise UserError(
             f"{key} draws as many expert rows for each of the {num_micro_batches} micro-batches of a step, but a step "

@@ -211,7 +211,7 @@ def with_fitting_batches(config: Config, data_parallel_size: int) -> Config:
     any number of rows comes out.
     """
     train, num_generations = config.train, config.rollout.num_generations
-    if not counts_rows(config):
+    if train.global_batch_size is None or not counts_rows(config):
         return config
     is_free = SEMANTICS[config.chord.semantics].micro_batches is None
     is_free &= config.chord.chord_sft_per_device_train_batch_size is None

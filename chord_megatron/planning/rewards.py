@@ -6,6 +6,7 @@ from typing import Any
 
 from chord_megatron.algorithm.advantages import ESTIMATORS, Scale
 from chord_megatron.config import Config, GRPOConfig
+from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.planning.unread import refuse_unread
 from chord_megatron.system.errors import UserError
 
@@ -53,5 +54,11 @@ def soft_max_length(config: Config) -> int:
 
 
 def reward_settings(config: Config) -> dict[str, Any]:
-    """The group `rewards` with what other groups say of it."""
-    return {**config.rewards.model_dump(), "soft_max_length": soft_max_length(config)}
+    """The group `rewards` with what other groups say of it; without functions where nothing is scored."""
+    unused: dict[str, Any] = {} if scores_completions(config) else {"reward_funcs": [], "reward_weights": None}
+    return {**config.rewards.model_dump(), "soft_max_length": soft_max_length(config), **unused}
+
+
+def scores_completions(config: Config) -> bool:
+    """Whether there are any, of steps or of evaluations."""
+    return needs_rollouts(config) or config.train.eval_steps is not None

@@ -87,6 +87,31 @@ def check_mu_schedule(config: Config) -> None:
     refuse_unread("chord", chord, _UNREAD[chord.mu_schedule], f"chord.mu_schedule={chord.mu_schedule}")
     if chord.mu_schedule in CLOSED_LOOPS:
         _check_closed_loop(chord)
+    elif chord.mu_schedule != "constant":
+        _check_decay(chord)
+
+
+def _check_decay(chord: ChordConfig) -> None:
+    """That there is one, from the peak down to the valley."""
+    peak, valley = chord.chord_mu_peak, chord.chord_mu_valley
+    if is_valley_throughout(chord):
+        if peak not in (valley, ChordConfig.model_fields["chord_mu_peak"].default):
+            raise UserError(
+                f"chord.chord_mu_peak={peak:g} is never reached where chord.chord_mu_warmup_steps and "
+                f"chord.chord_mu_decay_steps are 0: mu is chord.chord_mu_valley={valley:g} throughout; set one of the "
+                "lengths, or chord.mu_schedule=constant to stay at the peak"
+            )
+    elif peak < valley:
+        raise UserError(
+            f"chord.chord_mu_peak={peak:g} is below chord.chord_mu_valley={valley:g}, to which mu decays; exchange "
+            "them, or set the valley to at most the peak"
+        )
+
+
+def is_valley_throughout(chord: ChordConfig) -> bool:
+    """Whether mu never leaves the valley, because there is neither warm-up nor decay."""
+    has_lengths = chord.chord_mu_warmup_steps or chord.chord_mu_decay_steps
+    return chord.mu_schedule in ("cosine", "linear") and not has_lengths
 
 
 def _check_closed_loop(chord: ChordConfig) -> None:

@@ -55,8 +55,8 @@ def _steps(config: Config, prompts: int, experts: int, expert_rows_per_step: int
     assert epochs is not None
     draws_rollouts = needs_rollouts(config)
     rows, what = (prompts, "prompts") if draws_rollouts else (experts, "expert rows")
-    in_a_step = config.train.global_batch_size // config.rollout.num_generations
-    in_a_step = in_a_step if draws_rollouts else max(1, expert_rows_per_step)
+    prompts_of_a_step = (config.train.global_batch_size or 0) // config.rollout.num_generations
+    in_a_step = prompts_of_a_step if draws_rollouts else max(1, expert_rows_per_step)
     # A generation batch has the prompts of steps_per_generation steps, and is used num_iterations times.
     in_a_draw = in_a_step * grpo.steps_per_generation
     draws = max(1, math.floor(epochs * rows / in_a_draw))

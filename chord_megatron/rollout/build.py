@@ -17,15 +17,21 @@ from chord_megatron.rollout.servers.pool import ServerPool
 from chord_megatron.rollout.servers.rollout import ServerRollout
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer, WeightTransfer
 from chord_megatron.rollout.updates.agreement import identity, read_token
+from chord_megatron.system.work import Work
 from chord_megatron.weights.architecture import ModelArchitecture
 
 
-def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> RolloutEngine:
-    """Raises UserError where the engine is not installed or cannot be reached. A collective call of all ranks."""
+def build_rollout(
+    config: Config, engine: MegatronEngine, groups: ParallelGroups, work: Work | None = None
+) -> RolloutEngine:
+    """Raises UserError where the engine is not installed or cannot be reached. A collective call of all ranks.
+
+    work: where the engine tells how far it is.
+    """
     rollout = config.rollout
     match rollout.engine, rollout.vllm_mode:
         case "megatron", _:
-            return build_embedded(config, engine, groups)
+            return build_embedded(config, engine, groups, work)
         case "replay", _:
             assert rollout.replay_from is not None
             form = _routing_form(config, engine.arch)
@@ -33,11 +39,13 @@ def build_rollout(config: Config, engine: MegatronEngine, groups: ParallelGroups
         case "vllm", "colocate":
             return _build_colocate(config, engine)
         case "vllm", "server":
-            return _build_servers(config, groups)
+            return _build_servers(config, groups, work or Work())
     raise AssertionError(f"rollout.engine={rollout.engine} with vllm_mode={rollout.vllm_mode} has no builder")
 
 
-def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroups) -> EmbeddedRollout:
+def build_embedded(
+    config: Config, engine: MegatronEngine, groups: ParallelGroups, work: Work | None = None
+) -> EmbeddedRollout:
     """The engine that samples with the training weights."""
     return EmbeddedRollout(
         engine,
@@ -46,6 +54,7 @@ def build_embedded(config: Config, engine: MegatronEngine, groups: ParallelGroup
         seed=config.train.seed,
         max_batch_size=config.rollout.max_batch_size,
         routing=_routing_form(config, engine.arch),
+        work=work,
     )
 
 
@@ -77,7 +86,7 @@ def _build_colocate(config: Config, engine: MegatronEngine) -> RolloutEngine:
         )
 
 
-def _build_servers(config: Config, groups: ParallelGroups) -> ServerRollout:
+def _build_servers(config: Config, groups: ParallelGroups, work: Work) -> ServerRollout:
     rollout = config.rollout
     pool = None
     if groups.rank == 0:
@@ -87,6 +96,7 @@ def _build_servers(config: Config, groups: ParallelGroups) -> ServerRollout:
             identity(Path(config.model.path), config.model.dtype),
             timeout=rollout.vllm_server_timeout,
             max_in_flight=rollout.max_batch_size,
+            work=work,
         )
     return ServerRollout(pool, _build_transfer(config, groups.device), groups.device, seed=config.train.seed)
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -29,13 +30,27 @@ def signal_name(number: int) -> str:
 
 @contextmanager
 def stop_signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Within, SIGTERM and SIGINT are the handler's."""
+    """Within, SIGTERM and SIGINT are the handler's; but in other threads, where Python lets nobody hear them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in _STOP_SIGNALS}
     try:
         yield
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def end_before_the_run(number: int, _frame: FrameType | None) -> NoReturn:
+    """What a signal does while a command imports what it needs, and checks: an exception there is pages of traceback.
+
+    Nothing is written yet. The first process of a node speaks for all.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sentence = f"stopped by {signal_name(number)} before the run began; the same command starts it\n"
+        os.write(2, sentence.encode())
+    os._exit(128 + number)
 
 
 def end_with_launcher() -> None:

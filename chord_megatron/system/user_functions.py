@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import one_line
+from chord_megatron.system.sentences import counted, one_line
 
 
 def is_user_function(name: str) -> bool:
@@ -46,7 +46,7 @@ def load_user_function(key: str, name: str, *, arguments: int) -> Callable[..., 
     try:
         inspect.signature(function).bind(*[None] * arguments)
     except TypeError:
-        raise UserError(f"{key}={name} must take {arguments} argument{'s' * (arguments > 1)} by place") from None
+        raise UserError(f"{key}={name} must take {counted(arguments, 'argument')} by place") from None
     return function
 
 

@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from chord_megatron.system.work import Work
 
 SECONDS_UNTIL_LATE = 60.0
 _BEATS_UNTIL_LATE = 4
@@ -28,20 +30,26 @@ class Store(Protocol):
 class Whereabouts:
     """What a process is doing. `moves` counts what it has entered and left: the same on all ranks at the same place."""
 
-    phase: str = "start"
-    step: int = 0
+    phase: str = "the start"
+    step: int | None = None  # from 0, as in metrics.jsonl; None: before the first
     moves: int = 0
+    work: Work = field(default_factory=Work, compare=False)  # of this process alone: how far the phase is
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
         """In a phase; may nest. One that raises is not left: it is where the process ended."""
         outer = self.phase
-        self.phase, self.moves = phase, self.moves + 1
+        self.begin(f"{outer} {phase}" if outer == "evaluation" else phase)
         yield
-        self.phase, self.moves = outer, self.moves + 1
+        self.begin(outer)
+
+    def begin(self, phase: str) -> None:
+        """From now on in another phase, where phases follow one another."""
+        self.phase, self.moves = phase, self.moves + 1
+        self.work.begin()
 
     def __str__(self) -> str:
-        return f"{self.phase} of step {self.step + 1}" if self.moves else "its start"
+        return self.phase if self.step is None else f"{self.phase} of step {self.step}"
 
 
 @dataclass
@@ -127,13 +135,13 @@ class Heartbeat:
         self._ended.set()
 
     def _run(self) -> None:
-        told, beat, next_beat = -1, 0, 0.0
+        where, told, beat, next_beat = self._where, -1, 0, 0.0
         try:
             while not self._ended.wait(self._interval / _LOOKS_PER_BEAT):
                 is_beat = time.monotonic() >= next_beat
-                if is_beat or self._where.moves != told:
-                    told, beat = self._where.moves, beat + 1
-                    self._store.set(_key(self._rank), json.dumps([beat, *astuple(self._where)]))
+                if is_beat or where.moves != told:
+                    told, beat = where.moves, beat + 1
+                    self._store.set(_key(self._rank), json.dumps([beat, where.phase, where.step, where.moves]))
                 if is_beat:
                     next_beat = time.monotonic() + self._interval
                     self._look()
@@ -144,8 +152,8 @@ class Heartbeat:
         attendance = self._attendance
         for rank in attendance.ranks:
             if self._store.check([_key(rank)]):
-                beat, *where = json.loads(self._store.get(_key(rank)))
-                attendance.report(rank, beat, Whereabouts(*where), time.monotonic())
+                beat, *place = json.loads(self._store.get(_key(rank)))
+                attendance.report(rank, beat, Whereabouts(*place), time.monotonic())
         if not self._ended.is_set():
             for sentence in attendance.late(time.monotonic()):
                 self._say(sentence)

@@ -1,4 +1,4 @@
-"""The log of one run: metrics.jsonl, completions.jsonl, experts.jsonl, TensorBoard and the progress line."""
+"""The log of one run: metrics.jsonl, completions.jsonl, experts.jsonl, TensorBoard and the console."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
 from chord_megatron.system.sentences import shown
+from chord_megatron.system.work import Work
 from chord_megatron.tracking.progress import Metrics, ProgressLine
 from chord_megatron.tracking.step_metrics import ExpertRow
 
@@ -54,7 +55,7 @@ class RunLog:
         self._first_log_probs = _first_log_probs(run_dir / EXPERTS_FILE)
         self._experts = JsonLines(run_dir / EXPERTS_FILE)
         self._curves = _open_curves(run_dir / "tensorboard", report_to, resume_step)
-        self._progress = ProgressLine(train_iters, stream)
+        self._progress = ProgressLine(train_iters, stream, first_step=resume_step or 0)
         if last_eval is not None and last_eval["step"] == resume_step:
             self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
 
@@ -74,7 +75,7 @@ class RunLog:
         self.last_eval_step = step
         self._note_reward(step, metrics)
         shown = (f"{k.removeprefix('eval_')} {v:.4g}" for k, v in metrics.items() if v is not None)
-        self.message(" | ".join((f"eval at step {step}", *shown)))
+        self._progress.fields([f"eval at step {step}", *shown])
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record sampled completions of a training step, one line each."""
@@ -90,8 +91,12 @@ class RunLog:
             self._experts.write({"step": step, **row._asdict(), "shift": shift})
 
     def message(self, text: str) -> None:
-        """Print a line to the console without breaking the progress line."""
+        """Print a line to the console without breaking the bars."""
         self._progress.message(text)
+
+    def waiting(self, work: Work, line: str, is_due: bool) -> None:
+        """Say on the console how far a phase is; from any thread."""
+        self._progress.waiting(work, line, is_due)
 
     def close(self) -> None:
         """Close the files and give the terminal back."""

@@ -15,17 +15,21 @@ import torch.distributed as dist
 from chord_megatron.backend.groups import meet, shut_down_distributed
 from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import Config, load_config
+from chord_megatron.data.hub import with_local_model
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.listening import is_loopback, listen_on_loopback
 from chord_megatron.system.processes import signal_name
+from chord_megatron.system.sentences import say
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held
+from chord_megatron.tracking.waiting import Watch
 from chord_megatron.training.beginning import finished
 from chord_megatron.training.run import Run
 from chord_megatron.training.stopping import Stopped, StopSignals
 
 _SECONDS_FOR_RANK_0 = 60  # to come, where this rank has only a mistake to tell
+_SECONDS_FOR_RANK_0_TO_SPEAK = 1
 _SECONDS_FOR_THE_CAUSE = 5  # to be heard first: the launcher ends this process meanwhile
 
 _SIGNS_OF_A_LOST_RANK = ("gloo/transport", "ncclRemoteError")
@@ -43,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         with process.signals.heard():
             return process.run(arguments)
     except Stopped as stopped:
+        if process.rank:  # rank 0 has bars on its terminal to clear away first, if it was told, too
+            time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)
         process.say(process.ending(stopped))
         return process.leave(128 + stopped.number)
     finally:
@@ -98,7 +104,7 @@ class Process:
         except (RuntimeError, UserError):  # rank 0 has ended, with its store: once on each node
             is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         if is_first:
-            print(sentence, file=sys.stderr, flush=True)
+            say(sentence, sys.stderr)
 
     def leave(self, exit_code: int) -> int:
         """The exit code. Ends at once where there are other ranks: they wait in a collective until this one is gone."""
@@ -123,29 +129,43 @@ class Process:
 
 
 class _Training(Process):
+    def __init__(self) -> None:
+        super().__init__()
+        self._run_dir: RunDir | None = None
+
     def work(self, arguments: list[str]) -> None:
-        config = load_config(arguments[0], arguments[1:])
+        config = with_local_model(load_config(arguments[0], arguments[1:]))
+        self._run_dir = run_dir = RunDir(Path(config.train.output_dir))
         if (sentence := finished(config)) is not None:
             if self.rank == 0:
                 print(sentence, flush=True)
             return
-        run_dir = RunDir(Path(config.train.output_dir))
         self.settle(config)
         with ExitStack() as opened:
             if self.rank == 0:
                 run_dir.refuse_unusable()
                 opened.enter_context(held(run_dir.path))
             opened.enter_context(self.heartbeat())
-            Run(config, self.signals, self.where).train()
+            watch = opened.enter_context(Watch(self.where)) if self.rank == 0 else None
+            run = Run(config, self.signals, self.where)
+            if watch and run.outputs:
+                watch.show = run.outputs.log.waiting
+            run.train()
 
     def ending(self, stopped: Stopped) -> str:
-        """What to say where a signal ends it."""
+        """Where a signal has ended the run, and what the same command does next."""
         name = signal_name(stopped.number)
         if stopped.saved_step is not None:
-            return (
-                f"ended by {name} after step {stopped.saved_step}, which is saved; the same command goes on from there"
-            )
-        return f"ended by {name} in {self.where}; the same command goes on from the latest checkpoint"
+            at = f"stopped by {name} before step {stopped.saved_step}, with a checkpoint"
+        elif self.where.step is None:
+            at = f"stopped by {name} at the start" + (f" ({self.where.phase})" if self.where.moves else "")
+        else:
+            at = f"stopped by {name} at step {self.where.step} ({self.where.phase})"
+        try:
+            saved = self._run_dir.resume_step() if self._run_dir else None
+        except UserError:  # the same command will say it
+            return f"{at}; the same command looks for a checkpoint to resume from"
+        return f"{at}; the same command {'begins anew' if saved is None else f'resumes from step {saved}'}"
 
 
 def _stay_on_this_machine(config: Config) -> None:

@@ -68,6 +68,7 @@ class Run:
         self._resume_step = beginning.step
         self._lacks_export = beginning.step is not None and self.run_dir.lacks_export(beginning.step)
         self._steps_per_rollout = plan.steps_per_rollout
+        self.where.begin("reading the data")
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
         data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
         config, length = counted_in(data, config, plan)
@@ -78,6 +79,7 @@ class Run:
         expert_lengths = ((expert_name(row), tokens) for row, tokens in lengths_of(data.experts))
         refuse_longer_rows(expert_lengths, config.train.max_tokens_per_micro_batch)
         self._fingerprints = {"prompts": fingerprint(data.prompts), "experts": fingerprint(data.experts)}
+        self.where.begin("starting the reward functions")
         with ExitStack() as opened:  # closed in reverse order, here where something fails
             reward_function = build_reward_function(
                 **reward_settings(config),
@@ -85,6 +87,7 @@ class Run:
                 reference_column=config.data.reference_column,
             )
             opened.callback(reward_function.close)
+            self.where.begin("loading the model")
             self.groups = initialize_distributed(config.parallel, config.train.seed)
             self.engine = MegatronEngine(
                 config.model,
@@ -96,7 +99,8 @@ class Run:
             )
             # Where nothing is drawn, evaluation alone may sample, with the training weights.
             build = build_rollout if needs_rollouts(config) else build_embedded
-            rollout = build(config, self.engine, self.groups)
+            self.where.begin("starting the rollout engine")
+            rollout = build(config, self.engine, self.groups, self.where.work)
             opened.callback(rollout.close)
             timer = PhaseTimer(torch.cuda.synchronize if torch.cuda.is_available() else None, where=self.where)
             scorer = Scorer(tokenizer, reward_function, timer)
@@ -110,7 +114,7 @@ class Run:
             self.next_step = self._resume()
             self.outputs: RunOutputs | None = None  # rank 0 writes
             if self.groups.rank == 0:
-                notes = [self.engine.acceleration_note, *data.notes, *length, *links_out_of(model_dir)]
+                notes = [_how_it_computes(config, self.engine), *data.notes, *length, *links_out_of(model_dir)]
                 self.outputs = RunOutputs(
                     config, self.run_dir, tokenizer, next_step=self.next_step, notes=notes, changed=beginning.changed
                 )
@@ -128,13 +132,14 @@ class Run:
 
     def _build_evaluator(self, data: RunData, params: SamplingParams, sampler: Sampler, scorer: Scorer) -> Evaluator:
         if self.config.rollout.replay_from:  # a recording has no answers to them
-            embedded = build_embedded(self.config, self.engine, self.groups)
+            embedded = build_embedded(self.config, self.engine, self.groups, self.where.work)
             sampler = dataclasses.replace(sampler, rollout=embedded)
         return build_evaluator(self.config.train, data.eval_prompts, params, sampler, scorer)
 
     def train(self) -> None:
         """Evaluate, step, log and save until train_iters, or train.early_stopping_patience."""
         self.signals.is_noted_only = self.config.train.save_on_signal
+        self.where.step = self.next_step
         with self._opened, self.where.within("log"):
             self.saves.mark_best()
             if self._lacks_export:
@@ -150,6 +155,7 @@ class Run:
                 self.next_step += 1
                 self._save(told)
                 self._stop_if_diverged()
+            self.where.step = self.next_step
             self._evaluate()
             with self.where.within("save"):
                 self.saves.finish()
@@ -162,6 +168,7 @@ class Run:
         if step is None:
             return 0
         directory = self.run_dir.checkpoint(step)
+        self.where.begin("reading the checkpoint")
         state = self.engine.load(directory)
         _refuse_other_data(self.config, state.get("data"), self._fingerprints)
         try:
@@ -275,6 +282,12 @@ def _build_trainer(
         mu=MuControl(config),
         timer=sampler.timer,
     )
+
+
+def _how_it_computes(config: Config, engine: MegatronEngine) -> str:
+    is_shared = config.train.share_prompts and engine.batch_layout.can_share_prompts
+    prompts = "read once in each micro-batch" if is_shared else "read by each row"
+    return f"{engine.acceleration_note}, shared prompts: {prompts}"
 
 
 def _refuse_other_data(config: Config, before: object, now: Mapping[str, str]) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from chord_megatron.system.processes import SECONDS_TO_ASK_AGAIN, stop_signals_to
+from chord_megatron.system.processes import SECONDS_TO_ASK_AGAIN, signal_name, stop_signals_to
+
+_FIRST = f"the step is finished and saved first; again after {SECONDS_TO_ASK_AGAIN} s it ends the run at once"
 
 
 class Stopped(BaseException):
@@ -29,9 +31,6 @@ class StopSignals:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Within, the two signals come here."""
-        if threading.current_thread() is not threading.main_thread():  # where Python lets nobody hear them
-            yield
-            return
         with stop_signals_to(self._hear):
             yield
 
@@ -42,3 +41,5 @@ class StopSignals:
         self.received, self._since = self.received or number, now
         if not (is_first and self.is_noted_only):
             raise Stopped(number)
+        if os.environ.get("RANK", "0") == "0":  # a handler may come in the middle of a print: not another one
+            os.write(2, f"{signal_name(number)}: {_FIRST}\n".encode())

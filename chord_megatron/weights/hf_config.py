@@ -13,7 +13,7 @@ from typing import Any
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import read_json_object
-from chord_megatron.system.sentences import shown
+from chord_megatron.system.sentences import looked_for, shown
 from chord_megatron.weights.architecture import (
     LatentAttention,
     LinearRope,
@@ -176,8 +176,8 @@ def check_config(arch: ModelArchitecture) -> None:
 def _read_json(model_dir: Path) -> dict[str, Any]:
     if not model_dir.is_dir():
         raise UserError(
-            f"the model folder {model_dir} is not a directory; download the model and give the folder that holds its "
-            "config.json."
+            f"the model folder {model_dir} is not a directory{looked_for(model_dir)}; download the model and give the "
+            "folder that holds its config.json."
         )
     if adapter := describe_adapter(model_dir):
         raise UserError(f"{model_dir} {adapter}.")

@@ -222,7 +222,7 @@ def test_a_save_on_a_signal_is_waited_for(
     run = tmp_path / "run"
     outcome = signalled(config, "train.save_on_signal=true", monkeypatch=monkeypatch)
     assert outcome.code == 128 + signal.SIGTERM
-    assert "ended by SIGTERM after step 5, which is saved" in outcome.stderr
+    assert "stopped by SIGTERM before step 5, with a checkpoint" in outcome.stderr
     assert (run / "checkpoints" / "latest").read_text() == "step_5\n" and partial_folders(run) == []
     assert checkpoint_bytes(run, 4) == checkpoint_bytes(undisturbed, 4)
     succeeded(train_here(config, ASYNC))

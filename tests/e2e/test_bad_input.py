@@ -108,11 +108,11 @@ BEFORE_THE_FIRST_STEP = {
     ),
     "too few processes": (
         ("parallel.tensor_model_parallel_size=2",),
-        ("1 process cannot hold tensor x pipeline = 2 x 1", "--nproc-per-node"),
+        ("1 process cannot hold a model on tensor x pipeline = 2 x 1", "--nproc-per-node"),
     ),
     "too few processes for CP": (
         ("parallel.context_parallel_size=2",),
-        ("1 process cannot hold tensor x pipeline x context = 1 x 1 x 2 = 2 ranks a model", "--nproc-per-node"),
+        ("1 process cannot hold a model on tensor x pipeline x context = 1 x 1 x 2 = 2 ranks", "--nproc-per-node"),
     ),
     "groups": (
         ("train.global_batch_size=10",),

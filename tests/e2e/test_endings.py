@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import re
 import signal
+import struct
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
+import forked
 import psutil
 import pytest
 from harness import (
@@ -70,7 +79,9 @@ def waiting(directory: Path, processes: int) -> Callable[[], bool]:
 def sentences(stderr: str) -> list[str]:
     """What a run said at its end: everything on standard error but warnings of libraries."""
     assert "Traceback" not in stderr, stderr
-    return [line for line in stderr.splitlines() if "ended by SIG" in line or line.startswith("error: ")]
+    return [
+        line for line in stderr.splitlines() if "ended by SIG" in line or line.startswith(("stopped by ", "error: "))
+    ]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -101,10 +112,81 @@ def test_a_signal_ends_a_run_at_once(
     outcome = finish(run)
     assert outcome.code == 128 + number
     assert sentences(outcome.stderr) == [
-        f"ended by {number.name} in reward of step 3; the same command goes on from the latest checkpoint"
+        f"stopped by {number.name} at step 2 (reward); the same command resumes from step 2"
     ]
     assert psutil.wait_procs(everyone, timeout=60)[1] == []
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_2\n"
+
+
+class OnTerminal(NamedTuple):
+    """A command in a terminal of its own."""
+
+    run: subprocess.Popen[str]
+    ctrl_c: Callable[[], object]
+    shown: Callable[[], str]  # waits for its end
+
+
+def start_on_terminal(*arguments: str | Path) -> OnTerminal:
+    """`python -m chord_megatron.cli ARGUMENTS`, where lines have 80 columns."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "chord_megatron.cli", *map(str, arguments)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+        env={**os.environ, **forked.ENVIRONMENT, "TERM": "xterm"},
+        text=True,
+    )
+    os.close(theirs)
+    pool = ThreadPoolExecutor(max_workers=1)  # a terminal holds little that nobody has read
+    shown = pool.submit(_read_all, ours)
+    pool.shutdown(wait=False)
+    return OnTerminal(run, lambda: os.write(ours, b"\x03"), shown.result)
+
+
+def _read_all(terminal: int) -> str:
+    parts = []
+    with suppress(OSError):  # nobody has the other side any more
+        while part := os.read(terminal, 4096):
+            parts.append(part)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", b"".join(parts).decode(errors="replace"))
+
+
+def imports_torch(run: subprocess.Popen[str], processes: int) -> Callable[[], bool]:
+    """Whether the run, or each process that it has started, is about to."""
+
+    def is_there() -> bool:
+        mine = psutil.Process(run.pid)
+        them = [mine] if processes == 1 else mine.children()
+        return len(them) == processes and all("libtorch" in Path(f"/proc/{p.pid}/maps").read_text() for p in them)
+
+    return is_there
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("moment", ["imports", "step 2"])
+def test_ctrl_c_is_one_sentence(config: Path, patient: str, tmp_path: Path, moment: str, processes: int):
+    """At a terminal, which sends it to every process of the foreground; also where nothing has begun."""
+    run, ctrl_c, shown = start_on_terminal("train", config, patient, "--nproc-per-node", str(processes))
+    reached = imports_torch(run, processes) if moment == "imports" else waiting(tmp_path, processes)
+    wait_until(reached, run)
+    ctrl_c()
+    text = shown()
+    assert run.wait(timeout=60) == 130
+    assert "Traceback" not in text and "KeyboardInterrupt" not in text
+    (sentence,) = [line for line in text.splitlines() if "stopped by" in line]
+    assert sentence.removeprefix("^C").strip() == (
+        "stopped by SIGINT before the run began; the same command starts it"
+        if moment == "imports"
+        else "stopped by SIGINT at step 2 (reward); the same command resumes from step 2"
+    )
+    if moment == "step 2":  # both steps are still there, whole
+        lines = [line for line in text.splitlines() if line.startswith("step ")]
+        assert [line.split(" | ")[0] for line in lines] == ["step 0 (1 of 6)", "step 1 (2 of 6)"]
+        assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("told", ["launcher", "rank 1"])
@@ -118,7 +200,7 @@ def test_a_checkpoint_comes_first_if_asked_for(config: Path, patient: str, asset
     outcome = finish(run)
     assert outcome.code == 143
     assert sentences(outcome.stderr) == [
-        "ended by SIGTERM after step 3, which is saved; the same command goes on from there"
+        "stopped by SIGTERM before step 3, with a checkpoint; the same command resumes from step 3"
     ]
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_3\n"
 
@@ -184,7 +266,7 @@ def test_a_rank_that_stops_answering_is_named_and_waited_for_as_long_as_configur
     measure("seconds from a rank's SIGSTOP to the end of a run with a limit of 60 s", time.monotonic() - since)
     assert outcome.code == 1
     assert "Traceback" not in outcome.stderr
-    late = r"rank 1 has given no sign of life for \d+ s, last in reward of step 3: stopped, or its node lost\?"
+    late = r"rank 1 has given no sign of life for \d+ s, last in reward of step 2: stopped, or its node lost\?"
     assert re.search(late, outcome.stderr)
     (error,) = outcome.errors
     assert error.startswith(

@@ -131,6 +131,17 @@ def test_mu_1_draws_no_rollouts(config: Path, tmp_path: Path):
     assert (tmp_path / "run" / "completions.jsonl").read_bytes() == b""
 
 
+def test_supervised_training_needs_experts_alone(config: Path, tmp_path: Path):
+    """No prompts, no number of completions, and no reward function: the one that is named is not there."""
+    nothing = ("data.dataset=null", "train.global_batch_size=null", "rewards.reward_funcs=['none.py:function']")
+    settings = (*fixed_mu(1.0), "train.train_iters=1", "train.save_steps=null")
+    whole = succeeded(train_here(config, *settings, f"train.output_dir={tmp_path / 'whole'}"))
+    alone = succeeded(train_here(config, *settings, *nothing, "train.share_prompts=false"))
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
+    assert ", shared prompts: read once in each micro-batch\n" in whole.stdout
+    assert ", shared prompts: read by each row\n" in alone.stdout
+
+
 def test_mu_0_draws_no_expert_rows(config: Path, tmp_path: Path):
     succeeded(train_here(config, "train.train_iters=2", *fixed_mu(0.0)))
     for line in read_metrics(tmp_path / "run"):

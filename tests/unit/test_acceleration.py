@@ -50,18 +50,15 @@ def test_the_line_of_a_run():
     bare, full = Installed(False, False, False, "torch"), Installed(True, True, True, "Apex")
     assert describe(choose_acceleration(bare), bare) == (
         "layers: Megatron local (TransformerEngine needs a GPU), Adam: torch, "
-        "gradient accumulation: unfused (Apex's kernel needs a GPU), gradient reduction: not overlapped, "
-        "shared prompts: read once a micro-batch"
+        "gradient accumulation: unfused (Apex's kernel needs a GPU), gradient reduction: not overlapped"
     )
     assert describe(choose_acceleration(full, data_parallel_size=2), full) == (
-        "layers: TransformerEngine, Adam: Apex, gradient accumulation: fused, gradient reduction: overlapped, "
-        "shared prompts: read by each row"
+        "layers: TransformerEngine, Adam: Apex, gradient accumulation: fused, gradient reduction: overlapped"
     )
     only_gpu = Installed(True, False, False, "torch")
     assert describe(choose_acceleration(only_gpu), only_gpu) == (
         "layers: Megatron local (TransformerEngine not installed), Adam: torch, "
-        "gradient accumulation: unfused (Apex's kernel not installed), gradient reduction: not overlapped, "
-        "shared prompts: read once a micro-batch"
+        "gradient accumulation: unfused (Apex's kernel not installed), gradient reduction: not overlapped"
     )
 
 

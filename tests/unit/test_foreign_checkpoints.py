@@ -124,9 +124,12 @@ def test_an_adapter_beside_its_base_model_is_not_passed_over(tmp_path: Path) -> 
 
 def test_a_name_of_the_hub_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="Qwen/Qwen3-8B is not a directory; download the model") as error:
+    with pytest.raises(UserError, match="Qwen/Qwen3-8B is not a directory") as error:
         read_architecture(Path("Qwen/Qwen3-8B"))
-    assert "config.json" in str(error.value)
+    assert str(error.value) == (
+        f"the model folder Qwen/Qwen3-8B is not a directory (looked for at {tmp_path}/Qwen/Qwen3-8B); download the "
+        "model and give the folder that holds its config.json."
+    )
 
 
 def test_an_old_megatron_folder_names_the_way(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import threading
 
 import torch.distributed as dist
 
+from chord_megatron.system.work import Work
 from chord_megatron.tracking.heartbeat import Attendance, Heartbeat, Whereabouts
 
 
@@ -47,7 +48,7 @@ def test_a_silent_rank_is_named_with_its_phase():
         account.report(rank, 1, Whereabouts("reward", step=2, moves=9), now=165)
     assert account.late(now=169) == []
     assert account.late(now=170) == [
-        "rank 1 has given no sign of life for 60 s, last in reward of step 3: stopped, or its node lost?"
+        "rank 1 has given no sign of life for 60 s, last in reward of step 2: stopped, or its node lost?"
     ]
 
 
@@ -61,19 +62,33 @@ def test_a_living_rank_that_the_others_wait_for_is_named_again_after_it_has_move
         return account.late(now)
 
     assert report(9, 10, now=110) == []
-    assert report(9, 10, now=170) == ["rank 1 has been in save of step 5 for 60 s, and the others wait for it"]
+    assert report(9, 10, now=170) == ["rank 1 has been in save of step 4 for 60 s, and the others wait for it"]
     assert report(9, 10, now=180) == []
     assert report(11, 12, now=190) == []
-    assert report(11, 12, now=250) == ["rank 1 has been in save of step 5 for 60 s, and the others wait for it"]
+    assert report(11, 12, now=250) == ["rank 1 has been in save of step 4 for 60 s, and the others wait for it"]
 
 
 def test_phases_nest_and_count():
     where = Whereabouts()
-    assert str(where) == "its start"
+    assert str(where) == "the start"
+    where.begin("reading the data")
+    assert (str(where), where.moves) == ("reading the data", 1)
+    where.step = 0
     with where.within("log"), where.within("step"):
         with where.within("reward"):
-            assert (str(where), where.moves) == ("reward of step 1", 3)
-        assert (where.phase, where.moves) == ("step", 4)
+            assert (str(where), where.moves) == ("reward of step 0", 4)
+        assert (where.phase, where.moves) == ("step", 5)
+    with where.within("evaluation"), where.within("rollout"):
+        assert str(where) == "evaluation rollout of step 0"
+
+
+def test_work_is_of_the_phase_that_it_was_begun_in():
+    where = Whereabouts()
+    with where.within("rollout"):
+        where.work.begin("completions", 8)
+        where.work.done = 3
+        assert where.work == Work("completions", 3, 8)
+    assert where.work == Work()
 
 
 def test_two_ranks_tell_one_another_and_miss_a_third():

@@ -264,6 +264,16 @@ def test_docker_gets_secrets_by_name_and_much_shared_memory(stand_ins: StandIns)
     ]
 
 
+def test_a_sweep_is_a_run_for_each_combination_and_a_comparison(stand_ins: StandIns):
+    code, stderr = stand_ins.run("../sweep/sweep.sh", "c.yaml", "a.b=1", RUNS="out", LRS="1e-6 2e-6", SEEDS="0 1")
+    assert (code, stderr) == (0, "")
+    runs = [(lr, seed, f"out/lr_{lr}/seed_{seed}") for lr in ("1e-6", "2e-6") for seed in (0, 1)]
+    assert stand_ins.calls("chord-megatron") == [
+        *(f"train c.yaml a.b=1 optimizer.lr={lr} train.seed={seed} train.output_dir={run}" for lr, seed, run in runs),
+        f"compare {' '.join(run for *_, run in runs)}",
+    ]
+
+
 def test_slurm_starts_the_elastic_script_on_each_node(stand_ins: StandIns):
     stand_ins.add("scontrol", "printf 'a1\\na2\\n'")
     stand_ins.add("srun", f'echo "to $NNODES $NPROC_PER_NODE $RDZV_ENDPOINT $RDZV_ID" >> {stand_ins.log}; exit 3')

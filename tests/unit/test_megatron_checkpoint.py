@@ -198,6 +198,13 @@ def test_other_folders_and_formats_are_refused(megatron: Path, damaged: Path, mo
     assert message(run) == (
         f"{run} is not a Megatron checkpoint: it has neither .metadata nor latest_checkpointed_iteration.txt"
     )
+    for step in (9, 10):
+        (run / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        (run / "checkpoints" / f"step_{step}" / ".metadata").touch()
+    suggestion = f"; did you mean {run}/checkpoints/step_10?"
+    for wrong in (run, run / "checkpoints", run / "checkpoints" / "step_11", run / "step_10"):
+        assert message(wrong).endswith(suggestion)
+    shutil.rmtree(run / "checkpoints")
     tracker = run / "latest_checkpointed_iteration.txt"
     tracker.write_text("7")
     assert message(run) == (

@@ -40,6 +40,31 @@ def compared(norm_a: float, norm_b: float) -> GradientComparison:
 # --- open schedules -------------------------------------------------------------------------------------------------
 
 
+def test_a_peak_below_the_valley_is_refused():
+    ends = {"chord_mu_peak": 0.2, "chord_mu_valley": 0.3}
+    for schedule in ("cosine", "linear"):
+        with pytest.raises(UserError) as error:
+            check_mu_schedule(config_of(mu_schedule=schedule, **ends, chord_mu_decay_steps=5))
+        assert str(error.value) == (
+            "chord.chord_mu_peak=0.2 is below chord.chord_mu_valley=0.3, to which mu decays; exchange them, or set the "
+            "valley to at most the peak"
+        )
+    check_mu_schedule(config_of(chord_mu_peak=0.3, chord_mu_valley=0.3, chord_mu_decay_steps=5))
+
+
+def test_a_peak_that_is_never_reached_is_refused():
+    with pytest.raises(UserError) as error:
+        check_mu_schedule(config_of(chord_mu_peak=0.9))
+    assert str(error.value) == (
+        "chord.chord_mu_peak=0.9 is never reached where chord.chord_mu_warmup_steps and chord.chord_mu_decay_steps are "
+        "0: mu is chord.chord_mu_valley=0.05 throughout; set one of the lengths, or chord.mu_schedule=constant to stay "
+        "at the peak"
+    )
+    check_mu_schedule(config_of(chord_mu_peak=0.9, chord_mu_valley=0.9))
+    check_mu_schedule(config_of(mu_schedule="constant", chord_mu_peak=0.9))
+    check_mu_schedule(config_of())  # the default peak: validate says that mu is the valley
+
+
 def test_linear_by_hand():
     ends = {"chord_mu_peak": 0.9, "chord_mu_valley": 0.1, "chord_mu_warmup_steps": 2, "chord_mu_decay_steps": 4}
     config = config_of(mu_schedule="linear", **ends)

@@ -39,7 +39,7 @@ rollout: &r
   temperature: 0.7
   stop_token_ids: [2, 5]
 optimizer: {lr: 1e-6, adam_beta2: 0.95}
-chord: {chord_mu_peak: 0.9, chord_sft_dataset: "experts.jsonl"}
+chord: {chord_mu_peak: 0.9, chord_mu_decay_steps: 4, chord_sft_dataset: "experts.jsonl"}
 train: {output_dir: out, global_batch_size: 16, train_iters: 3}
 """
 OVERRIDES = b"optimizer.lr=1e-6\nrollout.stop_token_ids=[1, 2]\nmodel.recompute=true\ndata.system_prompt='x y'"

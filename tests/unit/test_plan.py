@@ -330,8 +330,8 @@ def test_a_rule_names_the_values_and_the_remedy(model_dir: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("world_size", "message"),
     [
-        (1, "1 process cannot hold tensor x pipeline = 4 x 2 = 8 ranks a model; "),
-        (12, "12 processes cannot hold tensor x pipeline = 4 x 2 = 8 ranks a model; "),
+        (1, "1 process cannot hold a model on tensor x pipeline = 4 x 2 = 8 ranks; "),
+        (12, "12 processes cannot hold a model on tensor x pipeline = 4 x 2 = 8 ranks; "),
     ],
 )
 def test_the_number_of_processes_holds_whole_models(model_dir: Path, world_size: int, message: str):
@@ -350,7 +350,7 @@ def test_context_parallel_ranks_share_a_model_too(model_dir: Path, world_size: i
         assert plan_of(model_dir, world_size, **layout).data_parallel_size == 1
     else:
         assert refusal(model_dir, world_size, **layout) == (
-            f"{world_size} processes cannot hold tensor x pipeline x context = 2 x 1 x 3 = 6 ranks a model; "
+            f"{world_size} processes cannot hold a model on tensor x pipeline x context = 2 x 1 x 3 = 6 ranks; "
             "start a multiple of 6 processes (--nproc-per-node, --nnodes)"
         )
 
@@ -444,7 +444,7 @@ def test_context_parallel_ranks_share_a_model_too(model_dir: Path, world_size: i
         (
             {"moe": replace(EXPERTS, experts_per_token=1)},
             {},
-            "a model that normalizes the weight of a single expert a token cannot be trained; use another",
+            "a model that normalizes the weight of a token's single expert cannot be trained; use another",
         ),
     ],
 )
@@ -511,7 +511,7 @@ def test_an_address_that_a_server_may_have_passes(model_dir: Path, url: str):
 
 def test_a_group_of_one_is_for_supervised_training_alone(model_dir: Path):
     changes = {"rollout__num_generations": 1, "chord__chord_mu_peak": 1, "chord__chord_mu_valley": 1}
-    assert plan_of(model_dir, 8, **changes).prompts_per_step == 256
+    assert plan_of(model_dir, 8, **changes).prompts_per_step == 0
     assert refusal(model_dir, **{**changes, "chord__chord_mu_warmup_steps": 1}).startswith("rollout.num_generations=1")
 
 
@@ -587,7 +587,10 @@ def test_mu_of_the_configured_schedule():
 @pytest.mark.parametrize(
     ("example", "rows"),
     [
-        ("gsm8k/gsm8k.yaml", ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0")),
+        (
+            "gsm8k/gsm8k.yaml",
+            ("256 = 32 prompts x 8", "64", "8 processes = TP 2 x PP 1 x DP 4", "0.9 at step 0"),
+        ),
         (
             "ms_swift_chord/chord_8gpu.yaml",
             ("256 = 32 prompts x 8", "64", "TP 2 x PP 1 x DP 4", "3 steps: 1 epoch of 100 prompts, 32 a step"),
@@ -604,6 +607,55 @@ def test_the_examples_validate(model_dir: Path, example: str, rows: tuple[str, .
     assert result.exit_code == 0, result.stderr
     for row in rows:
         assert row in result.stdout
+
+
+def rows_of(*arguments: str) -> dict[str, str]:
+    """What `validate --json` says in its summary."""
+    result = CliRunner().invoke(app, ["validate", *arguments, "--json"])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)["summary"]
+
+
+def test_validate_says_of_a_run_what_it_has(model_dir: Path):
+    """At mu = 1 nothing is drawn, at mu = 0 no expert is read."""
+    recipe = (str(EXAMPLES / "gsm8k/gsm8k.yaml"), f"model.path={model_dir}", "parallel.sequence_parallel=false")
+    one = (*recipe, "parallel.tensor_model_parallel_size=1", "train.global_batch_size=8", "grpo.num_iterations=2")
+    one = (*one, "train.train_iters=4", "train.save_steps=null", "optimizer.lr_warmup_iters=0")
+    rows = rows_of(*one)
+    assert rows["layout"].startswith("1 process = TP 1 x PP 1 x DP 1")
+    assert (rows["prompts"], rows["completions"]) == ("1", "8 = 1 prompt x 8 completions")
+    assert rows["rollouts"] == "megatron, new ones every 2 steps"
+    assert rows_of(*one, "grpo.num_iterations=1")["rollouts"] == "megatron, new ones at every step"
+    ends = ("chord.chord_mu_peak", "chord.chord_mu_valley")
+    supervised, reinforced = (rows_of(*one, *(f"{end}={mu}" for end in ends)) for mu in (1, 0))
+    assert rows.keys() - supervised.keys() == {"prompts", "completions", "rollouts"}
+    assert rows.keys() - reinforced.keys() == {"expert rows"}
+
+
+def test_supervised_training_needs_experts_alone(tmp_path: Path, model_dir: Path):
+    """No prompts, no reference column, no reward (the one that is named is not there), no number of completions."""
+    config = tmp_path / "sft.yaml"
+    config.write_text(
+        f"model: {{path: '{model_dir}'}}\nrewards: {{reward_funcs: ['none.py:function']}}\n"
+        "chord: {chord_sft_dataset: e.jsonl, chord_sft_global_batch_size: 6, chord_mu_peak: 1, chord_mu_valley: 1}\n"
+        "train: {output_dir: out, train_iters: 2, micro_batch_size: 4}\n",
+        encoding="utf-8",
+    )
+    assert rows_of(str(config))["micro-batches"] == "2 on each data-parallel rank, of up to 4 packed sequences"
+
+
+def test_rollouts_need_a_number_of_completions(model_dir: Path):
+    assert refusal(model_dir, train__global_batch_size=None) == (
+        "train.global_batch_size, the completions of an optimizer step, is required while mu < 1; for supervised "
+        "training alone set chord.chord_mu_peak=1 and chord.chord_mu_valley=1"
+    )
+    changes = {"chord__chord_mu_peak": 1, "chord__chord_mu_valley": 1, "chord__chord_sft_global_batch_size": None}
+    assert refusal(
+        model_dir, **changes, chord__chord_sft_per_device_train_batch_size=1, train__global_batch_size=None
+    ) == (
+        "train.global_batch_size, the completions of an optimizer step, is required by "
+        "chord.chord_sft_per_device_train_batch_size; or set chord.chord_sft_global_batch_size instead"
+    )
 
 
 def test_validate_looks_at_the_names_of_reward_functions(model_dir: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def test_every_key_may_change_or_may_not():
     leaves = {key for key in known_keys() if "." in key}
     assert leaves == MAY_CHANGE | STAYS
     assert not MAY_CHANGE & STAYS
+
+
+def test_the_documentation_lists_what_stays():
+    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    table = text.partition("## What may change when a run resumes")[2].partition("All others may change")[0]
+    rows = [re.findall(r"`([a-z_]+)`", line) for line in table.splitlines() if line.startswith("| `")]
+    assert {f"{group}.{key}" for group, *keys in rows for key in keys} == STAYS
 
 
 def test_nothing_has_changed(config: Config):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from chord_megatron.rollout.consistency import check_consistency, largest_mean_difference
+from chord_megatron.rollout.servers.pool import ServerPool
 from chord_megatron.rollout.servers.transfer import BroadcastTransfer, FileTransfer
 from chord_megatron.rollout.serving import guard as server_guard
 from chord_megatron.rollout.serving.guard import ServerGuard
@@ -29,11 +30,26 @@ from chord_megatron.rollout.updates.broadcast import BroadcastGroup, pack, unpac
 from chord_megatron.rollout.updates.files import read_weight_file
 from chord_megatron.rollout.updates.manifest import Manifest, ManifestError, checksum
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.work import Work
 from chord_megatron.weights.schema import TensorSpec
 
 TOKEN = "correct horse battery"
 EXPECTED = {"a": TensorSpec(torch.float32, (2, 3)), "b": TensorSpec(torch.bfloat16, (4,))}
 WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(4, dtype=torch.bfloat16))]
+
+
+# --- pool -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_tells_which_servers_it_waits_for():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    work = Work()  # nobody listens there any more
+    pool = ServerPool([url], TOKEN, {}, timeout=0.1, max_in_flight=1, work=work)
+    with pytest.raises(UserError, match=r"rollout servers are not ready after 0\.1 s"):
+        pool.open_update(0)
+    pool.close()
+    assert work.what.startswith(f"waiting for rollout servers ({url}: ") and work.total == 0
 
 
 # --- manifest -------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ def test_the_same_signal_twice_is_one():
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_is_noted_and_raised_when_it_comes_again_later(monkeypatch: pytest.MonkeyPatch):
+def test_a_signal_is_noted_and_raised_when_it_comes_again_later(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     signals = StopSignals()
@@ -43,3 +45,6 @@ def test_a_signal_is_noted_and_raised_when_it_comes_again_later(monkeypatch: pyt
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGINT)
     assert signals.received == signal.SIGTERM
+    assert capfd.readouterr().err == (
+        "SIGTERM: the step is finished and saved first; again after 5 s it ends the run at once\n"
+    )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import threading
 import time
 from pathlib import Path
@@ -18,8 +19,9 @@ from rich.console import Console
 from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, read_json_lines
+from chord_megatron.system.work import Work
 from chord_megatron.tracking.plots import running_mean
-from chord_megatron.tracking.progress import RECENT_STEPS, format_step
+from chord_megatron.tracking.progress import RECENT_STEPS, step_fields
 from chord_megatron.tracking.progress import ProgressLine as Progress
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.step_metrics import ExpertRow
@@ -241,8 +243,8 @@ def test_curves_that_cannot_grow_are_named(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_step_line() -> None:
-    assert format_step(FULL_STEP, train_iters=500, eta=4880) == (
-        "step 12/500 | ETA 1:21:20 | reward 0.412 | mu 0.350 | phi 0.125"
+    assert " | ".join(step_fields(FULL_STEP, train_iters=500, eta=4880)) == (
+        "step 11 (12 of 500) | ETA 1:21:20 | reward 0.412 | mu 0.350 | phi 0.125"
         " | loss 0.5000 (rollout 0.0125 / expert 0.7500) | entropy 0.830 | 12,345 tokens/s"
         " | 10.0 s/step: rollout 60% reward 5% train 30% sync 2%"
     )
@@ -257,8 +259,9 @@ def test_step_line_without_rollouts() -> None:
         "reward_mean": None,
         "kl": 0.5,
     }
-    line = format_step({**metrics, "skipped_steps": 1, "reward_errors": 3}, train_iters=1, eta=None)
-    assert line == "step 1/1 | loss 2.0000 (expert 2.0000) | KL 0.5000 | skipped 1 | reward errors 3"
+    fields = step_fields({**metrics, "skipped_steps": 1, "reward_errors": 3}, train_iters=1, eta=None)
+    expected = "step 0 (1 of 1) | loss 2.0000 (expert 2.0000) | KL 0.5000 | skipped 1 | reward errors 3"
+    assert " | ".join(fields) == expected
 
 
 def test_eta_follows_the_recent_steps() -> None:
@@ -279,7 +282,7 @@ def test_plain_output_has_no_control_codes(tmp_path: Path, monkeypatch: pytest.M
         log.message("[bold] saved :smile: to /a/path/that/is/longer/than/forty/characters")
         log.log_eval(1, {"eval_reward_mean": 0.25, "eval_response_length_mean": None})
     printed = stream.getvalue().split("\n")
-    assert printed[0].startswith("step 1/2 | ETA 10.0 s | ") and printed[0].endswith("sync 2%")
+    assert printed[0].startswith("step 0 (1 of 2) | ETA 10.0 s | ") and printed[0].endswith("sync 2%")
     assert printed[1:] == [
         "[bold] saved :smile: to /a/path/that/is/longer/than/forty/characters",
         "eval at step 1 | reward_mean 0.25",
@@ -288,19 +291,48 @@ def test_plain_output_has_no_control_codes(tmp_path: Path, monkeypatch: pytest.M
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
 
 
-def test_terminal_line_is_updated_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_keeps_each_step_whole_above_the_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns: broken between fields, and what is a bar is gone at the end."""
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("COLUMNS", "80")
     stream = Terminal()
+    path = "/a/path/that/is/longer/than/what/is/left/of/the/line/and/that/one/wants/to/copy/as/it/stands"
     with RunLog(tmp_path, train_iters=2, report_to=(), stream=stream) as log:
+        log.log_eval(0, {f"eval_{name}_mean": 0.25 for name in ("reward", "response_length", "another", "third")})
+        log.waiting(Work("completions", 3, 8), "rollout of step 0: 3 of 8 completions" + ", far" * 20, is_due=False)
         log.log_step(step_metrics(0))
-        log.message("checkpoint saved")
-        log.log_step(step_metrics(1))
+        log.message(f"the checkpoint of step 1, which is the newest that the run has so far, is saved in {path}")
+        log.log_step(step_metrics(1, loss_rollout=-0.5))
     text = stream.getvalue()
-    assert "\x1b[2K" in text  # erases the line it writes again
-    assert text.index("step 1/2") < text.index("checkpoint saved") < text.index("step 2/2")
-    assert text.count("\n") == 2  # one message, one final line: never wrapped
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text))
+    step = [
+        "step 0 (1 of 2) | ETA 10.0 s | reward 0.412 | mu 0.350 | phi 0.125",
+        "    loss 0.5000 (rollout 0.0125 / expert 0.7500) | entropy 0.830",
+        "    12,345 tokens/s | 10.0 s/step: rollout 60% reward 5% train 30% sync 2%",
+    ]
+    assert [line for line in lines if line and "━" not in line] == [
+        "eval at step 0 | reward_mean 0.25 | response_length_mean 0.25",
+        "    another_mean 0.25 | third_mean 0.25",
+        *step,
+        "the checkpoint of step 1, which is the newest that the run has so far, is saved",
+        "in",
+        path,  # longer than the line, and in one piece all the same
+        "step 1 (2 of 2) | ETA 0.0 s | reward 0.412 | mu 0.350 | phi 0.125",
+        "    loss 0.5000 (rollout -0.5000 / expert 0.7500) | entropy 0.830",
+        step[2],
+    ]
+    bars = [line for line in lines if "rollout of step 0: 3 of 8 completions" in line]
+    assert {(line.index(" "), len(line), line[-1]) for line in bars} == {(16, 80, "…")}  # whole, beside what fits
+    assert "1 of 2 steps, ETA 10.0 s" in text
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1  # the cursor comes back
+
+
+def test_in_a_file_a_wait_is_a_line_when_it_is_due(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with RunLog(tmp_path, train_iters=2, report_to=(), stream=stream) as log:
+        log.waiting(Work(), "rollout of step 0: 9 s so far", is_due=False)
+        log.waiting(Work(), "rollout of step 0: 10 s so far", is_due=True)
+    assert stream.getvalue() == "rollout of step 0: 10 s so far\n"
 
 
 def test_summary(tmp_path: Path) -> None:

@@ -240,3 +240,12 @@ def test_tokens_come_in_blocks_where_they_are_multiplied_in_few_bits():
     config.fp8, config.fp4, config.fp4_recipe = None, "e2m1", "nvfp4"
     assert token_multiple(config) == 128
     assert config.params_dtype == torch.float32
+
+
+def test_fused_gradient_accumulation_is_refused_without_its_kernel():
+    """Megatron-Core says so where the model is built, long after `validate`."""
+    assert refusal({"gradient_accumulation_fusion": True}) == (
+        "model.transformer_config.gradient_accumulation_fusion=true needs a GPU and Apex's kernel for it, which this "
+        "machine lacks; remove it: where both are there, it is on"
+    )
+    assert built({"gradient_accumulation_fusion": False}).gradient_accumulation_fusion is False

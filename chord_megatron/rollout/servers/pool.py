@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -32,10 +33,12 @@ from chord_megatron.rollout.updates.agreement import (
     WORLD_SIZE,
 )
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.work import Work
 
 T = TypeVar("T")
 
 _STATUS_SECONDS = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 _ATTEMPTS = 4  # at a completion, on whichever servers are left
 _logger = logging.getLogger(__name__)
 
@@ -47,8 +50,21 @@ class UpdateError(UserError):
 class ServerPool:
     """Talks to all servers from an event loop of its own, so that completions can be drawn while the trainer trains."""
 
-    def __init__(self, urls: Sequence[str], token: str, identity: Json, *, timeout: float, max_in_flight: int) -> None:
-        """`timeout`: seconds for one request, and for a server to come back. `max_in_flight`: requests per server."""
+    def __init__(
+        self,
+        urls: Sequence[str],
+        token: str,
+        identity: Json,
+        *,
+        timeout: float,
+        max_in_flight: int,
+        work: Work | None = None,
+    ) -> None:
+        """`timeout`: seconds for one request, and for a server to come back. `max_in_flight`: requests per server.
+
+        `work`: where is told whom the caller waits for.
+        """
+        self._work, self._answered = work or Work(), 0
         self._servers = [Server(url.rstrip("/")) for url in urls]
         self._updating: list[Server] = []
         self._version = -1
@@ -75,6 +91,12 @@ class ServerPool:
         """
         return asyncio.run_coroutine_threadsafe(self._generate_all(requests, version), self._loop)
 
+    def wait(self, answers: Future[list[Json]], count: int) -> list[Json]:
+        """The result of `submit`, of so many completions; meanwhile tells how many have come."""
+        while not futures.wait([answers], timeout=_SECONDS_BETWEEN_LOOKS).done:
+            self._work.what, self._work.done, self._work.total = "completions", self._answered, count
+        return answers.result()
+
     def score(self, sequences: Sequence[Sequence[int]], arguments: Json) -> dict[str, list[list[float]]]:
         """Of each server in service the log-probs of each sequence's tokens but its first."""
         return self._run(self._score(sequences, arguments))
@@ -84,8 +106,11 @@ class ServerPool:
 
         async def one(request: Json) -> Json:
             async with room:
-                return await self._generate(request, version)
+                answer = await self._generate(request, version)
+                self._answered += 1
+                return answer
 
+        self._answered = 0
         try:
             async with asyncio.TaskGroup() as group:  # the first error cancels the others
                 tasks = [group.create_task(one(request)) for request in requests]
@@ -211,7 +236,9 @@ class ServerPool:
                     f"rollout servers are not ready after {self._timeout:g} s: {self._failures()}; start them with "
                     "`chord-megatron serve`, and name them in rollout.vllm_servers"
                 )
-            await asyncio.sleep(0.5)
+            late = [f"{server.url}: {server.failure}" for server, is_fit in zip(self._servers, fit) if not is_fit]
+            self._work.begin(f"waiting for rollout servers ({'; '.join(late)})")
+            await asyncio.sleep(_SECONDS_BETWEEN_LOOKS)
 
     async def _is_fit(self, server: Server) -> bool:
         """Whether an update can begin. A server that failed is asked to restart, and fit once it is back."""

@@ -63,9 +63,10 @@ class ServerRollout:
     def _collect(self, request: RolloutRequest, answers: Future[list[dict[str, Any]]] | None) -> list[RolloutSample]:
         completions: list[Completion] = []
 
-        def wait(_: ServerPool) -> None:
+        def wait(pool: ServerPool) -> None:
             assert answers is not None
-            completions.extend(_completion(index, choice) for index, choice in enumerate(answers.result()))
+            choices = pool.wait(answers, len(request.repeated))
+            completions.extend(_completion(index, choice) for index, choice in enumerate(choices))
 
         self._on_rank_0(wait)  # every rank hears of what went wrong before it waits for completions
         return share_samples(request, completions, None, self._device)
