@@ -19,6 +19,7 @@ from chord_megatron.config_names import OTHER_NAMES
 from chord_megatron.config_types import (
     LARGEST_INTEGER,
     LARGEST_NUMBER,
+    DataFormat,
     DataSet,
     Fraction,
     Gigabytes,
@@ -88,15 +89,17 @@ class ParallelConfig(_Group):
 
 
 class DataConfig(_Group):
-    # .jsonl, .parquet, or a `datasets` name, with ":subset" where it has subsets; None = no prompts (mu must be 1).
-    # Several sources: [a.jsonl, {path: b.parquet, weight: 2.0}], whose rows come in the ratio of the weights.
+    # A file, folder, glob or `datasets` name, as "org/name:subset" (docs/data.md); or several, which come in the ratio
+    # of their weights: [a.jsonl, {path: b.parquet, weight: 2.0}]. None = no prompts (mu must be 1).
     dataset: DataSet | None = None
     dataset_split: Text = "train"  # for a `datasets` name
     eval_dataset: PathName | None = None
     eval_dataset_split: Text = "test"
     num_eval_prompts: Positive | None = None  # the first N; None = all
-    prompt_column: Text = "prompt"  # text, or a list of chat messages
-    reference_column: Text = "answer"
+    format: DataFormat = "auto"  # whose rows these are; auto recognises each row, and says what it was taken for
+    max_rows: Positive | None = None  # of each source of data.dataset the first N; None = all
+    prompt_column: Text | None = None  # text, or chat messages; "a.b" leads into an object; None = the format's
+    reference_column: Text | None = None
     reference_pattern: Pattern | None = None  # a regular expression; group 1 of its match is the reference
     prompt_format: PromptFormat = "chat"
     system_prompt: Annotated[str, AfterValidator(is_text)] | None = None
@@ -137,9 +140,8 @@ class RolloutConfig(_Group):
     vllm_tensor_parallel_size: Positive = 1  # colocate
     vllm_gpu_memory_utilization: float = Field(default=0.4, gt=0, le=1)  # colocate: share of each GPU's memory
     vllm_enforce_eager: bool = False  # colocate: no CUDA graphs
-    sleep_level: Literal[0, 1, 2] = (
-        0  # colocate: 1 keeps the sampler's weights on the host while training, 2 drops them
-    )
+    # colocate: 1 keeps the sampler's weights on the host while training, 2 drops them
+    sleep_level: Literal[0, 1, 2] = 0
     offload_optimizer: bool = False  # colocate: optimizer state and gradients to the host while generating
     offload_model: bool = False  # colocate: the training weights to the host while generating
     vllm_servers: list[Text] | None = None  # server: http://host:port of each
@@ -189,8 +191,10 @@ class ChordConfig(_Group):
     semantics: Preset = "paper"  # whose means, step base and temperatures
     chord_sft_dataset: DataSet | None = None  # as data.dataset; None = no expert stream (mu must be 0)
     chord_sft_dataset_split: Text = "train"
-    chord_sft_prompt_column: Text = "prompt"
-    chord_sft_answer_column: Text = "answer"
+    chord_sft_format: DataFormat = "auto"  # as data.format
+    chord_sft_max_rows: Positive | None = None  # of each source the first N; None = all
+    chord_sft_prompt_column: Text | None = None  # None = that of the format
+    chord_sft_answer_column: Text | None = None
     chord_sft_max_length: Positive | None = None  # prompt + answer; None = what the model reads
     chord_sft_global_batch_size: Positive | None = None  # expert rows per optimizer step
     chord_sft_per_device_train_batch_size: Positive | None = None  # ms-swift: x DP x gradient accumulation

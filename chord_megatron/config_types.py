@@ -104,6 +104,11 @@ PathName = Annotated[Text, AfterValidator(_path)]
 
 PipelineLayout = Annotated[Literal["auto"] | list[NonNegative] | None, WrapValidator(_pipeline_layout)]
 Recompute = Annotated[bool | str | list[str], PlainValidator(_recompute)]
+# The keys of data/formats.py, FORMATS: "auto", shapes of rows, and systems by their names.
+DataFormat = Literal[
+    "auto", "verl", "verl_sft", "roll", "sharegpt", "alpaca", "query", "slime", "trinity", "completion", "text",
+    "input_output", "plain", "messages", "ms_swift", "trl", "nemo_rl", "prime_rl", "areal",
+]  # fmt: skip
 
 
 class DataSource(BaseModel):

@@ -37,7 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from chord_megatron.config import ChordConfig, DataConfig
-from chord_megatron.data import load, sources
+from chord_megatron.data import files, load
 from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.data.samples import columns_of, holds_token_beyond, lengths_of
 
@@ -127,7 +127,7 @@ def read(rank: int, processes: int, port: int, directory: Path, name: str, toget
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     datasets.config.HF_DATASETS_CACHE = directory / "datasets"
     if not together:
-        load.FEWEST_ROWS = sources.LARGE_FILE = 2**62
+        load.FEWEST_ROWS = files.LARGE_FILE = 2**62
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer")
     dist.init_process_group("gloo", rank=rank, world_size=processes)
     process = psutil.Process()

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from chord_megatron.data.sources import Rows
+from chord_megatron.data.files import Rows
 
 FEWEST_ROWS = 16384  # of a large data set; fewer are made by each process for itself, which takes seconds
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")  # that make tokens of messages

@@ -18,19 +18,22 @@ def read_text(row: Row, column: str) -> str:
     return as_text(read_column(row, column), column)
 
 
-def read_column(row: Row, column: str) -> Any:
-    """`row[column]`; "a.b" leads into the object of column "a" where no column has that very name. Raises BadRow."""
+def read_column(row: Row, column: str, key: str = "the configuration") -> Any:
+    """`row[column]`; "a.b" leads into the object of column "a" where no column has that very name.
+
+    Raises BadRow, which names the configuration's key that says which column it is.
+    """
     if column in row:
         return row[column]
     value: Any = row
     place = "it"
-    for key in column.split("."):
+    for part in column.split("."):
         if not isinstance(value, Mapping):
-            raise BadRow(f"no column {column!r}", f"; {place} is no object")
-        if key not in value:
+            raise BadRow(f"no column {column!r}", f"; {place} is no object; {key} names it")
+        if part not in value:
             there = ", ".join(map(repr, value))
-            raise BadRow(f"no column {column!r}", f"; {place} has {there}, of which the configuration may name one")
-        value, place = value[key], repr(key)
+            raise BadRow(f"no column {column!r}", f"; {place} has {there}, of which {key} may name one")
+        value, place = value[part], repr(part)
     return value
 
 

@@ -15,6 +15,7 @@ from chord_megatron.data.bad_rows import BadRow, BadRows
 from chord_megatron.data.cache_key import FEWEST_ROWS, cache_folder, content_of
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
+from chord_megatron.data.formats import Keys, expert_keys, prompt_keys
 from chord_megatron.data.mixture import Mixture, Part, names_of, weights_of
 from chord_megatron.data.prompts import make_prompt, other_columns, reference_finder
 from chord_megatron.data.samples import Sample
@@ -30,10 +31,11 @@ MakeSample: TypeAlias = Callable[[int, Row, Conversation, Turn], Sample]
 
 
 # Keys that choose rows, and change no sample of a row.
-_WHICH_ROWS = {"dataset", "dataset_split", "eval_dataset", "eval_dataset_split", "num_eval_prompts"}
+_WHICH_ROWS = {"dataset", "dataset_split", "max_rows", "eval_dataset", "eval_dataset_split", "num_eval_prompts"}
 _WHICH_EXPERTS = {
     "chord_sft_dataset",
     "chord_sft_dataset_split",
+    "chord_sft_max_rows",
     "chord_sft_global_batch_size",
     "chord_sft_per_device_train_batch_size",
 }
@@ -69,33 +71,22 @@ def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, exper
     settings = data.model_dump(exclude=_WHICH_ROWS)
     experts: Sequence[ExpertSample] = []
     if chord.chord_sft_dataset is not None:
-        to_expert = partial(
-            make_expert,
-            answer_column=chord.chord_sft_answer_column,
-            turns=turns,
-            token_weights=TokenWeights(tokenizer),
-        )
-        reading = _Reading(
+        of_experts = _Reading(
             ExpertSample,
-            to_expert,
-            prompt_column=chord.chord_sft_prompt_column,
+            partial(make_expert, turns=turns, token_weights=TokenWeights(tokenizer)),
+            keys=expert_keys(chord),
             limit=("chord.chord_sft_max_length", expert_max_length),
-            other=f"answer: column {chord.chord_sft_answer_column!r}",
             settings={**settings, **chord.model_dump(include=set(_expert_keys(chord)))},
+            first=chord.chord_sft_max_rows,
         )
-        experts = reader.read(sources_of(chord.chord_sft_dataset), chord.chord_sft_dataset_split, reading)
-    to_prompt = partial(
-        make_prompt,
-        reference_column=data.reference_column,
-        find_reference=reference_finder(data.reference_pattern),
-    )
+        experts = reader.read(sources_of(chord.chord_sft_dataset), chord.chord_sft_dataset_split, of_experts)
     of_prompts = _Reading(
         Prompt,
-        to_prompt,
-        prompt_column=data.prompt_column,
+        partial(make_prompt, find_reference=reference_finder(data.reference_pattern)),
+        keys=prompt_keys(data),
         limit=("data.max_prompt_length", data.max_prompt_length),
-        other=f"reference: column {data.reference_column!r}",
         settings=settings,
+        first=data.max_rows,
     )
     prompts = reader.read(sources_of(data.dataset), data.dataset_split, of_prompts) if data.dataset else []
     eval_prompts: Sequence[Prompt] = []
@@ -115,11 +106,10 @@ class _Reading(Generic[Sample]):
 
     kind: type[Sample]
     make: MakeSample[Sample]
-    prompt_column: str
+    keys: Keys  # which columns hold what
     limit: tuple[str, int]  # tokens; longer samples are left out
-    other: str  # what is read beside the prompt
     settings: dict[str, Any]  # what of the configuration the samples of a row depend on
-    first: int | None = None  # so many rows; None: all
+    first: int | None = None  # so many rows of each source; None: all
 
 
 class _Reader:
@@ -152,17 +142,18 @@ class _Reader:
         bad_rows = BadRows(path, self._on_bad_row)
         rows = load_rows(path, split, bad_rows)
         count = len(rows) if reading.first is None else min(reading.first, len(rows))
-        content = content_of(rows)
+        content = None if count < FEWEST_ROWS else content_of(rows)
         tally = Tally()
         samples: Sequence[Sample]
-        if content is None or count < FEWEST_ROWS:
+        if content is None:
             short, tally = self._make(reading, rows, range(count), bad_rows)
             samples = [_placed(sample, first_id, name) for sample in short]
         else:
             from chord_megatron.data.stored import stored_samples  # with pyarrow, which other runs need not import
 
+            depends_on = [reading.kind.__name__, reading.limit, count, reading.settings, bad_rows.files]
             samples, tallies = stored_samples(
-                cache_folder(content, self._tokenizer, [reading.kind.__name__, reading.limit, count, reading.settings]),
+                cache_folder(content, self._tokenizer, depends_on),
                 count,
                 reading.kind,
                 partial(self._make_apart, reading, rows, bad_rows),
@@ -185,7 +176,7 @@ class _Reader:
         for index in indices:
             with bad_rows.at_row(index):
                 row = rows[index]
-                conversation = read_conversation(row, reading.prompt_column)
+                conversation = read_conversation(row, reading.keys)
                 turn = self._turns.open(conversation, longest)
                 sample = reading.make(index, row, conversation, turn)
                 tally.count(conversation, turn.end_token_id)
@@ -204,7 +195,7 @@ class _Reader:
         return samples, tally
 
     def _note(self, path: str, bad_rows: BadRows, tally: Tally, dropped: int, reading: _Reading[Sample]) -> None:
-        self.notes.append(f"{path}: {tally.line(reading.other)}")
+        self.notes.append(f"{path}: {tally}")
         if bad_rows.count:
             self.notes.append(f"{path}: skipped {bad_rows.count} unusable rows: {bad_rows}")
         if dropped:
@@ -224,15 +215,15 @@ def _build(
 ) -> Sample:
     """A sample of what is stored of it; the columns of its row are read again."""
     if reading.kind is Prompt:
-        fields = {**fields, "columns": _columns(rows, fields["id"], path, reading.prompt_column)}
+        fields = {**fields, "columns": _columns(rows, fields["id"], path, reading.keys)}
     return _placed(reading.kind(**fields), first_id, name)
 
 
-def _columns(rows: Rows, index: int, path: str, prompt_column: str) -> dict[str, Any]:
+def _columns(rows: Rows, index: int, path: str, keys: Keys) -> dict[str, Any]:
     """For reward functions, of a row that could be read before."""
     try:
         row = rows[index]
-        return other_columns(row, read_conversation(row, prompt_column))
+        return other_columns(row, read_conversation(row, keys))
     except (BadRow, OSError) as error:
         raise UserError(f"{path} row {index} is not what it was at the start: {error}; restore the file") from None
 

@@ -1,138 +1,170 @@
-"""Where rows come from: a .jsonl or .parquet file, or a `datasets` name."""
+"""Where rows come from: a file, a folder, a glob, or a `datasets` name; all of them, or some."""
 
 from __future__ import annotations
 
-import codecs
-import json
+import glob
+import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, overload
 
-from chord_megatron.data.bad_rows import BadRow, BadRows
-from chord_megatron.data.lazy_lines import LARGE_FILE, LazyLines
+from chord_megatron.data.bad_rows import BadRows
+from chord_megatron.data.cache_key import content_of
+from chord_megatron.data.files import EXAMPLES, Row, Rows, kind_of, read_file
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import one_line
+from chord_megatron.system.sentences import one_line, shown
 
-Row: TypeAlias = Mapping[str, Any]
-Rows: TypeAlias = Sequence[Row]
+__all__ = ["Row", "Rows", "load_rows"]
+
+# slime's rows a to b, `@[a:b]`, and ms-swift's `#N`, here the first N.
+_SOME = re.compile(r"(?P<source>.+?)(?:@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]|#(?P<count>\d+))", re.DOTALL)
+_HUB = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?")
+_HUB_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+_NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of `datasets`
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
 
 
 def load_rows(source: str, split: str, bad_rows: BadRows) -> Rows:
-    """All rows of `source`: a .jsonl or .parquet file, or a `datasets` name with an optional ":subset".
+    """The rows of `source`: files, a folder or a glob of files, or a `datasets` name with an optional ":subset".
 
-    `split` applies to a `datasets` name only. Raises UserError where the source cannot be read or is empty.
+    A source may end in "#N", the first N rows, or "@[a:b]", rows a to b as Python slices. `split` is that of a name,
+    and of a folder whose files are named after splits. Raises UserError where there is nothing to read.
     """
-    path = Path(source).expanduser()
-    if path.suffix == ".jsonl":
-        rows: Rows = _read_jsonl(path, bad_rows)
-    elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
-    elif path.is_file() or re.fullmatch(r"\.[A-Za-z]+", path.suffix):  # "org/name-v1.5" is a name
-        raise UserError(f"cannot read {source}: data files must end in .jsonl or .parquet")
-    else:
-        rows = _read_hub(source, split)
+    named, some = (source, slice(None)) if Path(source).exists() else _some(source)
+    rows = _load(named, split, bad_rows)
+    bad_rows.first, stop, _ = some.indices(len(rows))
+    if some != slice(None):
+        rows = _Joined([rows], range(bad_rows.first, stop))
     if not len(rows) and not bad_rows.count:
         raise UserError(f"{source} has no rows")
     return rows
 
 
-def _read_jsonl(path: Path, bad_rows: BadRows) -> Rows:
-    try:
-        if path.stat().st_size > LARGE_FILE:
-            rows_of_large_file = LazyLines(path, _parse_line)
-            bad_rows.lines = rows_of_large_file.lines
-            return rows_of_large_file
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    rows: list[dict[str, Any]] = []
-    numbers: list[int] = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            with bad_rows.at_line(number):
-                rows.append(_parse_line(line))
-                numbers.append(number)
-    bad_rows.lines = numbers
-    return rows
+def _some(source: str) -> tuple[str, slice]:
+    """A source without what says which of its rows."""
+    match = _SOME.fullmatch(source)
+    if match is None:
+        return source, slice(None)
+    if match["count"]:
+        return match["source"], slice(int(match["count"]))
+    return match["source"], slice(*(int(match[name]) if match[name] else None for name in ("start", "stop")))
 
 
-def _parse_line(line: bytes) -> dict[str, Any]:
-    """A row. JSON allows more than text can hold and than readers agree upon; that is refused here. Raises BadRow."""
-    try:
-        row = json.loads(line.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise BadRow("not UTF-8", f" ({error.reason} at byte {error.start})") from None
-    except ValueError as error:
-        raise BadRow("not valid JSON", f": {error}") from None
-    if not isinstance(row, dict):
-        raise BadRow("no JSON object", f" but {_kind(row)}, where each line is an object")
-    if b"\\u" in line:
-        _refuse_halves(row)
-    return row
+def _load(source: str, split: str, bad_rows: BadRows) -> Rows:
+    path = Path(source).expanduser()
+    if source.startswith("hf://"):
+        return _read_hub_address(source, split)
+    if path.is_dir():
+        return _read_files(_files_of(path, split), bad_rows)
+    if kind_of(path):
+        if not path.is_file() and glob.has_magic(source):
+            return _read_files(_matching(str(path)), bad_rows)
+        return read_file(path, bad_rows)
+    if path.is_file() or re.fullmatch(r"\.[A-Za-z]+", path.suffix):  # "org/name-v1.5" is a name
+        raise UserError(f"cannot read {source}: data files must end in {EXAMPLES}")
+    if glob.has_magic(source):
+        return _read_files(_matching(str(path)), bad_rows)
+    return _read_hub(source, split)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Without it the last of several equal keys wins in silence."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
-        raise BadRow("a key twice in one object", f": {twice!r}")
-    return row
+def _matching(pattern: str) -> list[Path]:
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
+    files = [path for path in paths if kind_of(path) and path.is_file() and path.name not in _NOT_DATA]
+    if not files:
+        raise UserError(f"no data file matches {pattern}; data files end in {EXAMPLES}")
+    return files
 
 
-def _refuse_constant(name: str) -> Any:
-    raise BadRow("NaN or Infinity, which is no JSON", f": {name}")
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The files of a folder and those in it, of one split where their names tell splits apart. Raises UserError."""
+    files = _matching(f"{glob.escape(str(folder))}/**/*")
+    splits = {path: _splits_in(path.relative_to(folder)) for path in files}
+    if any(splits.values()):
+        files = [path for path in files if split in splits[path]]
+        if not files:
+            known = sorted(set().union(*splits.values()))
+            raise UserError(f"{folder} has no files of the split {split!r}, but of {', '.join(known)}; set the split")
+    kinds = sorted({str(kind_of(path)) for path in files})
+    if len(kinds) > 1:
+        raise UserError(f"{folder} has files of several kinds ({', '.join(kinds)}); name those to read by a glob")
+    return files
 
 
-def _refuse_halves(value: Any) -> None:
-    """Halves of surrogate pairs: JSON can write them, UTF-8 and tokenizers cannot."""
-    for text in _texts(value):
-        half = re.search("[\ud800-\udfff]", text)
-        if half:
-            raise BadRow("an escape that is no character", f": \\u{ord(half[0]):04x}")
+def _splits_in(path: Path) -> set[str]:
+    return _SPLITS.intersection(re.split(r"[^A-Za-z]+", str(path).lower()))
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from value
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+def _read_files(paths: Sequence[Path], bad_rows: BadRows) -> Rows:
+    """The rows of several files, one after the other."""
+    if len(paths) == 1:
+        return read_file(paths[0], bad_rows)
+    parts: list[Rows] = []
+    for path in paths:
+        parts.append(read_file(path, bad_rows.of_file(str(path), sum(map(len, parts)))))
+    return _Joined(parts)
 
 
-def _kind(value: Any) -> str:
-    names = {list: "a JSON list", str: "a JSON string", type(None): "a JSON null", bool: "a JSON true or false"}
-    return names.get(type(value), "a JSON number")
+class _Joined(Sequence[Row]):
+    """Rows of several data sets as those of one, or some of them; none is copied."""
+
+    def __init__(self, parts: Sequence[Rows], rows: range | None = None) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = list(accumulate(map(len, self._parts)))
+        self._rows = range(self._ends[-1] if self._ends else 0) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        if isinstance(index, slice):
+            return _Joined(self._parts, self._rows[index])
+        row = self._rows[index]
+        part = bisect_right(self._ends, row)
+        return self._parts[part][row - (self._ends[part - 1] if part else 0)]
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    @cached_property
+    def content(self) -> str | None:
+        """As of `content_of`: None where all parts are in memory."""
+        if not any(map(content_of, self._parts)):
+            return None
+        contents = [content_of(part) or getattr(part, "digest", None) for part in self._parts]
+        return None if None in contents else hashlib.sha256(f"{self._rows} {contents}".encode()).hexdigest()
 
 
-def _read_parquet(path: Path) -> Rows:
-    if not path.is_file():
-        raise UserError(f"cannot read {path}: no such file")
-    from datasets import Dataset
-    from pyarrow.parquet import read_metadata
-
-    try:
-        if not read_metadata(path).num_rows:  # `datasets` fails on such a file
-            return []
-        return cast(Rows, Dataset.from_parquet(str(path)))
-    except Exception as error:  # pyarrow and datasets share no base class; datasets hides what pyarrow says
-        cause = error.__cause__ or error
-        raise UserError(f"{path} is not a readable parquet file: {type(cause).__name__}: {one_line(cause)}") from None
+def _read_hub_address(address: str, split: str) -> Rows:
+    """hf://datasets/OWNER/NAME[@REVISION], with a file of it or not."""
+    match = _HUB.fullmatch(address)
+    if match is None:
+        raise UserError(f"{shown(address)} must look like hf://datasets/OWNER/NAME, perhaps with a file behind it")
+    if match["file"] is None:
+        return _read_hub(match["name"], split, revision=match["revision"])
+    kind = next((kind for kind in Path(match["file"]).suffixes if kind in _HUB_READERS), None)
+    if kind is None:
+        raise UserError(f"cannot read {address}: data files must end in {EXAMPLES}")
+    return _read_hub(_HUB_READERS[kind], "train", data_files=address)
 
 
-def _read_hub(source: str, split: str) -> Rows:
+def _read_hub(source: str, split: str, **more: Any) -> Rows:
     from datasets import load_dataset
 
     name, _, subset = source.partition(":")
+    more = {key: value for key, value in more.items() if value is not None}
     try:
-        return cast(Rows, load_dataset(name, subset or None, split=split))
+        rows: Rows = load_dataset(name, subset or None, split=split, **more)
     except Exception as error:  # network, hub, missing subset or split: no shared base class
         raise UserError(
-            f"cannot load the data set {source!r} (split {split!r}); check the name and the network, "
-            f"or give a .jsonl or .parquet file: {type(error).__name__}: {one_line(error)}"
+            f"cannot load the data set {more.get('data_files', source)!r} (split {split!r}); check the name and the "
+            f"network, or give a file ({EXAMPLES}): {type(error).__name__}: {one_line(error)}"
         ) from None
+    return rows

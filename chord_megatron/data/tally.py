@@ -15,8 +15,8 @@ class Tally:
     """Of some rows in a row; those of the rows that follow are added to it."""
 
     usable: int = 0
-    prompts: Counter[str] = field(default_factory=Counter)  # by column and kind
-    beside: Counter[str] = field(default_factory=Counter)  # columns that changed the prompt
+    read_as: Counter[str] = field(default_factory=Counter)
+    beside: Counter[str] = field(default_factory=Counter)  # what was used beside the question
     end_token_ids: set[int] = field(default_factory=set)
     bad_rows: dict[str, tuple[int, str]] = field(default_factory=dict)  # as of `BadRows.found`
 
@@ -24,13 +24,13 @@ class Tally:
         """One more row that can be used."""
         self.usable += 1
         self.end_token_ids.add(end_token_id)
-        self.prompts[f"column {conversation.column!r} ({conversation.kind})"] += 1
-        self.beside.update(f"column {column!r}" for column in conversation.columns)
+        self.read_as[conversation.read_as] += 1
+        self.beside.update(conversation.columns)
 
     def add(self, other: Tally) -> None:
         """The rows that follow; but for those that are bad, which `BadRows` adds up."""
         self.usable += other.usable
-        self.prompts.update(other.prompts)
+        self.read_as.update(other.read_as)
         self.beside.update(other.beside)
         self.end_token_ids |= other.end_token_ids
 
@@ -43,16 +43,12 @@ class Tally:
         """Of what `to_json` made."""
         return Tally(
             value["usable"],
-            Counter(value["prompts"]),
+            Counter(value["read_as"]),
             Counter(value["beside"]),
             set(value["end_token_ids"]),
             {reason: (number, first) for reason, (number, first) in value["bad_rows"].items()},
         )
 
-    def line(self, other: str) -> str:
-        """The sentence of it."""
-        prompts = ", ".join(
-            f"{number} {kind}" if len(self.prompts) > 1 else kind for kind, number in self.prompts.items()
-        )
-        line = f"{self.usable} rows; prompt: {prompts}; {other}"
-        return line + "".join(f"; beside it: {name} ({number})" for name, number in self.beside.items())
+    def __str__(self) -> str:
+        kinds = (f"{number:,} row{'s' * (number != 1)} read as {kind}" for kind, number in self.read_as.items())
+        return "; ".join(kinds) + "".join(f"; beside it: {name} ({number:,})" for name, number in self.beside.items())

@@ -9,7 +9,20 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from chord_megatron.data.conversations import Message
+from chord_megatron.data.messages import Message
+
+
+def forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """The forms in which a template may take them, the given one first."""
+    yield messages
+    if any("tool_calls" in message for message in messages):
+        yield (other := with_other_arguments(messages))
+        yield from map(with_empty_content, (messages, other))
+
+
+def with_empty_content(messages: list[Message]) -> list[Message]:
+    """The same messages with "" for content that is null, which some templates want beside a call of a tool."""
+    return [{**message, "content": ""} if message.get("content", "") is None else message for message in messages]
 
 
 def with_other_arguments(messages: list[Message]) -> list[Message]:

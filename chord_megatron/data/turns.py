@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from chord_megatron.config import PromptFormat
 from chord_megatron.data.bad_rows import BadRow
-from chord_megatron.data.conversations import Conversation, Message
+from chord_megatron.data.conversations import Conversation
+from chord_megatron.data.messages import Message
 from chord_megatron.data.token_lengths import characters_per_token
-from chord_megatron.data.tool_calls import is_written_twice, with_other_arguments
+from chord_megatron.data.tool_calls import forms, is_written_twice, with_empty_content
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import one_line, shown
 
@@ -64,6 +65,13 @@ class Turns(Protocol):
         """An answer behind `turn`. Raises BadRow."""
         ...
 
+    def earlier(self, conversation: Conversation, turn: Turn, index: int) -> range:
+        """Where in the turn's tokens message `index` of the question is, an assistant's, with the token that ends it.
+
+        Raises BadRow where the template writes it otherwise than it was said.
+        """
+        ...
+
 
 def build_turns(
     tokenizer: PreTrainedTokenizerBase,
@@ -91,7 +99,7 @@ class TextTurns:
         if conversation.tools:
             raise BadRow("column 'tools' needs data.prompt_format: chat")
         system = conversation.system or self._system_prompt
-        text = question if system is None else f"{system}\n\n{question}"
+        text = question if system is None or not question else f"{system}\n\n{question}"
         tokens = _unread(text, most_tokens, self._characters_per_token) or self._encode(text)
         return Turn(text, tokens, "", "", int(self._tokenizer.eos_token_id))
 
@@ -101,6 +109,9 @@ class TextTurns:
         if tokens is None:
             tokens = tuple(self._tokenizer.encode(content, add_special_tokens=False))
         return Answer((*tokens, turn.end_token_id), content, content)
+
+    def earlier(self, conversation: Conversation, turn: Turn, index: int) -> range:
+        raise BadRow("answers of earlier turns need data.prompt_format: chat")
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Without what a tokenizer puts behind a text, which ends it: the model goes on there."""
@@ -129,6 +140,8 @@ class ChatTurns:
         self._characters_per_token = characters_per_token(tokenizer)
 
     def open(self, conversation: Conversation, most_tokens: int) -> Turn:
+        if not conversation.question:
+            raise BadRow(f"column {conversation.column!r} is a text of its own, which needs data.prompt_format: text")
         messages, begun = self._messages(conversation), conversation.begun
         text = self._render(messages, conversation, add_generation_prompt=True)
         self._refuse_unwritten(messages, conversation, text)
@@ -160,6 +173,37 @@ class ChatTurns:
         text = text.removesuffix(turn.ending)
         return Answer((*self._encode_behind(turn, text), turn.end_token_id), text, content)
 
+    def earlier(self, conversation: Conversation, turn: Turn, index: int) -> range:
+        messages = self._messages(conversation)
+        place = index + (messages[0] is not conversation.question[0])  # behind a system prompt
+        begins = self._begins(messages, place, conversation, turn)
+        ends = self._up_to(messages, place + 1, conversation)
+        start = next((text for text in begins if text and turn.text.startswith(text)), None)
+        if start is None or not ends.startswith(start) or not turn.text.startswith(ends):
+            raise _rewritten(index)
+        if not _is_written(messages[place], ends[len(start) :]):
+            raise _rewritten(index)
+        first, limit = len(self._encode(start)), len(self._encode(ends))
+        tokens = turn.tokens[first:limit]
+        if turn.tokens[:first] != self._encode(start) or turn.end_token_id not in tokens:
+            raise _rewritten(index)
+        return range(first, first + tokens.index(turn.end_token_id) + 1)
+
+    def _begins(self, messages: list[Message], place: int, conversation: Conversation, turn: Turn) -> Iterator[str]:
+        """The text before the assistant's message `place`: as it is read before the answer, or in a longer one."""
+        yield self._render(messages[:place], conversation, add_generation_prompt=True)
+        header, _, _ = self._closed(messages, conversation)
+        space = header[len(turn.text) :] if header.startswith(turn.text) else ""
+        yield self._up_to(messages, place, conversation).removesuffix(space)  # before an answer, it belongs to that
+
+    def _up_to(self, messages: list[Message], place: int, conversation: Conversation) -> str:
+        """The text before the content of message `place`; "" where it is not written."""
+        if place >= len(messages):
+            return ""
+        other = [*messages[:place], {**messages[place], "content": _PROBE}, *messages[place + 1 :]]
+        text, found, _ = self._render(other, conversation, add_generation_prompt=True).partition(_PROBE)
+        return text if found else ""
+
     def _messages(self, conversation: Conversation) -> list[Message]:
         """The messages before the model's turn."""
         question = conversation.question
@@ -175,11 +219,14 @@ class ChatTurns:
 
     def _render(self, messages: list[Message], conversation: Conversation, **how: Any) -> str:
         kwargs = self._template_kwargs | conversation.template_kwargs | {"tools": conversation.tools} | how
-        other = with_other_arguments(messages) if any("tool_calls" in message for message in messages) else messages
         reason = ""
-        for form in (messages, other):
+        for form in forms(messages):
             try:
                 text = str(self._tokenizer.apply_chat_template(form, tokenize=False, **kwargs))
+                if "None" in text and any(message.get("content", "") is None for message in form):
+                    empty = with_empty_content(form)  # a template that writes the word in place of nothing
+                    without = str(self._tokenizer.apply_chat_template(empty, tokenize=False, **kwargs))
+                    text = without if without.replace("None", "") == text.replace("None", "") else text
             except Exception as error:  # a template is a program: it may raise anything
                 reason = reason or one_line(error)
             else:
@@ -269,6 +316,21 @@ def _refuse_unwritten_thoughts(answer: Message, rendered: str) -> None:
                 f"the chat template does not write the {key!r} of the answer",
                 "; put it in front of the content, between <think> and </think>",
             )
+
+
+def _is_written(message: Message, text: str) -> bool:
+    """Whether a text has what an assistant said, thought and called."""
+    said = [message.get("content") or "", *(message[key] for key in _THOUGHTS if isinstance(message.get(key), str))]
+    calls = (call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, dict))
+    names = [str(call.get("name", "")) for call in calls if isinstance(call, dict)]
+    return all(_squeezed(part) in _squeezed(text) for part in (*said, *names))
+
+
+def _rewritten(index: int) -> BadRow:
+    return BadRow(
+        "the chat template writes an answer of an earlier turn otherwise than it was said",
+        f": message {index}; make it a row of its own, which ends there",
+    )
 
 
 def _squeezed(text: str) -> str:

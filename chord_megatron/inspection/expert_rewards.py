@@ -11,6 +11,8 @@ import torch
 
 from chord_megatron.config import Config
 from chord_megatron.data.bad_rows import BadRow
+from chord_megatron.data.conversations import read_conversation
+from chord_megatron.data.formats import FINAL
 from chord_megatron.data.samples import columns_of
 from chord_megatron.data.turns import Turns
 from chord_megatron.inspection.duplicates import question_of
@@ -117,7 +119,7 @@ class _Matching:
 
     def __init__(self, turns: Turns, prompts: Sequence[ReadSet], config: Config) -> None:
         self._turns = turns
-        self._own = prompts_as(config, "prompts", "", "").make
+        self._own = prompts_as(config, "prompts", "", "")
         asked = [(read, question) for read in reversed(prompts) for question in reversed(read.questions)]
         self._rows = {question.normalised: (read, question.row) for read, question in asked}
         self._rows |= {question.exact: (read, question.row) for read, question in asked}  # the first of each
@@ -129,7 +131,10 @@ class _Matching:
         if found is not None and (prompt := self._read(*found)):
             return prompt, False
         try:
-            own = self._own(expert.index, expert.row, expert.conversation, expert.turn)
+            conversation = read_conversation(expert.row, self._own.keys)
+            if conversation.other == FINAL:  # the answer itself, which agrees with itself
+                return None, False
+            own = self._own.make(expert.index, expert.row, conversation, expert.turn)
         except BadRow:
             return None, False
         assert isinstance(own, Prompt)

@@ -9,8 +9,9 @@ from statistics import median
 
 from chord_megatron.data.bad_rows import BadRow, BadRows
 from chord_megatron.data.columns import read_text
-from chord_megatron.data.conversations import MESSAGES_COLUMN, Conversation, read_conversation
+from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
+from chord_megatron.data.formats import Keys
 from chord_megatron.data.segments import TokenWeights
 from chord_megatron.data.sources import Row, load_rows
 from chord_megatron.data.turns import Turns
@@ -18,9 +19,12 @@ from chord_megatron.rewards.answers import AnswerFormat, final_answer, without_t
 from chord_megatron.system.errors import UserError
 
 # As systems call them; the first that most rows have is taken.
-_QUESTIONS = ("prompt", MESSAGES_COLUMN, "question", "problem", "query", "instruction", "input")
+_QUESTIONS = (
+    "prompt", "messages", "question", "problem", "query", "instruction", "input", "conversations", "conversation"
+)  # fmt: skip
 _REFERENCES = ("answer", "reward_model.ground_truth", "ground_truth", "solution", "reference", "label", "final_answer")
 _ANSWERS = ("answer", "solution", "response", "completion", "output", "chosen", "generation", "expert")
+_ANY = ""  # the name of a column that each row is given here
 _MOST_ROWS = 500  # of a file, its first
 _USABLE = 0.9  # of the rows: a column that fewer have is another's
 _WORKED = 3  # an answer that is so many times as long as its final answer, is worked out
@@ -40,7 +44,7 @@ class PromptGuess:
     rows: int
     examined: int
     unusable: int  # of those
-    prompt_column: str
+    prompt_column: str | None  # None: that of the format
     kind: str  # how it was read
     reference_column: str | None  # None: no column looks like one
     mark: AnswerFormat | None  # of the final answer in most references
@@ -59,8 +63,8 @@ class ExpertGuess:
     path: str
     rows: int
     unusable: int
-    prompt_column: str
-    answer_column: str | None  # None: the last message
+    prompt_column: str | None  # None: that of the format
+    answer_column: str | None  # None: that of the format, such as the last message
     mark: AnswerFormat | None  # of the final answer in most of them
     longest: int  # tokens of prompt and answer
     longest_answer: int
@@ -74,8 +78,8 @@ def guess_prompts(
     Completions are asked to mark their answer as experts do; where these do not, nothing is asked.
     """
     rows, examined, unreadable = _rows(path)
-    column = _question_column(path, examined)
-    read = [*_read(examined, column)]
+    column, named = _question_column(path, examined)
+    read = [*_read(examined, named)]
     reference = _reference_column([row for row, _ in read], column)
     mark = _mark([read_text(row, reference) for row, _ in read if _has_text(row, reference)]) if reference else None
     needs_system = has_template and reference and not any(_has_system(conversation) for _, conversation in read)
@@ -90,8 +94,8 @@ def guess_prompts(
         rows=rows,
         examined=len(examined) + unreadable,
         unusable=len(examined) + unreadable - len(lengths),
-        prompt_column=column,
-        kind=Counter(f"column {each.column!r}, {each.kind}" for _, each in read).most_common(1)[0][0],
+        prompt_column=named,
+        kind=Counter(f"{each.format}: {each.column} ({each.kind})" for _, each in read).most_common(1)[0][0],
         reference_column=reference,
         mark=mark,
         asked=asked,
@@ -102,8 +106,8 @@ def guess_prompts(
 def guess_experts(path: str, turns: Turns, token_weights: TokenWeights, *, must: bool = True) -> ExpertGuess | None:
     """None, or UserError where there `must` be worked answers, where the file has none."""
     rows, examined, unreadable = _rows(path)
-    column = _question_column(path, examined)
-    read = [*_read(examined, column)]
+    column, named = _question_column(path, examined)
+    read = [*_read(examined, named)]
     is_chat = sum(each.answer is not None for _, each in read) >= _USABLE * len(read)
     answer = None if is_chat else next(iter(_worked_beside(examined, column)), None)
     if answer is None and not is_chat and must:
@@ -116,10 +120,11 @@ def guess_experts(path: str, turns: Turns, token_weights: TokenWeights, *, must:
             )
         return None
     samples, texts = [], []
-    for index, (row, conversation) in enumerate(read):
+    for index, (row, _) in enumerate(read):
         try:
+            conversation = read_conversation(row, _keys(named, answer))
             turn = turns.open(conversation, 10**6)
-            samples.append(make_expert(index, row, conversation, turn, answer or "answer", turns, token_weights))
+            samples.append(make_expert(index, row, conversation, turn, turns, token_weights))
             texts.append(str((conversation.answer or {}).get("content")) if is_chat else read_text(row, answer or ""))
         except (BadRow, RecursionError):
             continue
@@ -129,7 +134,7 @@ def guess_experts(path: str, turns: Turns, token_weights: TokenWeights, *, must:
         path=path,
         rows=rows,
         unusable=len(examined) + unreadable - len(samples),
-        prompt_column=column,
+        prompt_column=named,
         answer_column=answer,
         mark=_mark(texts),
         longest=max(len(sample.tokens) for sample in samples),
@@ -150,25 +155,31 @@ def _rows(path: str) -> tuple[int, list[Row], int]:
     return len(rows), examined, bad.count
 
 
-def _question_column(path: str, rows: Sequence[Row]) -> str:
+def _question_column(path: str, rows: Sequence[Row]) -> tuple[str, str | None]:
+    """And the name that a configuration has to say: None where the rows are recognised without."""
     for column in _QUESTIONS:
-        if len([*_read(rows, column, only=column)]) >= _USABLE * len(rows):
-            return column
+        named = [*_read(rows, column)]
+        if len(named) >= _USABLE * len(rows):
+            recognised = [read for _, read in _read(rows, None) if read.column == column]
+            return column, None if len(recognised) >= len(named) else column
     raise UserError(
         f"{path}: no column looks like a question ({_names(rows)}); rename one to 'prompt', or write the "
         "configuration with data.prompt_column"
     )
 
 
-def _read(rows: Sequence[Row], column: str, only: str | None = None) -> Iterator[tuple[Row, Conversation]]:
-    """The rows whose question can be read; `only`: where it is in that column."""
+def _read(rows: Sequence[Row], column: str | None) -> Iterator[tuple[Row, Conversation]]:
+    """The rows whose question can be read, whatever answers it."""
     for row in rows:
         try:
-            conversation = read_conversation(row, column)
+            conversation = read_conversation({**row, _ANY: None}, _keys(column, _ANY))
         except (BadRow, RecursionError):
             continue
-        if only in (None, conversation.column):
-            yield row, conversation
+        yield row, conversation
+
+
+def _keys(column: str | None, answer: str | None) -> Keys:
+    return Keys(("data.format", "auto"), ("data.prompt_column", column), ("--experts", answer), is_expert=True)
 
 
 def _reference_column(rows: Sequence[Row], question: str) -> str | None:

@@ -16,7 +16,7 @@ def summary_lines(data_set: DataSet) -> list[str]:
     rows = f"{data_set.rows:,} rows"
     sampled = f"a sample of {data_set.sample:,}" if data_set.sample < data_set.rows else "all of them"
     compared = "" if data_set.compared == data_set.rows else f", questions of the first {data_set.compared:,} compared"
-    return [f"{rows}; read in tokens: {sampled}{compared}", *(f"prompt: {form}" for form in data_set.forms)]
+    return [f"{rows}; read in tokens: {sampled}{compared}", *data_set.forms]
 
 
 def left_out(data_set: DataSet) -> list[str]:

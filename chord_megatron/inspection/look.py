@@ -8,8 +8,8 @@ from itertools import combinations
 from typing import Any
 
 from chord_megatron.config import Config
-from chord_megatron.data.columns import read_text
 from chord_megatron.data.conversations import Conversation
+from chord_megatron.data.prompts import reference_text
 from chord_megatron.data.turns import build_turns
 from chord_megatron.inspection.duplicates import Duplicates, find_duplicates, find_repeats, question_text
 from chord_megatron.inspection.expert_rewards import ExpertRewards, score_experts
@@ -157,7 +157,7 @@ def _cut_references(read: ReadSet, config: Config) -> tuple[LeftOut, ...]:
     examples: dict[str, str] = {}
     for row in read.sampled:
         if isinstance(row.sample, Prompt):
-            text = read_text(row.row, config.data.reference_column)
+            text = reference_text(row.row, row.conversation)
             if cut := cut_short(row.sample.reference, text, config.data.reference_pattern):
                 places.setdefault(cut[0], []).append(read.bad.place(row.index))
                 examples.setdefault(cut[0], ending(cut[1]))

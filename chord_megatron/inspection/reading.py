@@ -14,6 +14,7 @@ from chord_megatron.config_types import DataSet, sources_of
 from chord_megatron.data.bad_rows import BadRows
 from chord_megatron.data.conversations import Conversation, read_conversation
 from chord_megatron.data.experts import make_expert
+from chord_megatron.data.formats import Keys, expert_keys, prompt_keys
 from chord_megatron.data.prompts import make_prompt, reference_finder
 from chord_megatron.data.segments import TokenWeights
 from chord_megatron.data.sources import Row, Rows, load_rows
@@ -36,8 +37,8 @@ class Source:
     name: str  # the kind, and which one where there are several
     path: str
     split: str
-    prompt_column: str
-    first: int | None  # as data.num_eval_prompts
+    keys: Keys  # which columns hold what
+    first: int | None  # as data.num_eval_prompts and data.max_rows
     limit: tuple[str, int]  # the key that bounds its rows, and its value in tokens
     make: MakeSample
 
@@ -81,28 +82,24 @@ class ReadSet:
 
     def conversation(self, index: int) -> Conversation:
         """Of a row whose question was read."""
-        return read_conversation(self.rows[index], self.source.prompt_column)
+        return read_conversation(self.rows[index], self.source.keys)
 
 
 def prompts_as(config: Config, kind: str, path: str, split: str, first: int | None = None) -> Source:
     """A data set of prompts, as data/load.py reads it."""
     data = config.data
-    to_prompt = partial(
-        make_prompt, reference_column=data.reference_column, find_reference=reference_finder(data.reference_pattern)
-    )
+    to_prompt = partial(make_prompt, find_reference=reference_finder(data.reference_pattern))
     limit = ("data.max_prompt_length", data.max_prompt_length)
-    return Source(kind, kind, path, split, data.prompt_column, first, limit, to_prompt)
+    return Source(kind, kind, path, split, prompt_keys(data), first, limit, to_prompt)
 
 
 def experts_as(config: Config, path: str, turns: Turns, tokenizer: Any, max_length: int) -> Source:
     """A data set of expert answers, as data/load.py reads it."""
     chord = config.chord
-    to_expert = partial(
-        make_expert, answer_column=chord.chord_sft_answer_column, turns=turns, token_weights=TokenWeights(tokenizer)
-    )
+    to_expert = partial(make_expert, turns=turns, token_weights=TokenWeights(tokenizer))
     limit = ("chord.chord_sft_max_length", max_length)
-    split, column = chord.chord_sft_dataset_split, chord.chord_sft_prompt_column
-    return Source("experts", "experts", path, split, column, None, limit, to_expert)
+    split, first = chord.chord_sft_dataset_split, chord.chord_sft_max_rows
+    return Source("experts", "experts", path, split, expert_keys(chord), first, limit, to_expert)
 
 
 def all_sources(config: Config, turns: Turns, tokenizer: Any, expert_max_length: int) -> list[Source]:
@@ -110,7 +107,8 @@ def all_sources(config: Config, turns: Turns, tokenizer: Any, expert_max_length:
     data, chord = config.data, config.chord
     sources: list[Source] = []
     if data.dataset:
-        sources += [prompts_as(config, "prompts", path, data.dataset_split) for path in _paths(data.dataset)]
+        split, most = data.dataset_split, data.max_rows
+        sources += [prompts_as(config, "prompts", path, split, most) for path in _paths(data.dataset)]
     if data.eval_dataset:
         first = data.num_eval_prompts
         sources += [
@@ -149,7 +147,7 @@ def read_set(source: Source, turns: Turns, sample: int, most_tokens: int) -> Rea
     for index in sorted({*range(found.compared), *wanted}):
         with bad.at_row(index):
             row = rows[index]
-            conversation = read_conversation(row, source.prompt_column)
+            conversation = read_conversation(row, source.keys)
             if index < found.compared:
                 found.questions.append(question_of(index, conversation))
             if index in wanted:
@@ -161,5 +159,4 @@ def read_set(source: Source, turns: Turns, sample: int, most_tokens: int) -> Rea
 
 
 def _forms(conversation: Conversation) -> list[str]:
-    beside = (f"beside it: column {column!r}" for column in conversation.columns)
-    return [f"column {conversation.column!r} ({conversation.kind})", *beside]
+    return [f"read as {conversation.read_as}", *(f"beside it: {column}" for column in conversation.columns)]

@@ -145,7 +145,7 @@ def _data(material: Material, prompt_length: int) -> list[Key]:
     keys = []
     if material.draws:
         keys.append(Key("dataset", prompts.path, f"{prompts.rows} rows: {prompts.kind}"))
-        if prompts.prompt_column not in ("prompt", "messages"):
+        if prompts.prompt_column is not None:
             keys.append(Key("prompt_column", prompts.prompt_column, "the question"))
         mark = f", marked as {prompts.mark}" if prompts.mark else ""
         keys.append(Key("reference_column", prompts.reference_column, f"what accuracy compares with{mark}"))
@@ -170,9 +170,9 @@ def _chord(material: Material, prompts_per_step: int, steps: int) -> list[Key]:
         why = "no worked answers: GRPO alone"
         return [Key("chord_mu_peak", 0.0, why), Key("chord_mu_valley", 0.0, why)]
     keys = [Key("chord_sft_dataset", experts.path, f"{experts.rows} rows of worked answers")]
-    if experts.prompt_column not in ("prompt", "messages"):
+    if experts.prompt_column is not None:
         keys.append(Key("chord_sft_prompt_column", experts.prompt_column, "the question"))
-    if experts.answer_column not in (None, "answer"):
+    if experts.answer_column is not None:
         keys.append(Key("chord_sft_answer_column", experts.answer_column, "the worked answer"))
     length = min(_rounded(experts.longest), material.arch.max_position_embeddings)
     keys += [

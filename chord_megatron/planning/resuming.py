@@ -17,10 +17,10 @@ def _keys(**groups: str) -> frozenset[str]:
 # Refused where it differs: the model, the rows that a checkpoint's cursors count, and what it cannot be loaded with.
 STAYS = _keys(
     model="path dtype",
-    data="dataset dataset_split prompt_column reference_column reference_pattern prompt_format system_prompt "
-    "chat_template_kwargs max_prompt_length",
+    data="dataset dataset_split format max_rows prompt_column reference_column reference_pattern prompt_format "
+    "system_prompt chat_template_kwargs max_prompt_length",
     chord="semantics chord_sft_dataset chord_sft_dataset_split chord_sft_prompt_column chord_sft_answer_column "
-    "chord_sft_max_length",
+    "chord_sft_max_length chord_sft_format chord_sft_max_rows",
     optimizer="use_distributed_optimizer",
     train="seed",
 )

@@ -133,11 +133,11 @@ BEFORE_THE_FIRST_STEP = {
     "no such file": (("data.dataset={bad}/none.jsonl",), ("cannot read {bad}/none.jsonl: No such file or directory",)),
     "missing column": (
         ("data.prompt_column=question",),
-        ("{assets}/prompts.jsonl:1: no column 'question'; it has 'prompt', 'answer'",),
+        ("{assets}/prompts.jsonl:1: no column 'question'; it has 'prompt', 'answer', of which data.prompt_column may",),
     ),
     "missing expert column": (
         ("chord.chord_sft_answer_column=solution",),
-        ("{assets}/experts.jsonl:1: no column 'solution'; it has 'prompt', 'answer'",),
+        ("{assets}/experts.jsonl:1: no column 'solution'; it has 'prompt', 'answer', of which chord.",),
     ),
     "empty reference": (
         ("data.dataset={bad}/no_answer.jsonl",),

@@ -124,7 +124,10 @@ def test_a_model_by_itself(trained: Path, assets: Path, tmp_path: Path, monkeypa
         (("--temperature=0.001",), "train.eval_temperature=0.001: must be 0 (greedy) or at least 0.01"),
         (("none.jsonl",), "cannot read none.jsonl"),
         (("a.jsonl", "b.jsonl"), "PROMPTS is one data file or data set, and these are 2: a.jsonl, b.jsonl"),
-        (("parallel.tensor_model_parallel_size=2",), "1 process cannot hold tensor x pipeline = 2 x 1 = 2 ranks"),
+        (
+            ("parallel.tensor_model_parallel_size=2",),
+            "1 process cannot hold a model on tensor x pipeline = 2 x 1 = 2 ranks",
+        ),
         (("rewards.reward_funcs=[accurcy]",), "did you mean 'accuracy'?"),
     ],
 )

@@ -184,8 +184,8 @@ def test_the_loss_scale_of_the_final_answer_is_the_weight_of_its_tokens(flags: d
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"loss": False}, "column 'messages' leaves its final answer out of the loss, by the flag 'loss'"),
-        ({"loss_scale": 0}, "column 'messages' leaves its final answer out of the loss, by the flag 'loss_scale'"),
+        ({"loss": False}, "column 'messages' leaves every answer out of the loss"),
+        ({"loss_scale": 0}, "column 'messages' leaves every answer out of the loss"),
         (
             {"loss_scale": -1},
             "column 'messages': the 'loss_scale' of its final answer is not a number from 0 to 1e.30: -1",

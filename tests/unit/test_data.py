@@ -122,7 +122,8 @@ def test_parquet_rows(tmp_path, monkeypatch):
     [
         ("absent.jsonl", r"cannot read absent\.jsonl: No such file"),
         ("absent.parquet", r"cannot read absent\.parquet: no such file"),
-        ("rows.csv", r"cannot read rows\.csv: data files must end in \.jsonl or \.parquet"),
+        ("absent.csv", r"cannot read absent\.csv: No such file"),
+        ("rows.txt", r"cannot read rows\.txt: data files must end in \.jsonl, \.json, \.csv"),
     ],
 )
 def test_unreadable_files_name_the_remedy(source, message):

@@ -317,11 +317,45 @@ def test_everything_in_words(tmp_path):
         "prompts: 1 row cannot be used; data.on_bad_row=skip: a run skips them",
         "prompts: 1 of 4 rows are longer than data.max_prompt_length=140 (up to 145 tokens), and left out",
         "held-out: 1 of 2 references seem to be cut (line 2: its mark of the final answer does not end)",
-        "prompts: 1 of 5 questions come twice or more, all of them exactly",
+        "prompts: 1 of 4 questions come twice or more, all of them exactly",
         "held-out: 1 of 2 questions are also in the prompts, all of them exactly",
         "held-out: 1 of 2 questions are also in the experts, all of them exactly",
     ]
     assert printed(found).splitlines()[: len(findings(found)) + 1][1:] == [f"- {line}" for line in findings(found)]
+
+
+def test_files_of_other_formats_among_several_sources(tmp_path):
+    """What they are taken for is said, rows are named by their file, and turns that are learnt are marked."""
+    (tmp_path / "alpaca").mkdir()
+    for name in ("a", "b"):
+        rows = [{"instruction": f"add {name}", "input": str(n), "output": str(n)} for n in range(2)]
+        write_rows(tmp_path / "alpaca" / f"{name}.jsonl", [*rows, {"instruction": "add", "output": ""}])
+    alpaca, few = str(tmp_path / "alpaca"), write_rows(tmp_path / "few.jsonl", PROMPTS[:2])
+    roles = ("user", "assistant", "user", "assistant")
+    chat = [{"role": role, "content": str(n)} for n, role in enumerate(roles)]
+    chat[1]["loss"] = True
+    config = config_of(tmp_path, experts=[{"messages": chat}] * 3, data={"dataset": [few, alpaca], "max_rows": 5})
+    found = inspect(config, show=1)
+    assert [(each.name, each.path, each.rows, each.forms) for each in found.data_sets] == [
+        ("prompts 1", few, 2, ("read as plain rows: prompt (text), answer: 2",)),
+        ("prompts 2", alpaca, 5, ("read as Alpaca: instruction (text), output: 4",)),
+        (
+            "experts",
+            str(tmp_path / "experts.jsonl"),
+            3,
+            (
+                "read as messages: messages (chat messages), final assistant message: 3",
+                "beside it: answers of earlier turns: 3",
+            ),
+        ),
+    ]
+    (bad,) = found.data_sets[1].bad
+    assert (bad.reason, bad.count, bad.places) == ("column 'output' is empty", 1, (f"{alpaca}/a.jsonl line 3",))
+    assert found.data_sets[1].shown[0].place == f"{alpaca}/a.jsonl line 1"
+    # "1" and "3" with <|im_end|>, of which a byte is a token unless it is a mark of the template
+    (shown,) = found.data_sets[2].shown
+    assert [span.text for span in shown.spans if span.weight > 0] == ["1", "<|im_end|>", "3", "<|im_end|>"]
+    assert shown.trained == 4
 
 
 def test_experts_are_compared_with_the_prompt_that_asks_the_same_else_with_their_own_column(tmp_path):

@@ -102,6 +102,14 @@ def test_verl_prompts_without_answers_are_for_grpo_alone(folder):
     assert (config.chord.chord_sft_dataset, config.chord.chord_mu_peak, config.chord.chord_mu_valley) == (None, 0, 0)
 
 
+def test_rows_that_are_recognised_need_no_column_of_the_question(folder):
+    rows = [{"instruction": "Add.", "input": f"{n}+{n}", "output": f"We add: #### {2 * n}"} for n in range(60)]
+    config = made(folder, rows)
+    assert config.chord.chord_sft_dataset == "data.jsonl"
+    assert (config.chord.chord_sft_prompt_column, config.chord.chord_sft_answer_column) == (None, "output")
+    assert "# prompts: 60 rows, Alpaca: instruction (text); the longest" in (folder / "my.yaml").read_text("utf-8")
+
+
 def test_answers_without_references_are_for_supervised_training_alone(folder):
     config = made(folder, CHAT_ONLY)
     assert (config.data.dataset, config.chord.chord_sft_dataset) == (None, "data.jsonl")

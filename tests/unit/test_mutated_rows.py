@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import itertools
 import json
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
 import pytest
 from mutations import check_damaged
 
@@ -30,6 +33,12 @@ ROWS: list[dict[str, Any]] = [
     {"messages": CHAT, "answer": "2", "tools": [{"type": "function", "function": {"name": "add"}}]},
     {"messages": json.dumps(CHAT[1:2] + CHAT[4:]), "answer": 2.5, "system": "Add.", "level": [1, None]},
     {"prompt": "1+2?", "answer": "3", "chat_template_kwargs": {"enable_thinking": False}},
+]
+FORMATS = Path(__file__).parents[1] / "data" / "formats"
+SYSTEMS: list[dict[str, Any]] = [
+    json.loads(path.read_text().splitlines()[-1])
+    for name in ("ms_swift_agent", "ms_swift_query", "alpaca", "sharegpt", "slime_turns", "trl", "roll", "roll")
+    for path in [FORMATS / f"{name}.jsonl"]
 ]
 TOKENIZER = tokenizer_of(QWEN25)
 EXAMPLES = 60
@@ -55,8 +64,44 @@ def write_parquet(path: Path) -> None:
     datasets.Dataset.from_list([{"prompt": CHAT[:2], "answer": "2", "level": 1}] * 3).to_parquet(str(path))
 
 
+def write_list(path: Path) -> None:
+    path.write_text(json.dumps(SYSTEMS))
+
+
+def write_csv(path: Path) -> None:
+    lines = [["messages", "ground_truth"], *([row["messages"], row["ground_truth"]] for row in SYSTEMS[-2:])]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(lines)
+
+
+def write_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in SYSTEMS).encode(), mtime=0))
+
+
+def write_zstd(path: Path) -> None:
+    with pyarrow.CompressedOutputStream(pyarrow.OSFile(str(path), "wb"), "zstd") as stream:
+        stream.write("".join(json.dumps(row) + "\n" for row in SYSTEMS).encode())
+
+
+def write_arrow(path: Path) -> None:
+    table = pyarrow.Table.from_pylist([{"prompt": CHAT[:2], "answer": "2", "level": 1}] * 3)
+    with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
+FILES = [
+    ("jsonl", write_jsonl, 120),
+    ("json", write_list, 120),
+    ("csv", write_csv, 120),
+    ("jsonl.gz", write_gzip, 40),
+    ("jsonl.zst", write_zstd, 40),
+    ("parquet", write_parquet, 40),
+    ("arrow", write_arrow, 120),
+]
+
+
 @pytest.mark.parametrize("action", ["stop", "skip"])
-@pytest.mark.parametrize(("name", "write", "count"), [("jsonl", write_jsonl, 120), ("parquet", write_parquet, 40)])
+@pytest.mark.parametrize(("name", "write", "count"), FILES)
 def test_damaged_rows(
     tmp_path: Path,
     monkeypatch,
@@ -69,6 +114,7 @@ def test_damaged_rows(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     whole = tmp_path / f"whole.{name}"
     write(whole)
+    load_run_data(DataConfig(dataset=str(whole)), ChordConfig(), TOKENIZER, expert_max_length=1)
     number = itertools.count()
 
     def check(damaged: bytes) -> None:

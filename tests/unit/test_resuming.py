@@ -164,7 +164,7 @@ def test_a_finished_run_says_so_and_what_is_other_now(config: Config, tmp_path: 
     [
         ("dataset", "other.jsonl", "data.dataset=d.jsonl, but this one has other.jsonl"),
         ("dataset", ["d.jsonl", "e.jsonl"], 'data.dataset=d.jsonl, but this one has ["d.jsonl", "e.jsonl"]'),
-        ("reference_column", "solution", "data.reference_column=answer, but this one has solution"),
+        ("reference_column", "solution", "data.reference_column=null, but this one has solution"),
     ],
 )
 def test_a_finished_run_of_other_data_is_not_this_one(key: str, value: Any, shown: str, config: Config, tmp_path: Path):

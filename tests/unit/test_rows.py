@@ -238,8 +238,8 @@ def test_what_a_data_set_was_taken_for_is_said_once(load):
     ]
     notes = load(*lines, reference_column="solution").notes
     assert [note.split("rows.jsonl: ")[1] for note in notes] == [
-        "3 rows; prompt: 1 column 'messages' (chat messages), 1 column 'messages' (chat messages in JSON text), "
-        "1 column 'prompt' (text); reference: column 'solution'; beside it: column 'system' (1)"
+        "1 row read as messages: messages (chat messages), solution; 1 row read as messages: messages (chat messages "
+        "in JSON text), solution; 1 row read as plain rows: prompt (text), solution; beside it: system (1)"
     ]
 
 
@@ -301,8 +301,11 @@ def test_parquet_fills_absent_keys_with_null(tmp_path, monkeypatch):
     [
         ({"prompt": "[{'role': 'user', 'content': 'a'}]"}, r":1: column 'prompt' .*messages.* JSON"),
         ({"prompt": '[{"role": "user", "content": "a'}, r":1: column 'prompt' .*messages.* JSON"),
-        ({"prompt": [{"role": "human", "content": "a"}]}, r":1: .*role 'human'.*'user'"),
-        ({"prompt": [{"role": "user", "content": "a"}, {"role": "gpt", "content": "1"}]}, r":1: .*'gpt'.*'assistant'"),
+        ({"prompt": [{"role": "Human", "content": "a"}]}, r":1: .*role 'Human'.*'user'"),
+        (
+            {"prompt": [{"role": "user", "content": "a"}, {"role": "model", "content": "1"}]},
+            r":1: .*'model'.*'assistant'",
+        ),
         ({"prompt": [{"role": "User", "content": "a"}]}, r":1: .*role 'User'.*'user'"),
         ({"history": [["a", "b"]]}, r":1: column 'history'"),
     ],

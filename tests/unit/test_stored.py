@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import pytest
 from chord_megatron.config import ChordConfig, DataConfig
 from chord_megatron.data.fingerprint import fingerprint
 from chord_megatron.data.load import RunData, load_run_data
+from chord_megatron.data.mixture import cursor_over
 from chord_megatron.data.samples import columns_of, holds_token_beyond, lengths_of
 from chord_megatron.data.stored import StoredSamples, stored_samples
 from chord_megatron.data.tally import Tally
@@ -44,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def large(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """From now on five rows are a large data set of one part."""
-    monkeypatch.setattr("chord_megatron.data.sources.LARGE_FILE", 0)
+    monkeypatch.setattr("chord_megatron.data.files.LARGE_FILE", 0)
     monkeypatch.setattr("chord_megatron.data.load.FEWEST_ROWS", 5)
     monkeypatch.setattr("chord_megatron.data.stored.ROWS_OF_A_PART", 5)
     return cache
@@ -105,6 +107,68 @@ def test_parquet_too_and_a_source_among_others(tmp_path: Path, request: pytest.F
     assert fingerprint(found.prompts) == fingerprint(expected.prompts)
     assert columns_of(found.prompts) == columns_of(expected.prompts) == ["answer", "level", "x"]
     assert found.notes == expected.notes
+
+
+def write_files(folder: Path) -> str:
+    """A glob of Alpaca's rows in two files, and in a third that cannot be read row by row. The ninth row is bad."""
+    rows = [{"instruction": f"add {n}", "input": f"{n}", "output": f"{2 * n}", "level": n} for n in range(12)]
+    rows[8]["output"] = ""
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", rows[:5])
+    write_jsonl(folder / "b.jsonl", rows[5:10])
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows[10:]).encode()))
+    return f"{folder}/*.jsonl*"
+
+
+def test_files_of_another_format_are_a_source_among_others(tmp_path: Path, request: pytest.FixtureRequest):
+    few = write_jsonl(tmp_path / "few.jsonl", ROWS[:3])
+    files = write_files(tmp_path / "files")
+    sources = [{"path": files, "weight": 3.0}, {"path": few, "weight": 1.0}]
+    expected = load(sources)
+    cache = request.getfixturevalue("large")
+    found = load(sources)
+    stored, small = (part.samples for part in found.prompts.parts)  # type: ignore[attr-defined]
+    assert isinstance(stored, StoredSamples) and isinstance(small, list)
+    assert list(found.prompts) == list(expected.prompts) and list(found.experts) == list(expected.experts)
+    assert [(prompt.id, prompt.reference) for prompt in stored] == [(n, str(2 * n)) for n in range(12) if n != 8]
+    assert stored[-1].columns == {"input": "11", "output": "22", "level": 11} and "add 11\n11" in stored[-1].text
+    assert fingerprint(found.prompts) == fingerprint(expected.prompts) and found.notes == expected.notes
+    alpaca = "11 rows read as Alpaca: instruction (text), output"
+    bad = f"skipped 1 unusable rows: 1 column 'output' is empty (first: {tmp_path}/files/b.jsonl line 7)"
+    assert found.notes[:2] == (f"{files}: {alpaca}", f"{files}: {bad}")
+
+    before = cursor_over(found.prompts, 7)
+    before.next(5)
+    state = before.state_dict()
+    drawn = [found.prompts[row] for row in before.next(30)]
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("part-*")}
+    again = load(sources)
+    resumed = cursor_over(again.prompts, 7)
+    resumed.load_state_dict(state)
+    assert [again.prompts[row] for row in resumed.next(30)] == drawn
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("part-*")} == written and written
+    (tmp_path / "files").rename(tmp_path / "moved")
+    assert f"first: {tmp_path}/moved/b.jsonl line 7" in load(f"{tmp_path}/moved/*.jsonl*").notes[1]
+
+
+@pytest.mark.parametrize(("some", "data"), [("@[1:7]", {}), ("#7", {}), ("", {"max_rows": 7})])
+def test_some_rows_of_a_large_file(some: str, data: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest):
+    source = write_jsonl(tmp_path / "rows.jsonl") + some
+    chosen = {"dataset": source, "on_bad_row": "skip", **data}
+    expected = load_run_data(DataConfig(**chosen), ChordConfig(), TOKENIZER, expert_max_length=100)
+    request.getfixturevalue("large")
+    found = load_run_data(DataConfig(**chosen), ChordConfig(), TOKENIZER, expert_max_length=100)
+    assert isinstance(found.prompts, StoredSamples) and list(found.prompts) == expected.prompts
+    assert found.notes == expected.notes and "first: line 13" in found.notes[1]
+
+
+def test_an_arrow_file_has_one_folder(tmp_path: Path, large: Path):
+    rows = datasets.Dataset.from_list([{"prompt": f"{n}?", "answer": f"{n}"} for n in range(6)])
+    rows.save_to_disk(str(tmp_path / "saved"))
+    expected = load_run_data(DataConfig(dataset=str(tmp_path / "saved")), ChordConfig(), TOKENIZER, expert_max_length=9)
+    again = load_run_data(DataConfig(dataset=str(tmp_path / "saved")), ChordConfig(), TOKENIZER, expert_max_length=9)
+    assert isinstance(again.prompts, StoredSamples) and list(again.prompts) == list(expected.prompts)
+    assert len(list(large.iterdir())) == 1
 
 
 def flip(path: Path) -> None:
