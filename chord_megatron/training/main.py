@@ -21,6 +21,7 @@ from chord_megatron.system.processes import signal_name
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held
+from chord_megatron.tracking.trackers.opening import refuse_missing_packages
 from chord_megatron.training.run import Run
 from chord_megatron.training.stopping import Stopped, StopSignals
 
@@ -85,6 +86,7 @@ class _Process:
             if self._rank == 0:
                 run_dir = RunDir(Path(config.train.output_dir))
                 run_dir.refuse_unusable()
+                refuse_missing_packages(config.tracking.report_to)
                 opened.enter_context(held(run_dir.path))
             if self._world_size > 1:
                 opened.enter_context(self._heartbeat())
