@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from chord_megatron.tracking.trackers.protocol import TrackedRun
 
+_LONGEST_NAME = 250  # characters of a metric
 _LONGEST_VALUE = 500  # characters of a parameter that every version takes
 
 
@@ -50,7 +52,9 @@ class Mlflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._client.log_batch(self.run_id, metrics=[Metric(tag, value, now, step) for tag, value in values.items()])
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(metric_name(tag), value, now, step) for tag, value in values.items()]
+        )
 
     def text(self, step: int, tag: str, text: str) -> None:
         """A file of that name."""
@@ -69,6 +73,12 @@ class Mlflow:
     def close(self, *, failed: bool) -> None:
         """The run ends."""
         self._client.set_terminated(self.run_id, "FAILED" if failed else "FINISHED")
+
+
+def metric_name(tag: str) -> str:
+    """As MLflow takes it: a path without "..", empty parts, and characters beyond these; reward//my/reward.py:f."""
+    parts = (part for part in re.sub(r"[^/\w.\- :]", "_", tag).split("/") if part.strip("."))
+    return "/".join(parts)[-_LONGEST_NAME:].strip("/")
 
 
 def _text(value: Any) -> str:

@@ -24,6 +24,11 @@ def open_tracker(run: TrackedRun) -> Swanlab:
             logdir=str(run.directory / "swanlab"),
             id=run.run_id,
             resume="allow",
+            settings=swanlab.Settings(
+                interactive=False,  # it would ask for a key
+                probe={"hardware": False, "runtime": False, "requirements": False, "git": False},
+                terminal={"proxy_type": "none"},
+            ),
         )
     )
 
@@ -34,7 +39,7 @@ class Swanlab:
     def __init__(self, run: Any) -> None:
         self._run = run
         self.run_id: str | None = run.id
-        self.place: str | None = run.url or f"swanlab sync {run.dir}"
+        self.place: str | None = _place(run)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A point of each chart."""
@@ -56,10 +61,19 @@ class Swanlab:
         self._run.log({tag: table}, step=step)
 
     def artifact(self, path: Path) -> None:
-        """It keeps no files: the report is in the run directory."""
+        """Among the run's files."""
+        self._run.save(str(path), base_path=str(path.parent), policy="now")
 
     def close(self, *, failed: bool) -> None:
         """Waits until everything is sent."""
-        import swanlab
+        if failed:
+            self._run.finish(state="crashed", error="the run ended before its last step")
+        else:
+            self._run.finish()
 
-        swanlab.finish(state="crashed" if failed else "success", error="the run ended early" if failed else None)
+
+def _place(run: Any) -> str:
+    try:
+        return str(run.url)
+    except ValueError:  # it has none offline
+        return f"swanlab sync {run.dir}"

@@ -20,6 +20,7 @@ def open_tracker(run: TrackedRun) -> Wandb:
         disable_code=True,
         disable_git=True,
         x_disable_meta=True,
+        x_save_requirements=False,
     )
     if not (wandb.setup().settings.mode in ("offline", "disabled") or wandb.api.api_key):
         raise RuntimeError("there is no key: run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
