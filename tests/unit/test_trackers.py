@@ -26,7 +26,7 @@ from chord_megatron.tracking.trackers.background import BackgroundTracker
 from chord_megatron.tracking.trackers.memory import Memory
 from chord_megatron.tracking.trackers.opening import refuse_missing_packages
 from chord_megatron.tracking.trackers.prometheus import Prometheus, exposition, gauge_name
-from chord_megatron.tracking.trackers.protocol import TrackedRun, Tracker
+from chord_megatron.tracking.trackers.protocol import LibraryTracker, TrackedRun
 
 REMEDY = "training goes on, metrics.jsonl has everything, and tracker_errors counts what fails"
 
@@ -43,7 +43,7 @@ class Service:
     def __post_init__(self) -> None:
         self.may_go_on.set()
 
-    def open_tracker(self, run: TrackedRun) -> Tracker:
+    def open_tracker(self, run: TrackedRun) -> LibraryTracker:
         self.answer()
         self.opened.append(run.run_id)
         return Client(self, run.run_id or f"run-{len(self.opened)}")
@@ -57,9 +57,9 @@ class Service:
 class Client:
     """Its library."""
 
-    place = "https://tracker/run"
+    place: str | None = "https://tracker/run"
 
-    def __init__(self, service: Service, run_id: str) -> None:
+    def __init__(self, service: Service, run_id: str | None) -> None:
         self.service, self.run_id = service, run_id
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -322,8 +322,8 @@ def test_prometheus_is_told_the_last_step(free_port: int) -> None:
     server = Prometheus("127.0.0.1", free_port)
     server.scalars(3, {"train/loss": 0.5, "expert_p/0.0": 0.125})
     server.scalars(4, {"train/loss": 0.25})
-    assert server.place == f"http://127.0.0.1:{free_port}/metrics"
-    with urllib.request.urlopen(server.place, timeout=5) as answer:
+    assert server.address == f"http://127.0.0.1:{free_port}/metrics"
+    with urllib.request.urlopen(server.address, timeout=5) as answer:
         assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
         assert answer.read().decode() == (
             "# TYPE chord_step gauge\nchord_step 4\n"

@@ -13,7 +13,7 @@ from typing import Any
 from chord_megatron.system.secrets import without_secrets
 from chord_megatron.system.sentences import one_line
 from chord_megatron.tracking.trackers.memory import Memory
-from chord_megatron.tracking.trackers.protocol import TrackedRun, Tracker, TrackerGone
+from chord_megatron.tracking.trackers.protocol import LibraryTracker, TrackedRun, Tracker, TrackerGone
 
 MOST_WAITING = 256  # calls
 SECONDS_TO_ANSWER = 60.0  # a call
@@ -33,14 +33,14 @@ class BackgroundTracker:
         self,
         name: str,
         run: TrackedRun,
-        open_tracker: Callable[[TrackedRun], Tracker],
+        open_tracker: Callable[[TrackedRun], LibraryTracker],
         memory: Memory,
         *,
         say: Callable[[str], None],
     ) -> None:
         self.errors = 0
         self._name, self._run, self._open, self._memory, self._say = name, run, open_tracker, memory, say
-        self._tracker: Tracker | None = None
+        self._tracker: LibraryTracker | None = None
         self._refusal, self._refused_at = "", -SECONDS_TO_OPEN_AGAIN
         self._busy_since: float | None = None
         self._lock, self._has_said = threading.Lock(), False
@@ -101,7 +101,7 @@ class BackgroundTracker:
                 self._failed(f"says {one_line(error)}")
             self._busy_since = None
 
-    def _opened(self) -> Tracker:
+    def _opened(self) -> LibraryTracker:
         if self._tracker is not None:
             return self._tracker
         if time.monotonic() - self._refused_at < SECONDS_TO_OPEN_AGAIN:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from chord_megatron.system.sentences import one_line
-from chord_megatron.tracking.trackers.protocol import TrackedRun, Tracker
+from chord_megatron.tracking.trackers.protocol import LibraryTracker, TrackedRun
 
 _SECONDS_TO_END = 20  # after the run has: then this process ends, whatever its library waits for
 
@@ -24,7 +24,7 @@ def main() -> None:
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print is no answer
-    tracker: Tracker | None = None
+    tracker: LibraryTracker | None = None
     while (request := requests.get()) is not None:
         method = request.pop("method")
         try:
@@ -51,13 +51,13 @@ def _read(requests: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     os._exit(1)
 
 
-def _opened(name: str, run: dict[str, Any]) -> Tracker:
+def _opened(name: str, run: dict[str, Any]) -> LibraryTracker:
     module: Any = import_module(f"chord_megatron.tracking.trackers.{name}")
-    tracker: Tracker = module.open_tracker(TrackedRun(**{**run, "directory": Path(run["directory"])}))
+    tracker: LibraryTracker = module.open_tracker(TrackedRun(**{**run, "directory": Path(run["directory"])}))
     return tracker
 
 
-def _call(tracker: Tracker, method: str, arguments: dict[str, Any]) -> None:
+def _call(tracker: LibraryTracker, method: str, arguments: dict[str, Any]) -> None:
     match method:
         case "scalars":
             tracker.scalars(**arguments)

@@ -18,13 +18,11 @@ _SECONDS_TO_ASK = 5  # then the next one has its turn
 class Prometheus:
     """A server of rank 0, at that address alone. Raises UserError where it cannot listen there."""
 
-    run_id = None
-
     def __init__(self, host: str, port: int) -> None:
         listening = listen_at(host, port)
         if listening is None:
             raise UserError(f"tracking.prometheus_host={host} is no address of this machine; name one of its own")
-        self.place = f"http://{host}:{port}/metrics"
+        self.address = f"http://{host}:{port}/metrics"
         self._gauges: dict[str, float] = {}
         self._server = HTTPServer(listening.getsockname()[:2], _handler(self._gauges), bind_and_activate=False)
         self._server.socket.close()

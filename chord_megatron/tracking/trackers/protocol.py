@@ -43,9 +43,6 @@ class TrackerGone(RuntimeError):
 class Tracker(Protocol):
     """An open run of a tracker. A method may raise anything; what has no place there is dropped."""
 
-    run_id: str | None  # with which the same run is opened again; None: there is nothing to open
-    place: str | None  # where somebody looks at it
-
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A point of each curve, by tag; finite."""
 
@@ -60,3 +57,10 @@ class Tracker(Protocol):
 
     def close(self, *, failed: bool) -> None:
         """Send what is left, and end the run: as one that failed, or as finished."""
+
+
+class LibraryTracker(Tracker, Protocol):
+    """One of a library with a server or store."""
+
+    run_id: str | None  # with which the same run is opened again
+    place: str | None  # where somebody looks at it

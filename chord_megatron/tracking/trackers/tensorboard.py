@@ -34,8 +34,6 @@ class TensorBoard:
     Of curves alone. Raises UserError, here and in `scalars`, where the file cannot be written.
     """
 
-    run_id = place = None
-
     def __init__(self, directory: Path, resume_step: int | None) -> None:
         name = f"events.out.tfevents.{time.time():.6f}.{platform.node()}.{os.getpid()}"  # as TensorBoard finds them
         with failed_writes_named(directory):
