@@ -30,6 +30,7 @@ from chord_megatron.config_types import (
     PathName,
     Pattern,
     PipelineLayout,
+    Port,
     Positive,
     PositiveNumber,
     Recompute,
@@ -46,6 +47,7 @@ from chord_megatron.system.yaml_text import YamlError, read_yaml, read_yaml_valu
 
 PromptFormat = Literal["chat", "text"]
 OnBadRow = Literal["stop", "skip"]
+TrackerName = Literal["tensorboard", "wandb", "swanlab", "mlflow"]
 MomentDtype = Literal["float32", "bfloat16", "float16", "fp8"]
 
 
@@ -271,8 +273,16 @@ class TrainConfig(_Group):
 
 
 class TrackingConfig(_Group):
-    report_to: list[Literal["tensorboard"]] = ["tensorboard"]
-    log_completions: NonNegative = 8  # completions per step in completions.jsonl
+    report_to: list[TrackerName] = ["tensorboard"]
+    project: Text = "chord_megatron"  # of trackers, as the next ones; mlflow: the experiment
+    run_name: Text | None = None  # None = the name of train.output_dir
+    group: Text | None = None
+    tags: list[Text] = []
+    entity: Text | None = None  # wandb: team or user; swanlab: workspace; None = as you are logged in
+    uri: Text | None = None  # mlflow: server or store; None = MLFLOW_TRACKING_URI
+    prometheus_port: Port | None = None  # where rank 0 tells Prometheus the last step's metrics
+    prometheus_host: Text = "127.0.0.1"  # the address that it listens at: as it is, this machine's own
+    log_completions: NonNegative = 8  # completions per step in completions.jsonl, and in trackers
     # Gradient norm of each stream and their cosine every N steps, by two more backward passes; None = never.
     diagnose_steps: Positive | None = None
 

@@ -88,6 +88,7 @@ RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "mla_up_proj", "moe", "moe
 
 Positive = Annotated[int, Field(gt=0, le=LARGEST_INTEGER)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST_INTEGER)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 NonNegativeNumber = Annotated[float, Field(ge=0.0, le=LARGEST_NUMBER)]

@@ -33,6 +33,7 @@ def validate(
     from chord_megatron.planning.plan import make_plan
     from chord_megatron.tracking.run_dir import RunDir
     from chord_megatron.tracking.run_lock import refuse_used
+    from chord_megatron.tracking.trackers.opening import refuse_missing_packages
     from chord_megatron.training.beginning import find_beginning
     from chord_megatron.training.counting import count
     from chord_megatron.weights.hf_config import read_architecture
@@ -40,6 +41,7 @@ def validate(
     resolved, plan = validated(config, overrides, nproc_per_node * nnodes, loads_weights=False)
     run_dir = RunDir(Path(resolved.train.output_dir))
     run_dir.refuse_unusable()
+    refuse_missing_packages(resolved.tracking.report_to)
     if nnodes == 1:  # a node that comes back to a run of several finds it in use, by that run
         refuse_used(run_dir.path)
     find_beginning(run_dir, resolved, plan)

@@ -20,6 +20,7 @@ from chord_megatron.planning.recomputation import check_recomputation
 from chord_megatron.planning.rewards import check_rewards
 from chord_megatron.planning.rollouts import check_rollouts
 from chord_megatron.planning.schedule import check_mu_schedule, needs_rollouts
+from chord_megatron.planning.secrets import check_secrets
 from chord_megatron.planning.streams import check_streams
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -40,6 +41,7 @@ class Plan:
 
 def make_plan(config: Config, arch: ModelArchitecture, world_size: int) -> Plan:
     """Check the configuration against the model and the number of processes. Raises UserError."""
+    check_secrets(config)
     data_parallel_size = check_layout(config, arch, world_size)
     check_recomputation(config.model, arch)
     check_megatron(config)

@@ -52,7 +52,8 @@ MAY_CHANGE = _keys(
     train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
     "share_prompts train_iters num_train_epochs eval_steps eval_temperature eval_num_generations "
     "early_stopping_patience save_steps save_total_limit keep_best async_save save_on_signal max_skipped_steps",
-    tracking="report_to log_completions diagnose_steps",
+    tracking="report_to project run_name group tags entity uri prometheus_port prometheus_host log_completions "
+    "diagnose_steps",
 )
 
 

@@ -13,6 +13,7 @@ from packaging.version import Version
 
 from chord_megatron.ops.sampling import seed_number
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.quiet import silence_vllm
 from chord_megatron.system.versions import VLLM_DISTRIBUTIONS, VLLM_RANGE, installed_version
 from chord_megatron.types import SamplingParams
 from chord_megatron.weights.hf_config import read_architecture
@@ -31,6 +32,7 @@ def import_vllm() -> Any:
     if not SpecifierSet(VLLM_RANGE).contains(Version(found).base_version):
         raise UserError(f"vLLM {found} is installed, but this release works with {VLLM_RANGE}; run `make vllm`")
     prepare_environment()
+    silence_vllm()
     try:
         return import_module("vllm")
     except Exception as error:

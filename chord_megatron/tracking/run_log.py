@@ -1,12 +1,13 @@
-"""The log of one run: metrics.jsonl, completions.jsonl, experts.jsonl, TensorBoard and the console."""
+"""The log of one run: metrics.jsonl, completions.jsonl, experts.jsonl, its trackers and the console."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
@@ -14,9 +15,9 @@ from chord_megatron.system.sentences import shown
 from chord_megatron.system.work import Work
 from chord_megatron.tracking.progress import Metrics, ProgressLine
 from chord_megatron.tracking.step_metrics import ExpertRow
-
-if TYPE_CHECKING:
-    from chord_megatron.tracking.curves import Curves
+from chord_megatron.tracking.trackers.background import BackgroundTracker
+from chord_megatron.tracking.trackers.opening import open_trackers
+from chord_megatron.tracking.trackers.protocol import TrackedRun
 
 METRICS_FILE = "metrics.jsonl"
 COMPLETIONS_FILE = "completions.jsonl"
@@ -31,6 +32,7 @@ class RunLog:
     `resume_step` is the next step of a run that goes on (None: a new run): whatever the interrupted
     run logged from there on is dropped, because it will be written again. `last_eval_step` is the step of
     the newest evaluation kept, so that a resumed run need not repeat it; `rewards`, those of all of them by step.
+    `tracked`: what trackers are told of the run.
     Raises UserError when a new run finds the metrics of another one in `run_dir`.
     """
 
@@ -41,6 +43,7 @@ class RunLog:
         train_iters: int,
         report_to: Sequence[str] = ("tensorboard",),
         resume_step: int | None = None,
+        tracked: TrackedRun | None = None,
         stream: TextIO | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -54,14 +57,17 @@ class RunLog:
         self._completions = JsonLines(run_dir / COMPLETIONS_FILE)
         self._first_log_probs = _first_log_probs(run_dir / EXPERTS_FILE)
         self._experts = JsonLines(run_dir / EXPERTS_FILE)
-        self._curves = _open_curves(run_dir / "tensorboard", report_to, resume_step)
         self._progress = ProgressLine(train_iters, stream, first_step=resume_step or 0)
+        tracked = dataclasses.replace(tracked or TrackedRun(run_dir), resume_step=resume_step)
+        self._trackers = open_trackers(report_to, tracked, self.message)
         if last_eval is not None and last_eval["step"] == resume_step:
             self._write_scalars(last_eval)  # TensorBoard purged it along with the training step of that number
 
     def log_step(self, metrics: Metrics) -> None:
         """Record a finished training step; `metrics` holds at least `step` (from 0) and `loss`."""
         assert "step" in metrics and "loss" in metrics, sorted(metrics)
+        errors = [tracker.errors for tracker in self._trackers if isinstance(tracker, BackgroundTracker)]
+        metrics = {**metrics, "tracker_errors": sum(errors)} if errors else metrics
         self._metrics.write(metrics)
         self._write_scalars(metrics)
         self._progress.update(metrics)
@@ -78,9 +84,13 @@ class RunLog:
         self._progress.fields([f"eval at step {step}", *shown])
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record sampled completions of a training step, one line each."""
+        """Record sampled completions of a training step or an evaluation, one line each."""
         for row in rows:
             self._completions.write({"step": step, **row})
+        if rows:
+            tag = "eval/completions" if rows[0].get("split") == "eval" else "completions"
+            for tracker in self._trackers:
+                tracker.table(step, tag, finite(rows))
 
     def log_experts(self, step: int, rows: Sequence[ExpertRow]) -> None:
         """Record the expert rows of a training step, one line each, with the log-prob lost since their first one."""
@@ -98,14 +108,25 @@ class RunLog:
         """Say on the console how far a phase is; from any thread."""
         self._progress.waiting(work, line, is_due)
 
-    def close(self) -> None:
-        """Close the files and give the terminal back."""
+    def track_text(self, step: int, tag: str, text: str) -> None:
+        """Some lines for trackers, which the console and the report have already."""
+        for tracker in self._trackers:
+            tracker.text(step, tag, text)
+
+    def track_artifact(self, path: Path) -> None:
+        """A file of the run directory for trackers."""
+        for tracker in self._trackers:
+            tracker.artifact(path)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the files and give the terminal back; trackers show how the run ended."""
         self._progress.close()
         self._metrics.close()
         self._completions.close()
         self._experts.close()
-        if self._curves is not None:
-            self._curves.close()
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
+        self._trackers = []
 
     def __enter__(self) -> RunLog:
         return self
@@ -113,7 +134,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(failed=error is not None)
 
     def _note_reward(self, step: int, metrics: Metrics) -> None:
         reward = metrics.get("eval_reward_mean")
@@ -121,19 +142,19 @@ class RunLog:
             self.rewards[step] = reward
 
     def _write_scalars(self, record: Metrics) -> None:
-        if self._curves is not None:
-            scalars = {
-                tensorboard_tag(key): value
-                for key, value in record.items()
-                if key != "step" and value is not None and math.isfinite(value)
-            }
-            step = record["step"]
-            assert step is not None
-            self._curves.write(int(step), scalars)
+        values = {
+            curve_tag(key): value
+            for key, value in record.items()
+            if key != "step" and value is not None and math.isfinite(value)
+        }
+        step = record["step"]
+        assert step is not None
+        for tracker in self._trackers:
+            tracker.scalars(int(step), values)
 
 
-def tensorboard_tag(key: str) -> str:
-    """The metric's name in TensorBoard, which makes one section of each prefix before a slash."""
+def curve_tag(key: str) -> str:
+    """The metric's name in trackers, which make one section of each prefix before a slash."""
     if "/" in key:
         return key
     for section in ("eval", "time"):
@@ -180,12 +201,3 @@ def _first_log_probs(path: Path) -> dict[int, float]:
         if log_prob is not None:
             first.setdefault(number, log_prob)
     return first
-
-
-def _open_curves(directory: Path, report_to: Sequence[str], resume_step: int | None) -> Curves | None:
-    assert set(report_to) <= {"tensorboard"}, report_to
-    if "tensorboard" not in report_to:
-        return None
-    from chord_megatron.tracking.curves import Curves  # a second to import
-
-    return Curves(directory, resume_step)

@@ -23,6 +23,7 @@ from chord_megatron.system.sentences import say
 from chord_megatron.tracking.heartbeat import SECONDS_UNTIL_LATE, Heartbeat, Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_lock import held
+from chord_megatron.tracking.trackers.opening import refuse_missing_packages
 from chord_megatron.tracking.waiting import Watch
 from chord_megatron.training.beginning import finished
 from chord_megatron.training.run import Run
@@ -144,6 +145,7 @@ class _Training(Process):
         with ExitStack() as opened:
             if self.rank == 0:
                 run_dir.refuse_unusable()
+                refuse_missing_packages(config.tracking.report_to)
                 opened.enter_context(held(run_dir.path))
             opened.enter_context(self.heartbeat())
             watch = opened.enter_context(Watch(self.where)) if self.rank == 0 else None

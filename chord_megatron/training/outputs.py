@@ -11,11 +11,16 @@ from chord_megatron.config import Config, to_yaml
 from chord_megatron.rewards.scoring import completion_text
 from chord_megatron.rollout.replay import RolloutRecorder
 from chord_megatron.system.atomic import atomic_write, failed_writes_named
+from chord_megatron.system.provenance import provenance
+from chord_megatron.system.secrets import without_secrets_in
 from chord_megatron.tracking.best import best_step, evaluations_since_best
+from chord_megatron.tracking.findings import findings
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.step_metrics import ExpertRow
+from chord_megatron.tracking.summary import load_history
+from chord_megatron.tracking.trackers.protocol import TrackedRun
 from chord_megatron.training.rollout_stream import StepRollouts
 from chord_megatron.types import Metrics, ScoredRollouts
 
@@ -37,6 +42,8 @@ class RunOutputs:
         # A run killed before its first checkpoint starts over, over its own lines.
         is_restart = run_dir.config.exists()
         resume_step = next_step if next_step > 0 or is_restart else None
+        self._is_finished = False
+        found = provenance()
         with failed_writes_named(run_dir.path):
             kept = run_dir.set_aside(next_step)
             self.log = RunLog(
@@ -44,8 +51,10 @@ class RunOutputs:
                 train_iters=config.train.train_iters,
                 report_to=config.tracking.report_to,
                 resume_step=resume_step,
+                tracked=_tracked_run(config, run_dir, goes_back=bool(kept), versions=found),
             )
-        atomic_write(run_dir.config, [to_yaml(config).encode()])
+        with_versions = f"# {', '.join(' '.join(pair) for pair in found.items())}\n{to_yaml(config)}"
+        atomic_write(run_dir.config, [with_versions.encode()])
         record_to = config.rollout.record_to
         self._recorder = RolloutRecorder(Path(record_to), resume_step=resume_step) if record_to else None
         for note in (*notes, *_how_it_begins(run_dir, next_step, changed, kept)):
@@ -67,7 +76,7 @@ class RunOutputs:
         self.log.log_eval(step, metrics)
 
     def finish(self, step: int) -> None:
-        """The report, and where everything is."""
+        """The report, and where everything is; then the log is closed."""
         png, html = write_report(self._run_dir.path)
         early = self._early_end(step)
         self._run_dir.mark_finished(self._config.train.train_iters, early=early)
@@ -76,6 +85,12 @@ class RunOutputs:
         best = self._run_dir.best_step() if self._config.train.keep_best else None
         if best is not None:
             print(f"best: {self._run_dir.hf(best)}, by its eval_reward_mean", flush=True)
+        self._is_finished = True
+        if said := findings(load_history(self._run_dir.path).steps):
+            self.log.track_text(step, "findings", "\n".join(said))
+        for path in (html, png, self._run_dir.config):
+            self.log.track_artifact(path)
+        self.log.close()
         print(f"model: {self._run_dir.hf(step)}\nreport: {html}, {png}", flush=True)
 
     def _early_end(self, step: int) -> tuple[int, str] | None:
@@ -91,8 +106,8 @@ class RunOutputs:
         )
 
     def close(self) -> None:
-        """Close the files."""
-        self.log.close()
+        """Close the files, of a run that has not finished, too."""
+        self.log.close(failed=not self._is_finished)
         if self._recorder is not None:
             self._recorder.close()
 
@@ -111,6 +126,23 @@ class RunOutputs:
             }
             for i in chosen
         ]
+
+
+def _tracked_run(config: Config, run_dir: RunDir, *, goes_back: bool, versions: dict[str, str]) -> TrackedRun:
+    tracking = config.tracking
+    port = tracking.prometheus_port
+    return TrackedRun(
+        run_dir.path,
+        project=tracking.project,
+        name=tracking.run_name,
+        group=tracking.group,
+        tags=tracking.tags,
+        entity=tracking.entity,
+        uri=tracking.uri,
+        prometheus=None if port is None else (tracking.prometheus_host, port),
+        config=without_secrets_in({**config.model_dump(), "versions": versions}),
+        goes_back=goes_back,
+    )
 
 
 def _how_it_begins(run_dir: RunDir, step: int, changed: Sequence[str], kept: Sequence[str]) -> list[str]:

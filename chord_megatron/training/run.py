@@ -159,8 +159,8 @@ class Run:
             self._evaluate()
             with self.where.within("save"):
                 self.saves.finish()
-        if self.outputs:
-            self.outputs.finish(self.next_step)
+            if self.outputs:
+                self.outputs.finish(self.next_step)
 
     def _resume(self) -> int:
         """Load the checkpoint to go on from; returns the step to go on with."""

@@ -22,7 +22,9 @@ options=(
   --volume "$PWD:$PWD" --workdir "$PWD"
   --env PYTHONSAFEPATH=1 # the image's chord_megatron in every process, not one that lies here
   # Names without values: docker takes them from this environment, so that no secret is on a command line.
-  --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN
+  --env HF_TOKEN --env CHORD_SERVER_TOKEN
+  --env WANDB_API_KEY --env WANDB_MODE --env SWANLAB_API_KEY --env SWANLAB_MODE # of tracking.report_to
+  --env MLFLOW_TRACKING_URI --env MLFLOW_TRACKING_TOKEN
 )
 if [[ $GPUS ]]; then options+=(--gpus "$GPUS"); fi
 if [[ $MODELS ]]; then options+=(--volume "$MODELS:$MODELS:ro"); fi

@@ -258,7 +258,9 @@ def test_docker_gets_secrets_by_name_and_much_shared_memory(stand_ins: StandIns)
         f"run --rm --init --name chord-train --user {os.getuid()}:{os.getgid()}"
         " --ipc host --ulimit memlock=-1 --ulimit stack=67108864"
         f" --volume {ROOT}:{ROOT} --workdir {ROOT} --env PYTHONSAFEPATH=1"
-        " --env HF_TOKEN --env WANDB_API_KEY --env CHORD_SERVER_TOKEN"
+        " --env HF_TOKEN --env CHORD_SERVER_TOKEN"
+        " --env WANDB_API_KEY --env WANDB_MODE --env SWANLAB_API_KEY --env SWANLAB_MODE"
+        " --env MLFLOW_TRACKING_URI --env MLFLOW_TRACKING_TOKEN"
         " --gpus all --volume /models:/models:ro"
         " chord_megatron chord-megatron train c.yaml --nproc-per-node 4 a.b=1"
     ]

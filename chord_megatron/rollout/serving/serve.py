@@ -23,6 +23,7 @@ from chord_megatron.rollout.updates.agreement import identity, read_token
 from chord_megatron.rollout.vllm_adapter import engine_arguments, prepare_environment
 from chord_megatron.system.listening import is_loopback, listen_on_loopback
 from chord_megatron.system.processes import LAUNCHER
+from chord_megatron.system.quiet import silenced_environment
 
 _MAX_QUICK_FAILURES = 3
 _QUICK_SECONDS = 300  # a child that ran for longer had started well
@@ -53,6 +54,7 @@ def serve(options: ServerOptions) -> int:
         os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     environment = {
         **os.environ,
+        **silenced_environment(),
         IDENTITY_VARIABLE: json.dumps(identity(options.model_dir, options.dtype)),
         "VLLM_SERVER_DEV_MODE": "1",  # what has the routes for weight updates
     }

@@ -12,6 +12,9 @@ from importlib import import_module
 
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.processes import LAUNCHER, end_with_parent, guard
+from chord_megatron.system.quiet import end_without_leak_lists, silence_vllm
+
+silence_vllm()  # here, because processes that multiprocessing spawns read this file before anything of vLLM's
 
 
 def main() -> int:
@@ -31,7 +34,7 @@ def main() -> int:
     bound_connections()
     # `vllm serve` finds its own distribution by name, which has another one on CPU.
     import_module("vllm.entrypoints.launchers.api_server.entry").main()
-    return 0
+    end_without_leak_lists(0)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import io
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -19,12 +20,18 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from chord_megatron.system.atomic import failed_writes_named
 from chord_megatron.system.files import AppendedFile
+from chord_megatron.tracking.trackers.protocol import TrackedRun
 
 
-class Curves:
+def open_tracker(run: TrackedRun) -> TensorBoard:
+    """Raises UserError."""
+    return TensorBoard(run.directory / "tensorboard", run.resume_step)
+
+
+class TensorBoard:
     """A new event file in `directory`; TensorBoard drops what earlier ones hold from `resume_step` on (None: nothing).
 
-    Raises UserError, here and in `write`, where the file cannot be written.
+    Of curves alone. Raises UserError, here and in `scalars`, where the file cannot be written.
     """
 
     def __init__(self, directory: Path, resume_step: int | None) -> None:
@@ -38,12 +45,21 @@ class Curves:
             events.append(Event(wall_time=time.time(), step=resume_step, session_log=start))
         self._append(events)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """A point of each curve, by tag."""
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._append([Event(wall_time=time.time(), step=step, summary=Summary(value=values))])
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._append([Event(wall_time=time.time(), step=step, summary=Summary(value=points))])
 
-    def close(self) -> None:
+    def text(self, step: int, tag: str, text: str) -> None:
+        """The report has it."""
+
+    def table(self, step: int, tag: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """completions.jsonl has them."""
+
+    def artifact(self, path: Path) -> None:
+        """It is beside the event file."""
+
+    def close(self, *, failed: bool) -> None:
         """Close the file."""
         self._file.close()
 
