@@ -25,6 +25,7 @@ from chord_megatron.tracking.plots import draw_history
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.summary import load_history, summarize_history, summary_rows
+from chord_megatron.tracking.trackers.memory import Memory
 from chord_megatron.types import LIVE, Prompt, RolloutRequest, SamplingParams
 
 pytestmark = pytest.mark.attack
@@ -179,6 +180,7 @@ INPUTS = {
     "configuration of another run": Input(
         "config.yaml", b"model: {path: some/model}\ntrain: {seed: 0}\n", refuse_other_run
     ),
+    "memory of a tracker": Input("wandb.json", b'{"run_id": "a1", "sent": {"train/loss": 4}}', Memory.read),
     "pointer to the latest checkpoint": Input("checkpoints/latest", b"step_2\n", latest_step),
     "pointer to the best checkpoint": Input(
         "checkpoints/best", b"step_2\n", lambda path: RunDir(path.parents[1]).best_step(), is_refused=False
