@@ -58,7 +58,8 @@ def _material(model_dir: Path, data_file: str, experts: str | None, processes: i
     find_experts = partial(
         guess_experts, experts or data_file, token_weights=TokenWeights(tokenizer), must=experts is not None
     )
-    prompts = guess_prompts(data_file, build, find_experts(build(None)), has_template=has_template)
+    room = arch.max_position_embeddings
+    prompts = guess_prompts(data_file, build, find_experts(build(None)), has_template=has_template, room=room)
     return Material(
         model_dir=str(model_dir),
         arch=arch,

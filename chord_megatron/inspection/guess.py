@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from statistics import median
 
@@ -71,11 +72,12 @@ class ExpertGuess:
 
 
 def guess_prompts(
-    path: str, build: Callable[[str | None], Turns], experts: ExpertGuess | None, *, has_template: bool
+    path: str, build: Callable[[str | None], Turns], experts: ExpertGuess | None, *, has_template: bool, room: int
 ) -> PromptGuess:
     """build: how conversations become tokens under a system prompt. Raises UserError where nothing is a question.
 
-    Completions are asked to mark their answer as experts do; where these do not, nothing is asked.
+    Completions are asked to mark their answer as experts do; where these do not, nothing is asked, nor where asking
+    leaves a model that reads `room` tokens less than half of them.
     """
     rows, examined, unreadable = _rows(path)
     column, named = _question_column(path, examined)
@@ -85,8 +87,9 @@ def guess_prompts(
     needs_system = has_template and reference and not any(_has_system(conversation) for _, conversation in read)
     usual = experts.mark if experts else (mark or "boxed")
     asked = usual if needs_system else None
-    turns = build(_HOW_TO_ANSWER[asked] if asked else None)
-    lengths = [length for _, conversation in read for length in _prompt_length(conversation, turns)]
+    lengths = _prompt_lengths(read, build(_HOW_TO_ANSWER[asked] if asked else None))
+    if asked and lengths and max(lengths) > room // 2:
+        asked, lengths = None, _prompt_lengths(read, build(None))
     if not lengths:
         raise UserError(f"{path}: no prompt can be made of its column {column!r}; look at its rows")
     return PromptGuess(
@@ -220,11 +223,13 @@ def _has_text(row: Row, column: str) -> bool:
         return False
 
 
-def _prompt_length(conversation: Conversation, turns: Turns) -> list[int]:
-    try:
-        return [len(turns.open(conversation, 10**6).tokens)]
-    except (BadRow, RecursionError):
-        return []
+def _prompt_lengths(read: Iterable[tuple[Row, Conversation]], turns: Turns) -> list[int]:
+    """In tokens, of those that the template takes."""
+    lengths = []
+    for _, conversation in read:
+        with suppress(BadRow, RecursionError):
+            lengths.append(len(turns.open(conversation, 10**6).tokens))
+    return lengths
 
 
 def _mark(texts: Sequence[str]) -> AnswerFormat | None:

@@ -174,3 +174,12 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(folder, rows, argument
     assert (result.exit_code, result.stdout) == (2, "")
     assert sentence in result.stderr and result.stderr.count("\n") == 1
     assert not (folder / "my.yaml").exists()
+
+
+def test_a_short_model_is_asked_for_no_mark(folder):
+    path = folder / "model" / "config.json"
+    config = json.loads(path.read_text()) | {"max_position_embeddings": 128}
+    path.write_text(json.dumps(config))
+    recipe = made(folder, GSM8K)
+    assert recipe.data.system_prompt is None
+    assert recipe.chord.chord_sft_max_length == 128
