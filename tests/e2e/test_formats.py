@@ -1,4 +1,4 @@
-"""Three steps on the rows of each system, as prompts and as experts."""
+"""The rows of each system, as prompts and as experts: looked at, and three steps on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 from harness import read_lines, read_metrics, succeeded, train_here, write_rows
+from typer.testing import CliRunner
+
+from chord_megatron.cli import app
 
 pytestmark = pytest.mark.e2e
 
@@ -47,8 +50,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 def test_three_steps_on_the_rows_of_each_system(name, config, tmp_path, assets):
     keys, line = FORMATS[name]
     source = FILES / f"{name}.jsonl"
-    run = train_here(
-        config,
+    overrides = [
         f"data.dataset={source}",
         f"chord.chord_sft_dataset={source}",
         "data.max_prompt_length=96",
@@ -56,7 +58,10 @@ def test_three_steps_on_the_rows_of_each_system(name, config, tmp_path, assets):
         "train.train_iters=3",
         "train.save_steps=3",
         *(key.format(assets=assets) for key in keys),
-    )
+    ]
+    looked = CliRunner().invoke(app, ["data", "show", str(config), *overrides])
+    assert looked.exit_code == 0 and line.split(" read as ")[1].split(":")[0] in looked.output
+    run = train_here(config, *overrides)
     told = "".join(succeeded(run).stdout.split())
     assert "".join(line.split()) in told
     steps = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
