@@ -63,9 +63,9 @@ class Wandb:
         """As a table."""
         import wandb
 
-        columns = list(rows[0])
-        data = [[row[column] for column in columns] for row in rows]
-        self._run.log({tag: wandb.Table(columns=columns, data=data, allow_mixed_types=True)}, step=step)
+        names = list(rows[0])
+        data = [[row[name] for name in names] for row in rows]
+        self._run.log({tag: wandb.Table(columns=[*names], data=data, allow_mixed_types=True)}, step=step)
 
     def artifact(self, path: Path) -> None:
         """Among the run's files."""
