@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from chord_megatron.cli.options import PrintJson
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def compare(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="where the two files go")] = Path(),
-    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    print_json: PrintJson = False,
 ) -> int:
     """Write comparison.html and comparison.png of several runs, finished or not.
 
@@ -24,13 +25,13 @@ def compare(
     """
     from rich.console import Console
 
-    from chord_megatron.system.files import finite
+    from chord_megatron.system.files import json_text
     from chord_megatron.tracking.comparison_report import load_comparison, write_comparison
 
     comparison = load_comparison(run_dirs)
     paths = write_comparison(comparison, output)
     if print_json:
-        print(json.dumps(finite({**comparison.document(), "files": [str(path) for path in paths]}), indent=2))
+        print(json_text({**comparison.document(), "files": [str(path) for path in paths]}))
         return 0
     columns, rows = comparison.numbers()
     console = Console()

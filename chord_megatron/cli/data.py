@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chord_megatron.cli.options import ConfigFile, Overrides
+from chord_megatron.cli.options import ConfigFile, Overrides, PrintJson
 
 if TYPE_CHECKING:
     from chord_megatron.inspection.look import Inspection
@@ -23,14 +22,14 @@ def show(
     rows: Annotated[int, typer.Option(min=1, help="so many of each data set become tokens; of more, a sample")] = 1000,
     show: Annotated[int, typer.Option(min=0, help="so many of each are shown, token by token")] = 3,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="write one page; a former one is replaced")
+        Path | None, typer.Option(metavar="FILE.html", help="write one page, in place of a file of that name")
     ] = None,
-    print_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    print_json: PrintJson = False,
 ) -> int:
     """What the model reads: rows with their roles, special and trained tokens, lengths, what is left out, duplicates.
 
-    Expert answers are given to the reward functions, in their processes, as in training. Of the model config.json and
-    the tokenizer are read.
+    Expert answers are given to the reward functions, in their processes, as in training. Of the model, config.json
+    and the tokenizer are read.
     """
     from chord_megatron.system.errors import UserError
 
@@ -43,9 +42,9 @@ def show(
 
         atomic_write(html, [page_of(found).encode("utf-8", errors="replace")])
     if print_json:
-        from chord_megatron.system.files import finite
+        from chord_megatron.system.files import json_text
 
-        print(json.dumps(finite(_document(found)), indent=2))
+        print(json_text(_document(found)))
     else:
         _print(found, html)
     return 0
@@ -53,12 +52,13 @@ def show(
 
 def _inspect(config: Path, overrides: list[str] | None, rows: int, show: int) -> Inspection:
     from chord_megatron.config import load_config
+    from chord_megatron.data.hub import with_local_model
     from chord_megatron.data.tokenizer import load_tokenizer
     from chord_megatron.inspection.look import inspect_data
     from chord_megatron.planning.batches import expert_max_length
     from chord_megatron.weights.hf_config import read_architecture
 
-    resolved = load_config(config, overrides)
+    resolved = with_local_model(load_config(config, overrides), weights=False)
     model_dir = Path(resolved.model.path)
     arch = read_architecture(model_dir)
     return inspect_data(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from chord_megatron.cli.options import ProcessesPerNode
+from chord_megatron.cli.options import PrintJson, ProcessesPerNode
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.launcher import Launch, run_processes
 
@@ -41,8 +41,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="file of completions, which the same command goes on with")
     ] = None,
-    passing_reward: Annotated[float, typer.Option(help="what a completion passes with")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON in place of tables")] = False,
+    passing_reward: Annotated[float, typer.Option(help="a completion passes from this reward on")] = 1.0,
+    print_json: PrintJson = False,
 ) -> int:
     """Mean reward, pass@k and maj@k with intervals. A run brings its data, rewards and sampling along.
 
@@ -67,7 +67,7 @@ def evaluate(
     from chord_megatron.evaluation.main import Request, main
 
     path = output or default_output(target, resolved)
-    request = Request(resolved, target.step, str(path), passing_reward, as_json).to_json()
+    request = Request(resolved, target.step, str(path), passing_reward, print_json).to_json()
     if nproc_per_node > 1:
         command = [sys.executable, "-m", "chord_megatron.evaluation", request]
         return run_processes(Launch(nproc_per_node), command, finishes_its_step=False)

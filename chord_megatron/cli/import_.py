@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,11 +31,12 @@ def import_(
     Remarks (what is near, what is left out, what is not known) go to stderr, and as comments into the YAML.
     """
     from chord_megatron.importers.importing import import_words
+    from chord_megatron.system.files import json_text
 
     recipe = import_words(trainer, words or [], nproc_per_node=nproc_per_node, nnodes=nnodes)
     for remark in recipe.remarks:
         print(remark, file=sys.stderr)
-    print(json.dumps(_as_json(recipe), indent=2, ensure_ascii=False) if as_json else recipe.to_yaml().rstrip())
+    print(json_text(_as_json(recipe)) if as_json else recipe.to_yaml().rstrip())
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line, a file a command: `chord-megatron init | data | train | evaluate | report | compare | ...`.
+"""The command line: `chord-megatron init | data | train | evaluate | report | compare | ...`.
 
 A file a command. Commands import what they run when they run, so that `--help` is instant.
 """

@@ -44,6 +44,7 @@ def plan(
     from chord_megatron.data.hub import with_local_model
     from chord_megatron.planning.gpus import Assumptions, Cluster, gpu_named
     from chord_megatron.planning.proposals import search
+    from chord_megatron.system.files import json_text
     from chord_megatron.weights.hf_config import read_architecture
 
     cluster = Cluster(gpu_named(gpu), _count(gpus, nodes, gpus_per_node), gpus_per_node)
@@ -54,7 +55,7 @@ def plan(
     if output is not None:
         _write(output, found.best.layout.config)
     if print_json:
-        print(json.dumps(_document(before, found, cluster, assumptions, show), indent=2))
+        print(json_text(_document(before, found, cluster, assumptions, show)))
     else:
         _print(before, found, cluster, assumptions, show)
     return 0

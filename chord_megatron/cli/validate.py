@@ -23,8 +23,8 @@ def validate(
     nnodes: Nodes = 1,
     print_json: PrintJson = False,
 ) -> int:
-    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it loads the tokenizer, of
-    the data the rows that say how many steps epochs have.
+    """Check a configuration; print its batch arithmetic and parallel layout. Of the model it reads
+    config.json and tokenizer; of the data, only the rows by which a run of epochs is counted in steps.
 
     Of train.output_dir it says what would keep the run from beginning there, and writes nothing.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from chord_megatron import __version__
 from chord_megatron.doctor.check import Check
+from chord_megatron.system.files import json_text
 
 _STYLES = {"ok": "green", "replaced": "yellow", "missing": "yellow", "wrong": "red"}
 
@@ -27,7 +27,7 @@ def as_json(checks: Sequence[Check]) -> str:
         "problems": problems(checks),
         "checks": [asdict(check) for check in checks],
     }
-    return json.dumps(document, indent=2)
+    return json_text(document)
 
 
 def as_table(checks: Sequence[Check]) -> Table:

@@ -13,6 +13,7 @@ from chord_megatron.backend.importing import silence_cuda_advice
 from chord_megatron.config import Config
 from chord_megatron.evaluation.results import summary
 from chord_megatron.evaluation.session import Session
+from chord_megatron.system.files import json_text
 from chord_megatron.system.processes import signal_name
 from chord_megatron.training.main import Process
 from chord_megatron.training.stopping import Stopped
@@ -87,7 +88,7 @@ def _asked(request: Request) -> dict[str, Any]:
 
 def _show(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False), flush=True)
+        print(json_text(result), flush=True)
         return
     from rich.console import Console
 

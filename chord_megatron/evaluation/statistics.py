@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from statistics import NormalDist, fmean
@@ -46,7 +45,7 @@ def majority(votes: Sequence[str | None], passes: Sequence[bool]) -> float:
             of_answer.setdefault(answer, []).append(is_right)
     if not of_answer:
         return 0.0
-    most = max(Counter(answer for answer in votes if answer is not None).values())
+    most = max(map(len, of_answer.values()))
     return fmean(fmean(found) for found in of_answer.values() if len(found) == most)
 
 

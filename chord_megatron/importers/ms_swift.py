@@ -88,7 +88,11 @@ def _batches(flags: Flags, recipe: Recipe) -> None:
 def _data(flags: Flags, recipe: Recipe) -> None:
     for flag, key in (("dataset", "data.dataset"), ("val_dataset", "data.eval_dataset")):
         if words := flags.get(flag):
-            recipe.set(key, _one(words, flag, flags, recipe), flags.said(flag))
+            recipe.set(key, _sources(words), flags.said(flag))
+    if isinstance(held_out := recipe.values.get("data.eval_dataset"), list):
+        recipe.set("data.eval_dataset", held_out[0], flags.said("val_dataset"))
+        text = f"only {held_out[0]} is read: held-out prompts are of one source"
+        recipe.remark("left out", flags.said("val_dataset"), text)
     if "dataset" not in flags:
         recipe.leave_open("data.dataset", "PROMPTS.jsonl", "--dataset", "your prompts")
     if "model" not in flags:
@@ -104,16 +108,16 @@ def _data(flags: Flags, recipe: Recipe) -> None:
         recipe.set("data.chat_template_kwargs", value, flags.said("enable_thinking"))
 
 
-def _one(words: list[str], flag: str, flags: Flags, recipe: Recipe) -> str:
-    """The first of several data sets; `name#1000` keeps its row limit."""
-    if len(words) > 1:
-        recipe.remark("left out", flags.said(flag), f"only {words[0]} is read; mix the rows into one file")
-    return words[0].removeprefix("hf::").removeprefix("ms::")
+def _sources(words: list[str]) -> str | list[str]:
+    """One data set, or several, of which every row comes as often, as there; `name#1000` keeps its row limit."""
+    sources = [word.removeprefix("hf::").removeprefix("ms::") for word in words]
+    return sources[0] if len(sources) == 1 else sources
 
 
-def _columns(flags: Flags, recipe: Recipe, source: str) -> tuple[str | None, str | None]:
-    """The columns of prompts and answers."""
-    prompt, answer = _COLUMNS.get(re.split("[:#]", source)[0], (None, None))
+def _columns(flags: Flags, recipe: Recipe, sources: str | list[str]) -> tuple[str | None, str | None]:
+    """The columns of prompts and answers; of several sources those of the first."""
+    first = sources if isinstance(sources, str) else sources[0]
+    prompt, answer = _COLUMNS.get(re.split("[:#]", first)[0], (None, None))
     if "columns" in flags:
         try:
             names: dict[str, Any] = json.loads(flags.text("columns", "{}"))
@@ -197,9 +201,9 @@ def _chord(flags: Flags, recipe: Recipe) -> None:
         for key in ("chord_mu_peak", "chord_mu_valley"):
             recipe.set(f"chord.{key}", 0.0, "GRPO alone: no --chord_sft_dataset")
         return
-    source = _one(flags["chord_sft_dataset"], "chord_sft_dataset", flags, recipe)
-    recipe.set("chord.chord_sft_dataset", source, flags.said("chord_sft_dataset"))
-    prompt, answer = _columns(flags, recipe, source)
+    sources = _sources(flags["chord_sft_dataset"])
+    recipe.set("chord.chord_sft_dataset", sources, flags.said("chord_sft_dataset"))
+    prompt, answer = _columns(flags, recipe, sources)
     if prompt:
         recipe.set("chord.chord_sft_prompt_column", prompt, "as of the prompts")
     if answer:

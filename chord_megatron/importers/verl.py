@@ -158,9 +158,12 @@ def _data(keys: Flags, recipe: Recipe) -> None:
     for name, key in (("data.train_files", "data.dataset"), ("data.val_files", "data.eval_dataset")):
         if not keys.get(name):
             continue
-        if len(keys[name]) > 1:
-            recipe.remark("left out", keys.said(name), f"only {keys[name][0]} is read; mix the rows into one file")
-        recipe.set(key, keys[name][0], keys.said(name))
+        files = keys[name]
+        is_mixed = len(files) > 1 and key == "data.dataset" and keys.integer("data.train_max_samples", -1) <= 0
+        if len(files) > 1 and not is_mixed:
+            text = f"only {files[0]} is read: held-out prompts, and so many rows of all, are of one source"
+            recipe.remark("left out", keys.said(name), text)
+        recipe.set(key, files if is_mixed else files[0], keys.said(name))
     if "data.dataset" not in recipe.values:
         recipe.leave_open("data.dataset", "PROMPTS.jsonl", "data.train_files", "your prompts")
     limit = keys.integer("data.train_max_samples", -1)
@@ -282,6 +285,9 @@ def _outputs(keys: Flags, recipe: Recipe) -> None:
         "trainer.default_local_dir" if "trainer.default_local_dir" in keys else "trainer.project_name, experiment_name"
     )
     recipe.set("train.output_dir", keys.text("trainer.default_local_dir", default), said)
+    for name, key in (("trainer.project_name", "project"), ("trainer.experiment_name", "run_name")):
+        if keys.get(name):
+            recipe.set(f"tracking.{key}", keys.text(name, ""), keys.said(name))
     words = keys.get("trainer.logger", ["console", "wandb"])
     said = keys.said("trainer.logger") if "trainer.logger" in keys else "the default there"
     recipe.set("tracking.report_to", hf.trackers(words, recipe, said, known_trackers()), said)
@@ -289,3 +295,6 @@ def _outputs(keys: Flags, recipe: Recipe) -> None:
         samples = keys.boolean(f"{_ROLLOUT}.val_kwargs.do_sample")
         value = keys.number(f"{_ROLLOUT}.val_kwargs.temperature", 0.0) if samples else 0.0
         recipe.set_default("train.eval_temperature", value, "rollout.val_kwargs.temperature")
+        if samples:
+            completions = keys.integer(f"{_ROLLOUT}.val_kwargs.n", 1)
+            recipe.set_default("train.eval_num_generations", completions, f"rollout.val_kwargs.n={completions}")

@@ -45,7 +45,6 @@ _NO_ADAPTERS = silent("there are no adapters")
 _REWARD_MODEL = lacks("a reward model is a function of yours here, path.py:function", unless=OFF)
 _LOGGED = silent("runs write metrics, completions and a report into train.output_dir")
 _PRECISION = silent("model.dtype says it")
-_RESUMES = lacks("the same command again resumes a run of this package; of weights name model.path")
 _CLASSES = lacks("rows are read from files and names of data sets", unless=OFF)
 _BRIDGE = silent("weights are read from Hugging Face directories, or converted ones")
 
@@ -209,7 +208,7 @@ TABLE: Table = {
     f"{_ROLLOUT}.val_kwargs.do_sample": part_of("train.eval_temperature"),
     f"{_ROLLOUT}.val_kwargs.top_p": silent("held-out prompts are sampled out of the whole distribution"),
     f"{_ROLLOUT}.val_kwargs.top_k": silent("held-out prompts are sampled out of the whole distribution"),
-    f"{_ROLLOUT}.val_kwargs.n": lacks("a held-out prompt is answered once", unless=("1",)),
+    f"{_ROLLOUT}.val_kwargs.n": part_of("train.eval_num_generations"),
     f"{_ROLLOUT}.multi_turn.enable": lacks("rollouts have one turn here", unless=OFF),
     f"{_ROLLOUT}.multi_turn.format": silent("rollouts have one turn here"),
     f"{_ROLLOUT}.checkpoint_engine.update_weights_bucket_megabytes": to("model.export_bucket_megabytes", integer),
@@ -290,8 +289,8 @@ TABLE: Table = {
     "trainer.n_gpus_per_node": part_of(),
     "trainer.nnodes": part_of(),
     "trainer.logger": part_of("tracking.report_to"),
-    "trainer.project_name": part_of("train.output_dir"),
-    "trainer.experiment_name": part_of("train.output_dir"),
+    "trainer.project_name": part_of("tracking.project", "train.output_dir"),
+    "trainer.experiment_name": part_of("tracking.run_name", "train.output_dir"),
     "trainer.default_local_dir": part_of("train.output_dir"),
     "trainer.critic_warmup": silent("there is no critic"),
     "trainer.val_before_train": silent("held-out prompts are answered before the first step"),

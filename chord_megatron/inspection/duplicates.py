@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -68,13 +68,8 @@ def find_duplicates(data_set: str, questions: Sequence[Question], other: str, ot
     """Of `questions` in `others`."""
     exact = {question.exact: question.row for question in reversed(others)}  # the first one stays
     normalised = {question.normalised: question.row for question in reversed(others)}
-    found = []
-    for question in questions:
-        if question.exact in exact:
-            found.append(Repeated(question.row, exact[question.exact], True))
-        elif question.normalised in normalised:
-            found.append(Repeated(question.row, normalised[question.normalised], False))
-    return _summary(data_set, other, len(questions), found)
+    repeated = (_repeated(question, exact, normalised) for question in questions)
+    return _summary(data_set, other, len(questions), [each for each in repeated if each])
 
 
 def find_repeats(data_set: str, questions: Sequence[Question]) -> Duplicates:
@@ -83,13 +78,20 @@ def find_repeats(data_set: str, questions: Sequence[Question]) -> Duplicates:
     normalised: dict[bytes, int] = {}
     found = []
     for question in questions:
-        if question.exact in exact:
-            found.append(Repeated(question.row, exact[question.exact], True))
-        elif question.normalised in normalised:
-            found.append(Repeated(question.row, normalised[question.normalised], False))
+        if repeated := _repeated(question, exact, normalised):
+            found.append(repeated)
         exact.setdefault(question.exact, question.row)
         normalised.setdefault(question.normalised, question.row)
     return _summary(data_set, data_set, len(questions), found)
+
+
+def _repeated(question: Question, exact: Mapping[bytes, int], normalised: Mapping[bytes, int]) -> Repeated | None:
+    """A question that is among others, whose rows these are."""
+    if question.exact in exact:
+        return Repeated(question.row, exact[question.exact], True)
+    if question.normalised in normalised:
+        return Repeated(question.row, normalised[question.normalised], False)
+    return None
 
 
 def _summary(data_set: str, other: str, of: int, found: list[Repeated]) -> Duplicates:

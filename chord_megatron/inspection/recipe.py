@@ -16,6 +16,7 @@ from chord_megatron.planning.gpus import GPUS, Assumptions, Cluster
 from chord_megatron.planning.plan import make_plan
 from chord_megatron.planning.proposals import search
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import counted
 from chord_megatron.system.yaml_text import read_yaml, write_yaml
 from chord_megatron.weights.architecture import ModelArchitecture
 
@@ -158,9 +159,7 @@ def _data(material: Material, prompt_length: int) -> list[Key]:
     keys.append(Key("max_prompt_length", prompt_length, f"the longest prompt has {prompts.longest} tokens"))
     unusable = prompts.unusable + (material.experts.unusable if material.experts else 0)
     if unusable:
-        keys.append(
-            Key("on_bad_row", "skip", f"{unusable} row{'s' * (unusable > 1)} cannot be used: `data show` says why")
-        )
+        keys.append(Key("on_bad_row", "skip", f"{counted(unusable, 'row')} cannot be used: `data show` says why"))
     return keys
 
 
@@ -207,7 +206,7 @@ def _layout(material: Material, groups: Groups) -> _Layout:
         return _fallback(material, before, beginning(str(error), 300))
     config, parallel = best.layout.config, best.layout.config.parallel
     peak = f"{best.layout.fullest.peak / 1e9:.1f} of {_GPU.memory_gb:g} GB"
-    why = f"of {processes} GPU{'s' * (processes > 1)}; computed: {peak}, and the fastest of those that fit"
+    why = f"of {counted(processes, 'GPU')}; computed: {peak}, and the fastest of those that fit"
     keys = [Key("tensor_model_parallel_size", parallel.tensor_model_parallel_size, why)]
     for name, reason in (
         ("pipeline_model_parallel_size", "stages of layers"),

@@ -138,6 +138,11 @@ def finite(value: Any) -> Any:
     return value
 
 
+def json_text(document: Any) -> str:
+    """What a command prints as JSON: strict, on as many lines as it takes, in characters that every terminal has."""
+    return json.dumps(finite(document), indent=2, allow_nan=False)
+
+
 def _encode(record: Mapping[str, Any]) -> bytes:
     text = json.dumps(finite(record), allow_nan=False, ensure_ascii=False)
     # A lone surrogate has no UTF-8 form; its backslash form is the JSON escape for it.

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import constants
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -566,6 +567,19 @@ def test_the_command_as_json(run):
     assert [span["text"] for span in experts["shown"][0]["spans"] if span["weight"]][-1] == "<|im_end|>"
     assert found["duplicates"][0]["counts"]["exact"] == 1
     assert found["expert_rewards"]["functions"][0]["name"] == "accuracy"
+
+
+def test_a_model_of_the_hub_is_read_in_its_cache(run, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(tmp_path / "model", repository / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = run("model.path=org/tiny")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"What {repository / 'snapshots' / commit} reads\n")
 
 
 @pytest.mark.parametrize(
