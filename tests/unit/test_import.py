@@ -126,7 +126,7 @@ def test_its_yaml_reads_back_and_says_where_each_key_is_from(tmp_path: Path):
 
 
 def test_the_recipe_is_what_the_importer_makes(tmp_path: Path):
-    """But for the group that was added by hand, and trackers that a release may lack."""
+    """But for the group that was added by hand."""
     recipe = read_yaml((EXAMPLE / "chord_8gpu.yaml").read_text(encoding="utf-8"))
     assert recipe.pop("parallel") == {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     assert recipe == recipe_of("ms-swift", CHORD, tmp_path).groups()
@@ -169,6 +169,15 @@ BASE = "NPROC_PER_NODE=4 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl
         ("--warmup_steps 0.1", {"optimizer.lr_warmup_ratio": 0.1}),
         ("--max_length 2000 --truncation_strategy delete", {"data.max_prompt_length": 2000}),
         ("--dataset d.jsonl#1000", {"data.dataset": "d.jsonl#1000"}),
+        ("--dataset a.jsonl hf::org/b#1000", {"data.dataset": ["a.jsonl", "org/b#1000"]}),
+        (
+            "--dataset a b --interleave_prob 0.2 0.8",
+            {"data.dataset": [{"path": "a", "weight": 0.2}, {"path": "b", "weight": 0.8}]},
+        ),
+        (
+            "--chord_sft_dataset c.jsonl d.jsonl --per_device_train_batch_size 8",
+            {"chord.chord_sft_dataset": ["c.jsonl", "d.jsonl"]},
+        ),
         ('--columns \'{"q": "query", "s": "solution"}\'', {"data.prompt_column": "q", "data.reference_column": "s"}),
         ("--advantage_estimator rloo --beta 0.1", {"grpo.advantage_estimator": "rloo", "grpo.kl_in_reward": True}),
         ("--scale_rewards none", {"grpo.scale_rewards": "none"}),
@@ -222,7 +231,10 @@ def test_flags_of_ms_swift(flags: str, values: dict, tmp_path: Path):
         ("--dynamic_sample true", "left out: --dynamic_sample true: groups whose rewards are all alike"),
         ("--reward_funcs cosine", "left out: --reward_funcs: cosine is no reward here"),
         ("--dataset $DATA", "unresolved: --dataset $DATA: the script does not say what $DATA is"),
-        ("--dataset a b", "left out: --dataset a b: only a is read"),
+        ("--val_dataset a b", "left out: --val_dataset a b: only a is read: held-out prompts are of one source"),
+        ("--dataset a b --interleave_prob 0.2 0.8", "approximated: --interleave_prob 0.2 0.8: the share of each"),
+        ("--dataset a b --interleave_prob 1", "left out: --interleave_prob 1: must be a share above 0 for each of"),
+        ("--dataset a b --interleave_prob 1 0", "left out: --interleave_prob 1 0: must be a share above 0 for each"),
         ("--system nowhere.txt", "unresolved: --system nowhere.txt: there is no such file here"),
         ("--save_strategy epoch", "approximated: --save_strategy epoch: checkpoints are saved every train.save_steps"),
         (
@@ -337,12 +349,49 @@ def test_grpo_config_of_trl(tmp_path: Path):
         ("--multi_objective_aggregation normalize_then_sum", {"grpo.scale_rewards": "gdpo"}),
         ("--steps_per_generation 8", {"grpo.steps_per_generation": 8}),
         ("--dataset_name a --dataset_config main", {"data.dataset": "a:main"}),
+        ("--dataset_name a#5 --eval_strategy steps", {"data.eval_dataset": "a#5"}),
     ],
 )
 def test_arguments_of_trl(flags: str, values: dict):
     recipe = import_words("trl", ["--model_name_or_path", "m", *flags.split()])
     assert {key: recipe.values.get(key) for key in values} == values
     check_plan(recipe)
+
+
+MIXTURE = """
+model_name_or_path: m
+datasets:
+  - {path: org/a, name: main}
+  - {path: b.jsonl, split: train}
+  - {path: json, data_files: c.jsonl}
+"""
+
+
+def test_a_mixture_of_trl(tmp_path: Path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(MIXTURE, encoding="utf-8")
+    recipe = import_words("trl", [str(path)])
+    assert recipe.values["data.dataset"] == ["org/a:main", "b.jsonl", "json"]
+    assert [remark.text for remark in recipe.remarks if remark.flag == "datasets"] == [
+        "of b.jsonl, split is not taken over; data.dataset_split holds for all",
+        "of json, data_files is not taken over; name the files in data.dataset",
+    ]
+    check_plan(recipe)
+
+
+def test_a_script_from_windows(tmp_path: Path):
+    """Notepad's mark in front, and its line ends."""
+    path = tmp_path / "old.sh"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.encode() + b"\\\r\n --learning_rate 3e-6\r\n")
+    assert import_words("ms-swift", [str(path)]).values["optimizer.lr"] == 3e-6
+
+
+def test_a_script_that_trains_twice_says_which_call_was_read(tmp_path: Path):
+    recipe = recipe_of("ms-swift", f"{BASE}--learning_rate 1e-6\n{BASE}--learning_rate 2e-6\n", tmp_path)
+    assert recipe.values["optimizer.lr"] == 1e-6
+    assert [remark.text for remark in recipe.remarks if "calls" in remark.text] == [
+        "train.sh calls ms-swift 2 times; the first call was read: to read another, give its arguments alone"
+    ]
 
 
 def test_a_script_of_accelerate(tmp_path: Path):
@@ -457,6 +506,11 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
             {"parallel.tensor_model_parallel_size": 4, "parallel.sequence_parallel": True},
         ),
         ("data.train_files=\"['a.parquet']\" data.train_max_samples=7", {"data.dataset": "a.parquet#7"}),
+        ("data.train_files=\"['a.parquet','b.parquet']\"", {"data.dataset": ["a.parquet", "b.parquet"]}),
+        (
+            "data.train_files=\"['a.parquet','b.parquet']\" data.train_max_samples=7",
+            {"data.dataset": ["a.parquet", "b.parquet"], "data.max_rows": None},
+        ),
         (
             "+reward_model.reward_kwargs.overlong_buffer_cfg.enable=True "
             "+reward_model.reward_kwargs.overlong_buffer_cfg.len=100 "
