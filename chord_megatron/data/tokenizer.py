@@ -16,6 +16,7 @@ from chord_megatron.system.sentences import one_line
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEMPLATE = "chat_template.jinja"
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 _REMEDY = "copy tokenizer.json and tokenizer_config.json of the model there"
 
 
@@ -36,6 +37,8 @@ def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
         raise UserError(
             f"{model_dir} has no tokenizer that transformers can load ({one_line(reason)}); {_REMEDY}"
         ) from None
+    # Lengths are limited, and said, by the configuration; the library warns of the first long text as of a failure.
+    getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {model_dir} has no eos_token; set one in tokenizer_config.json")
     return tokenizer
