@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from chord_megatron.system.errors import UserError
+from chord_megatron.system.errors import INTERRUPTIONS, UserError
 from chord_megatron.system.files import read_json_object
 from chord_megatron.system.sentences import one_line
 
@@ -30,7 +30,7 @@ def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
         if not tokenizer.vocab_size:
             raise ValueError("its vocabulary is empty")
         tokenizer.decode(tokenizer.encode("1"))  # some settings are looked at with the first text only
-    except (KeyboardInterrupt, SystemExit):
+    except INTERRUPTIONS:
         raise
     except BaseException as error:  # damage fails in every way there is, and a panic in Rust is no Exception
         reason = next(_damages(model_dir), f"{_settings(model_dir)}: {type(error).__name__}: {error}")
@@ -73,7 +73,7 @@ def _damages(model_dir: Path) -> Iterator[str]:
     if (model_dir / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-        except (KeyboardInterrupt, SystemExit):
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             yield f"tokenizer.json: {error}"
