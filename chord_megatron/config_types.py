@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -138,6 +139,12 @@ def _kind_of_data(value: Any) -> str:
     return "<list>" if isinstance(value, list) else "<path>"
 
 
+def _no_group(value: Any) -> Any:
+    if isinstance(value, dict | DataSource):
+        raise ValueError("one source is its path alone, several are a list")
+    return value
+
+
 def _once_each(sources: list[str | DataSource]) -> list[str | DataSource]:
     paths = [source.path for source in sources_of(sources)]
     for path in paths:
@@ -148,7 +155,8 @@ def _once_each(sources: list[str | DataSource]) -> list[str | DataSource]:
 
 _Path = Annotated[PathName, Tag("<path>")]
 _Sources = list[Annotated[_Path | Annotated[DataSource, Tag("<source>")], Discriminator(_kind_of_source)]]
-_OneOrSeveral: TypeAlias = _Path | Annotated[_Sources, Field(min_length=1), AfterValidator(_once_each), Tag("<list>")]
+_One = Annotated[PathName, BeforeValidator(_no_group), Tag("<path>")]
+_OneOrSeveral: TypeAlias = _One | Annotated[_Sources, Field(min_length=1), AfterValidator(_once_each), Tag("<list>")]
 DataSet = Annotated[_OneOrSeveral, Discriminator(_kind_of_data)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def _explain(error: Any) -> str:
     location = [shown(part)[1:-1] if isinstance(part, str) else str(part) for part in parts]
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"unknown configuration key {name!r}{_nearest(location)}"
+        groups = f"; known groups are {', '.join(Config.model_fields)}"
+        return f"unknown configuration key {name!r}{nearest_key(name) or groups}"
     if error["type"] == "missing":
         return f"configuration key {name!r} is required"
     remedy = _REMEDIES.get(error["type"])
@@ -102,11 +104,15 @@ def _explain(error: Any) -> str:
     return f"{name}={shown(error['input'])}: {remedy}"
 
 
-def _nearest(location: list[str]) -> str:
-    known = known_keys()
-    same_leaf = [key for key in known if key.split(".")[-1] == location[-1]]  # in the wrong group, or in none
-    wanted = same_leaf[0] if same_leaf else OTHER_NAMES.get(location[-1], ".".join(location))
-    return did_you_mean(wanted, known) or f"; known groups are {', '.join(Config.model_fields)}"
+def nearest_key(name: str) -> str:
+    """The end of a sentence that refuses a key or group: which is meant, with its group; "" where none is near."""
+    known, leaf = known_keys(), name.split(".")[-1]
+    of_leaf = {key.split(".")[-1]: key for key in reversed(known)}
+    wanted = of_leaf.get(leaf) or OTHER_NAMES.get(leaf, name)  # in the wrong group, or in none; of another trainer
+    if near := did_you_mean(wanted, known):
+        return near
+    match = difflib.get_close_matches(leaf, [*of_leaf], n=1)
+    return f"; did you mean {of_leaf[match[0]]!r}?" if match else ""
 
 
 def known_keys() -> list[str]:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from chord_megatron.config.groups import Config
-from chord_megatron.config.loading import known_keys
+from chord_megatron.config.loading import nearest_key
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.sentences import did_you_mean, shown
+from chord_megatron.system.sentences import shown
 from chord_megatron.system.yaml_text import write_yaml
 
-_LINK = re.compile(r"\[([^\]]*)\]\([^)]*\)")
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)]*)\)")
 _BLOCK = re.compile(r"(<!-- keys of (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 
 
@@ -27,8 +27,13 @@ class Key:
 
     @property
     def plain_description(self) -> str:
-        """Without links."""
-        return _LINK.sub(r"\1", self.description)
+        """With the page that a link leads to behind its words: "how it is fetched" alone says nothing."""
+        return _LINK.sub(lambda link: f"{link[1]} [docs/{_page(link[2])}]", self.description)
+
+
+def _page(target: str) -> str:
+    """Descriptions stand in configuration.md."""
+    return f"configuration.md{target}" if target.startswith("#") else target
 
 
 def json_schema() -> dict[str, Any]:
@@ -55,7 +60,7 @@ def find_keys(name: str) -> list[Key]:
     """The key of that name, those of a group, or those of any group that end so. Raises UserError."""
     found = [key for key in all_keys() if name in (key.name, key.name.split(".")[0], key.name.split(".")[1])]
     if not found:
-        raise UserError(f"no configuration key is called {shown(name)}{did_you_mean(name, known_keys())}")
+        raise UserError(f"no configuration key is called {shown(name)}{nearest_key(name)}")
     return found
 
 

@@ -22,6 +22,7 @@ __all__ = ["Row", "Rows", "load_rows"]
 
 # slime's rows a to b, `@[a:b]`, and ms-swift's `#N`, here the first N.
 _SOME = re.compile(r"(?P<source>.+?)(?:@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]|#(?P<count>\d+))", re.DOTALL)
+_MEANT = re.compile(r"(?P<source>.+?)(?P<rows>[#@][^/]*)", re.DOTALL)
 _HUB = re.compile(r"hf://datasets/(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?")
 _HUB_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # of `datasets`
@@ -58,6 +59,7 @@ def _load(source: str, split: str, bad_rows: BadRows) -> Rows:
     path = Path(source).expanduser()
     if source.startswith("hf://"):
         return _read_hub_address(source, split)
+    _refuse_other_rows(source)
     if path.is_dir():
         return _read_files(_files_of(path, split), bad_rows)
     if kind_of(path):
@@ -69,6 +71,15 @@ def _load(source: str, split: str, bad_rows: BadRows) -> Rows:
     if glob.has_magic(source):
         return _read_files(_matching(str(path)), bad_rows)
     return _read_hub(source, split)
+
+
+def _refuse_other_rows(source: str) -> None:
+    """Raises UserError where a data file is followed by what is meant as some of its rows."""
+    match = _MEANT.fullmatch(source)
+    if match and not Path(source).exists() and (kind_of(Path(match["source"])) or Path(match["source"]).exists()):
+        raise UserError(
+            f"{source}: {match['rows']!r} does not say which rows; '#1000' is the first 1,000, '@[10:20]' rows 10 to 19"
+        )
 
 
 def _matching(pattern: str) -> list[Path]:

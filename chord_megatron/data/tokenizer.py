@@ -9,13 +9,14 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from chord_megatron.system.errors import UserError
+from chord_megatron.system.errors import INTERRUPTIONS, UserError
 from chord_megatron.system.files import read_json_object
 from chord_megatron.system.sentences import one_line
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _JSON_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _TEMPLATE = "chat_template.jinja"
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 _REMEDY = "copy tokenizer.json and tokenizer_config.json of the model there"
 
 
@@ -29,13 +30,15 @@ def load_tokenizer(model_dir: Path, *, trust_remote_code: bool) -> Any:
         if not tokenizer.vocab_size:
             raise ValueError("its vocabulary is empty")
         tokenizer.decode(tokenizer.encode("1"))  # some settings are looked at with the first text only
-    except (KeyboardInterrupt, SystemExit):
+    except INTERRUPTIONS:
         raise
     except BaseException as error:  # damage fails in every way there is, and a panic in Rust is no Exception
         reason = next(_damages(model_dir), f"{_settings(model_dir)}: {type(error).__name__}: {error}")
         raise UserError(
             f"{model_dir} has no tokenizer that transformers can load ({one_line(reason)}); {_REMEDY}"
         ) from None
+    # Lengths are limited, and said, by the configuration; the library warns of the first long text as of a failure.
+    getattr(tokenizer, "deprecation_warnings", {})[_TOO_LONG] = True
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {model_dir} has no eos_token; set one in tokenizer_config.json")
     return tokenizer
@@ -70,7 +73,7 @@ def _damages(model_dir: Path) -> Iterator[str]:
     if (model_dir / "tokenizer.json").is_file():
         try:
             Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-        except (KeyboardInterrupt, SystemExit):
+        except INTERRUPTIONS:
             raise
         except BaseException as error:
             yield f"tokenizer.json: {error}"

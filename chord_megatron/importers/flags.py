@@ -178,7 +178,7 @@ def read_file(path: Path) -> str:
             raise UserError(
                 f"{path} is larger than {_LARGEST_FILE // 2**20} MiB, which no script is; name another file"
             )
-        return content.decode().replace("\r\n", "\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:  # UTF-8, or a path with NUL

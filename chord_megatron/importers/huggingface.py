@@ -11,6 +11,7 @@ import math
 
 from chord_megatron.importers.flags import Flags, boolean, text
 from chord_megatron.importers.recipe import Recipe
+from chord_megatron.system.sentences import counted
 
 _SCHEDULES = {
     "linear": "linear",
@@ -28,7 +29,7 @@ def completions_of_a_step(flags: Flags, recipe: Recipe, *, per_device: int, accu
     """
     generations, in_a_pass = flags.integer("num_generations", 8), per_device * ranks
     size = per_device * ranks * accumulation
-    origin = f"per device {per_device} x {accumulation} accumulated x {ranks} processes"
+    origin = f"per device {per_device} x {accumulation} accumulated x {counted(ranks, 'process', 'processes')}"
     draws = flags.integer("steps_per_generation", accumulation)
     if "generation_batch_size" in flags:
         draws = max(1, flags.integer("generation_batch_size", 0) // in_a_pass)
@@ -38,7 +39,7 @@ def completions_of_a_step(flags: Flags, recipe: Recipe, *, per_device: int, accu
         steps, rest = divmod(draws * in_a_pass, whole)
         recipe.remark(
             "approximated",
-            f"{size} completions a step",
+            f"{counted(size, 'completion')} a step",
             f"a step has whole groups of {generations} here, so {whole} completions; lower the learning rate's share "
             "or num_generations if that matters",
         )

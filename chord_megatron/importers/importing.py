@@ -99,9 +99,11 @@ def _mapping(path: Path) -> dict[str, list[str]]:
 
 def _command_of(trainer: str, path: Path) -> tuple[Command, list[str]]:
     script = read_script(read_file(path), path.name)
-    for command in script.commands:
-        if _COMMANDS[trainer].search(_front(command)):
-            return command, script.notes
+    if calls := [command for command in script.commands if _COMMANDS[trainer].search(_front(command))]:
+        if len(calls) > 1:
+            text = f"{path.name} calls {trainer} {len(calls)} times; the first call was read: to read another, give its"
+            script.notes.append(f"{text} arguments alone")
+        return calls[0], script.notes
     if any(re.search(r"(^| )megatron rlhf", _front(command)) for command in script.commands):
         raise UserError(f"{path} calls `megatron rlhf`, whose flags count otherwise; only `swift rlhf` is read")
     raise UserError(f"{path} has no command of {trainer} ({_CALLS[trainer]}); name the script that trains")

@@ -10,10 +10,11 @@ from typing import Any
 from chord_megatron.importers import huggingface as hf
 from chord_megatron.importers.flags import Flags, number, numbers, read_file
 from chord_megatron.importers.ms_swift_grpo import GRPO
-from chord_megatron.importers.ms_swift_training import ADAPTERS, TRAINING
-from chord_megatron.importers.recipe import Recipe, drop_unread, known_trackers
+from chord_megatron.importers.ms_swift_training import ADAPTERS, OFF, TRAINING
+from chord_megatron.importers.recipe import Recipe, drop_unread, known_trackers, one_or_all
 from chord_megatron.importers.rows import Table, translate
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import counted
 
 TABLE: Table = {**TRAINING, **GRPO}
 
@@ -86,18 +87,15 @@ def _batches(flags: Flags, recipe: Recipe) -> None:
 
 
 def _data(flags: Flags, recipe: Recipe) -> None:
-    for flag, key in (("dataset", "data.dataset"), ("val_dataset", "data.eval_dataset")):
-        if words := flags.get(flag):
-            recipe.set(key, _sources(words), flags.said(flag))
-    if isinstance(held_out := recipe.values.get("data.eval_dataset"), list):
-        recipe.set("data.eval_dataset", held_out[0], flags.said("val_dataset"))
-        text = f"only {held_out[0]} is read: held-out prompts are of one source"
-        recipe.remark("left out", flags.said("val_dataset"), text)
-    if "dataset" not in flags:
+    if words := flags.get("dataset"):
+        recipe.set("data.dataset", _weighed(_named(words), flags, recipe), flags.said("dataset"))
+    else:
         recipe.leave_open("data.dataset", "PROMPTS.jsonl", "--dataset", "your prompts")
+    if words := flags.get("val_dataset"):
+        recipe.set_held_out(_named(words), flags.said("val_dataset"))
     if "model" not in flags:
         recipe.leave_open("model.path", "MODEL", "--model", "the model's directory")
-    prompt, reference = _columns(flags, recipe, recipe.values.get("data.dataset", ""))
+    prompt, reference = _columns(flags, recipe, "dataset")
     if prompt:
         recipe.set("data.prompt_column", prompt, "the column that ms-swift takes for the query")
     recipe.set("data.reference_column", reference or "solution", "the column that ms-swift's rewards compare with")
@@ -108,16 +106,31 @@ def _data(flags: Flags, recipe: Recipe) -> None:
         recipe.set("data.chat_template_kwargs", value, flags.said("enable_thinking"))
 
 
-def _sources(words: list[str]) -> str | list[str]:
-    """One data set, or several, of which every row comes as often, as there; `name#1000` keeps its row limit."""
-    sources = [word.removeprefix("hf::").removeprefix("ms::") for word in words]
-    return sources[0] if len(sources) == 1 else sources
+def _named(words: list[str]) -> list[str]:
+    """Data sets without the hub they are from; `name#1000` keeps its row limit."""
+    return [word.removeprefix("hf::").removeprefix("ms::") for word in words]
 
 
-def _columns(flags: Flags, recipe: Recipe, sources: str | list[str]) -> tuple[str | None, str | None]:
-    """The columns of prompts and answers; of several sources those of the first."""
-    first = sources if isinstance(sources, str) else sources[0]
-    prompt, answer = _COLUMNS.get(re.split("[:#]", first)[0], (None, None))
+def _weighed(names: list[str], flags: Flags, recipe: Recipe) -> Any:
+    """data.dataset: without `--interleave_prob` each row comes as often as any other, there and here."""
+    if flags.text("interleave_prob", OFF[0]).lower() in OFF:
+        return one_or_all(names)
+    said, shares = flags.said("interleave_prob"), flags.read("interleave_prob", numbers)
+    if len(shares) != len(names) or min(shares) <= 0:
+        recipe.remark("left out", said, "must be a share above 0 for each of the data sets; weigh them in data.dataset")
+        return one_or_all(names)
+    text = "the share of each is kept to the row; drawn by lot there, until --stopping_strategy ends the epoch"
+    recipe.remark("approximated", said, text)
+    return [{"path": name, "weight": share} for name, share in zip(names, shares, strict=True)]
+
+
+def _columns(flags: Flags, recipe: Recipe, flag: str) -> tuple[str | None, str | None]:
+    """The columns of prompts and answers in the data sets of a flag."""
+    known = {_COLUMNS.get(re.split("[:#]", name)[0], (None, None)) for name in _named(flags.get(flag, []))}
+    prompt, answer = known.pop() if len(known) == 1 else (None, None)
+    if known:
+        text = "their columns differ; rename those of one, or see data.prompt_column"
+        recipe.remark("approximated", flags.said(flag), text)
     if "columns" in flags:
         try:
             names: dict[str, Any] = json.loads(flags.text("columns", "{}"))
@@ -201,16 +214,16 @@ def _chord(flags: Flags, recipe: Recipe) -> None:
         for key in ("chord_mu_peak", "chord_mu_valley"):
             recipe.set(f"chord.{key}", 0.0, "GRPO alone: no --chord_sft_dataset")
         return
-    sources = _sources(flags["chord_sft_dataset"])
+    sources = one_or_all(_named(flags["chord_sft_dataset"]))
     recipe.set("chord.chord_sft_dataset", sources, flags.said("chord_sft_dataset"))
-    prompt, answer = _columns(flags, recipe, sources)
+    prompt, answer = _columns(flags, recipe, "chord_sft_dataset")
     if prompt:
         recipe.set("chord.chord_sft_prompt_column", prompt, "as of the prompts")
     if answer:
         recipe.set("chord.chord_sft_answer_column", answer, "the column that ms-swift takes for the response")
     rows = flags.integer("chord_sft_per_device_train_batch_size", 1)
     _, accumulation, ranks = _sizes(flags, recipe)
-    said = f"{rows} a device x {accumulation} accumulated x {ranks} processes"
+    said = f"{rows} a device x {accumulation} accumulated x {counted(ranks, 'process', 'processes')}"
     recipe.set("chord.chord_sft_global_batch_size", rows * accumulation * ranks, said)
 
 

@@ -76,7 +76,7 @@ TRAINING: Table = {
     "dataset_shuffle": lacks("rows are shuffled anew in each epoch, by train.seed", unless=("true",)),
     "val_dataset_shuffle": silent("the mean over held-out prompts has no order"),
     "streaming": _LOADING,
-    "interleave_prob": lacks("give the sources of data.dataset weights", unless=OFF),
+    "interleave_prob": part_of("data.dataset"),
     "stopping_strategy": _LOADING,
     "shuffle_buffer_size": _LOADING,
     "download_mode": _LOADING,

@@ -51,6 +51,13 @@ class Recipe:
         if key not in self.values and default_of(key) != value:
             self.set(key, value, origin)
 
+    def set_held_out(self, names: list[str], origin: str) -> None:
+        """data.eval_dataset, of which there is one."""
+        self.set("data.eval_dataset", names[0], origin)
+        if len(names) > 1:
+            text = f"only {names[0]} is read: held-out prompts are of one source; join the files"
+            self.remark("left out", origin, text)
+
     def remark(self, kind: Kind, flag: str, text: str) -> None:
         """Say something of a flag, once."""
         remark = Remark(kind, flag, text)
@@ -131,6 +138,11 @@ _MISSING = object()
 def _comment(text: str) -> str:
     """Text of others on one line of a comment."""
     return "".join(character if character.isprintable() else " " for character in " ".join(text.split()))
+
+
+def one_or_all(names: list[str]) -> str | list[str]:
+    """A data set, or several of which each row comes as often as any other."""
+    return names[0] if len(names) == 1 else names
 
 
 def default_of(key: str) -> Any:

@@ -10,9 +10,10 @@ import json
 
 from chord_megatron.importers import huggingface as hf
 from chord_megatron.importers.flags import Flags, boolean, integer, number, numbers, text
-from chord_megatron.importers.recipe import Recipe, drop_unread, known_trackers
+from chord_megatron.importers.recipe import Recipe, drop_unread, known_trackers, one_or_all
 from chord_megatron.importers.rows import Table, choice, hardware, lacks, part_of, refuse, silent, to, translate
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import shown
 
 _OFF = ("false", "0", "0.0", "none", "", "no", "[]", "{}")
 _SCALES = {"true": "group", "group": "group", "batch": "batch", "false": "none", "none": "none"}
@@ -200,7 +201,7 @@ TABLE: Table = {
     "dataset_test_split": to("data.eval_dataset_split", text, "test"),
     "dataset_streaming": silent("data is read at the start of a run"),
     "ignore_bias_buffers": silent("there are none"),
-    "datasets": lacks("name them in data.dataset, a list of sources with their weights"),
+    "datasets": part_of("data.dataset"),
     "reward_funcs": part_of("rewards.reward_funcs"),
     "reward_model_name_or_path": lacks("a reward model is a function of yours here, path.py:function", unless=_OFF),
     "model_name_or_path": to("model.path", text),
@@ -253,14 +254,35 @@ def from_trl(flags: Flags, recipe: Recipe) -> None:
     drop_unread(recipe)
 
 
+def _mixture(flags: Flags, recipe: Recipe) -> list[str]:
+    """The data sets of `datasets` in a YAML file: a mapping of path, name and more for each."""
+    names, elsewhere = [], {"split": "data.dataset_split holds for all", "columns": "name data.prompt_column"}
+    for word in flags.get("datasets", []):
+        try:
+            entry = dict(json.loads(word))
+            path = str(entry.pop("path"))
+        except (ValueError, TypeError, KeyError):
+            recipe.remark("left out", "datasets", f"{shown(word)} is no mapping with a path")
+            continue
+        subset = entry.pop("name", None)
+        names.append(f"{path}:{subset}" if subset else path)
+        for key in (key for key, value in entry.items() if value):
+            hint = elsewhere.get(key, "name the files in data.dataset")
+            recipe.remark("left out", "datasets", f"of {path}, {key} is not taken over; {hint}")
+    return names
+
+
 def _data(flags: Flags, recipe: Recipe) -> None:
+    names = _mixture(flags, recipe)
     if name := flags.text("dataset_name", ""):
         subset = flags.text("dataset_config", "")
-        recipe.set("data.dataset", f"{name}:{subset}" if subset else name, flags.said("dataset_name"))
+        names = [f"{name}:{subset}" if subset else name]
+    if names:
+        recipe.set("data.dataset", one_or_all(names), flags.said("dataset_name") if name else "datasets")
     else:
         recipe.leave_open("data.dataset", "PROMPTS.jsonl", "--dataset_name", "your prompts")
-    if flags.text("eval_strategy", "no").lower() != "no" and name:
-        recipe.set("data.eval_dataset", recipe.values["data.dataset"], flags.said("eval_strategy"))
+    if flags.text("eval_strategy", "no").lower() != "no" and names:
+        recipe.set_held_out(names, flags.said("eval_strategy"))
     recipe.set("data.reference_column", "solution", "the column that TRL's rewards compare with")
     if "max_prompt_length" not in flags:
         text = "prompts of more than 1024 tokens (data.max_prompt_length) are left out here, none there"

@@ -13,7 +13,7 @@ from typing import Any
 
 from chord_megatron.importers import huggingface as hf
 from chord_megatron.importers.flags import Flags, boolean, number, numbers
-from chord_megatron.importers.recipe import Recipe, drop_unread, known_trackers
+from chord_megatron.importers.recipe import Recipe, drop_unread, known_trackers, one_or_all
 from chord_megatron.importers.rows import choice, translate
 from chord_megatron.importers.verl_keys import KL_ESTIMATES, LEVELS, OFF, TABLE
 from chord_megatron.system.errors import UserError
@@ -155,20 +155,18 @@ def _learning_rate(keys: Flags, recipe: Recipe) -> None:
 
 
 def _data(keys: Flags, recipe: Recipe) -> None:
-    for name, key in (("data.train_files", "data.dataset"), ("data.val_files", "data.eval_dataset")):
-        if not keys.get(name):
-            continue
-        files = keys[name]
-        is_mixed = len(files) > 1 and key == "data.dataset" and keys.integer("data.train_max_samples", -1) <= 0
-        if len(files) > 1 and not is_mixed:
-            text = f"only {files[0]} is read: held-out prompts, and so many rows of all, are of one source"
-            recipe.remark("left out", keys.said(name), text)
-        recipe.set(key, files if is_mixed else files[0], keys.said(name))
-    if "data.dataset" not in recipe.values:
+    if names := keys.get("data.train_files"):
+        recipe.set("data.dataset", one_or_all(names), keys.said("data.train_files"))
+    else:
         recipe.leave_open("data.dataset", "PROMPTS.jsonl", "data.train_files", "your prompts")
-    limit = keys.integer("data.train_max_samples", -1)
-    if limit > 0:
-        recipe.set("data.dataset", f"{recipe.values['data.dataset']}#{limit}", keys.said("data.train_max_samples"))
+    if names := keys.get("data.val_files"):
+        recipe.set_held_out(names, keys.said("data.val_files"))
+    limit, source = keys.integer("data.train_max_samples", -1), recipe.values["data.dataset"]
+    if limit > 0 and isinstance(source, str):
+        recipe.set("data.dataset", f"{source}#{limit}", keys.said("data.train_max_samples"))
+    elif limit > 0:
+        text = "it is of all files together there; data.max_rows is of each"
+        recipe.remark("left out", keys.said("data.train_max_samples"), text)
     recipe.set("data.reference_column", "reward_model.ground_truth", "the column that verl's rewards compare with")
     prefix = "data.apply_chat_template_kwargs."
     if options := {key.removeprefix(prefix): keys[key] for key in keys if key.startswith(prefix)}:

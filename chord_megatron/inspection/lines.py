@@ -13,7 +13,7 @@ from chord_megatron.inspection.visible import beginning
 
 def summary_lines(data_set: DataSet) -> list[str]:
     """How many rows there are and were looked at, and what they were taken for."""
-    rows = f"{data_set.rows:,} rows"
+    rows = f"{data_set.rows:,} row{'s' * (data_set.rows != 1)}"
     sampled = f"a sample of {data_set.sample:,}" if data_set.sample < data_set.rows else "all of them"
     compared = "" if data_set.compared == data_set.rows else f", questions of the first {data_set.compared:,} compared"
     return [f"{rows}; read in tokens: {sampled}{compared}", *data_set.forms]

@@ -64,4 +64,5 @@ def _steps(config: Config, prompts: int, experts: int, expert_rows_per_step: int
     if steps >= LARGEST_INTEGER:
         raise UserError(f"train.num_train_epochs={epochs:g} of {rows} {what} are {steps} steps; lower it")
     times = f", {grpo.num_iterations} times" if grpo.num_iterations > 1 else ""
-    return steps, f"{steps} steps: {epochs:g} epoch{'s' * (epochs != 1)} of {rows} {what}, {in_a_step} a step{times}"
+    said = f"{epochs:g} epoch{'s' * (epochs != 1)} of {rows} {what}, {in_a_step} a step{times}"
+    return steps, f"{steps} step{'s' * (steps != 1)}: {said}"

@@ -14,6 +14,7 @@ from typing import Any
 from chord_megatron.rewards.answers import AnswerFormat, final_answer, without_thoughts
 from chord_megatron.rewards.formulas import plain_words, read_formula, read_sentences, same_formula
 from chord_megatron.rewards.numbers import read_number, same_number
+from chord_megatron.system.errors import INTERRUPTIONS
 
 RewardFunction = Callable[..., list[float]]
 
@@ -92,9 +93,9 @@ def _of_each(name: str, judge: Callable[..., bool], cases: Iterable[tuple[str, .
 def _of_one(name: str, judge: Callable[..., bool], case: tuple[str, ...]) -> float:
     try:
         return float(judge(*case))
+    except INTERRUPTIONS:
+        raise
     except BaseException as error:  # math-verify's own timeout is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
         warnings.warn(
             f"the reward {name} failed on a completion, which gets 0: {type(error).__name__}: {error}",
             RuntimeWarning,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from chord_megatron.rewards.answers import AnswerFormat, final_answer, without_thoughts
 from chord_megatron.rewards.formulas import plain_words, read_formula, read_sentences
 from chord_megatron.rewards.numbers import read_number
+from chord_megatron.system.errors import INTERRUPTIONS
 
 
 def vote(completion: str, answer_format: AnswerFormat = "any") -> str | None:
@@ -22,9 +23,9 @@ def vote(completion: str, answer_format: AnswerFormat = "any") -> str | None:
         return f"{number.value}{number.half}"
     try:
         formula = read_sentences(answer) if marked is None else read_formula(answer)
-    except BaseException as error:  # math-verify's own timeout is no Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
+    except INTERRUPTIONS:
+        raise
+    except BaseException:  # math-verify's own timeout is no Exception
         return None
     if formula:
         found = str(formula[0])

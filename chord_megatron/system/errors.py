@@ -1,4 +1,4 @@
-"""The error that tells a user what to mend."""
+"""The error that tells a user what to mend, and what ends a process from outside."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # quoted messages of others may have several lines
+
+
+class Interruption(BaseException):
+    """Raised by the handler of a signal, wherever the process is: what it interrupts has not failed."""
+
+
+INTERRUPTIONS = (KeyboardInterrupt, SystemExit, Interruption)

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from chord_megatron.system.errors import Interruption
 from chord_megatron.system.processes import SECONDS_TO_ASK_AGAIN, signal_name, stop_signals_to
 
 _FIRST = f"the step is finished and saved first; again after {SECONDS_TO_ASK_AGAIN} s it ends the run at once"
 
 
-class Stopped(BaseException):
+class Stopped(Interruption):
     """A signal has ended the run. No Exception, so that nobody takes it for a failure of their own."""
 
     def __init__(self, number: int, saved_step: int | None = None) -> None:

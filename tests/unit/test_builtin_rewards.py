@@ -7,6 +7,7 @@ from math_verify.errors import TimeoutException
 
 from chord_megatron.rewards import build_reward_function, builtin
 from chord_megatron.rewards.builtin import accuracy, format_reward, marked_accuracy
+from chord_megatron.training.stopping import Stopped
 
 
 def accuracy_of(completion: str, reference: str) -> float:
@@ -267,12 +268,15 @@ def test_what_a_completion_raises_is_its_reward_0_and_counted(error, monkeypatch
     assert result.errors == [0, 1, 0]
 
 
-def test_an_interrupt_is_no_reward(monkeypatch):
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), SystemExit(1), Stopped(2)])
+def test_an_interruption_is_no_reward(interruption, monkeypatch):
+    """Ctrl-C comes wherever the run is: it is not a completion on which the reward failed."""
+
     def interrupted(text, *_):
-        raise KeyboardInterrupt
+        raise interruption
 
     monkeypatch.setattr(builtin, "final_answer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(interruption)):
         accuracy_of("72", "72")
 
 

@@ -29,7 +29,7 @@ def config_of(**groups: dict) -> Config:
         ({}, 72441, 2263, "2263 steps: 1 epoch of 72441 prompts, 32 a step"),  # 2263.78
         ({"train": {"num_train_epochs": 3}}, 100, 9, "9 steps: 3 epochs of 100 prompts, 32 a step"),  # 300 / 32
         ({"train": {"num_train_epochs": 0.5}}, 128, 2, "2 steps: 0.5 epochs of 128 prompts, 32 a step"),
-        ({}, 5, 1, "1 steps: 1 epoch of 5 prompts, 32 a step"),
+        ({}, 5, 1, "1 step: 1 epoch of 5 prompts, 32 a step"),
         ({"grpo": {"steps_per_generation": 4}}, 300, 8, "8 steps: 1 epoch of 300 prompts, 32 a step"),  # 2.3 draws
         ({"grpo": {"num_iterations": 3}}, 64, 6, "6 steps: 1 epoch of 64 prompts, 32 a step, 3 times"),
     ],

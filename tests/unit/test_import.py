@@ -180,6 +180,15 @@ BASE = "NPROC_PER_NODE=4 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl
             "--swanlab_project p --swanlab_workspace w --swanlab_exp_name e",
             {"tracking.project": "p", "tracking.entity": "w", "tracking.run_name": "e"},
         ),
+        ("--dataset a.jsonl hf::org/b#1000", {"data.dataset": ["a.jsonl", "org/b#1000"]}),
+        (
+            "--dataset a b --interleave_prob 0.2 0.8",
+            {"data.dataset": [{"path": "a", "weight": 0.2}, {"path": "b", "weight": 0.8}]},
+        ),
+        (
+            "--chord_sft_dataset c.jsonl d.jsonl --per_device_train_batch_size 8",
+            {"chord.chord_sft_dataset": ["c.jsonl", "d.jsonl"]},
+        ),
         ('--columns \'{"q": "query", "s": "solution"}\'', {"data.prompt_column": "q", "data.reference_column": "s"}),
         ("--advantage_estimator rloo --beta 0.1", {"grpo.advantage_estimator": "rloo", "grpo.kl_in_reward": True}),
         ("--scale_rewards none", {"grpo.scale_rewards": "none"}),
@@ -235,6 +244,9 @@ def test_flags_of_ms_swift(flags: str, values: dict, tmp_path: Path):
         ("--dataset $DATA", "unresolved: --dataset $DATA: the script does not say what $DATA is"),
         ("--val_dataset a b", "left out: --val_dataset a b: only a is read: held-out prompts are of one source"),
         ("--early_stop_interval 3", "left out: --early_stop_interval 3: set train.early_stopping_patience"),
+        ("--dataset a b --interleave_prob 0.2 0.8", "approximated: --interleave_prob 0.2 0.8: the share of each"),
+        ("--dataset a b --interleave_prob 1", "left out: --interleave_prob 1: must be a share above 0 for each of"),
+        ("--dataset a b --interleave_prob 1 0", "left out: --interleave_prob 1 0: must be a share above 0 for each"),
         ("--system nowhere.txt", "unresolved: --system nowhere.txt: there is no such file here"),
         ("--save_strategy epoch", "approximated: --save_strategy epoch: checkpoints are saved every train.save_steps"),
         (
@@ -355,12 +367,49 @@ def test_grpo_config_of_trl(tmp_path: Path):
             "--dataset_name a --eval_strategy steps --num_generations_eval 4",
             {"train.eval_num_generations": 4, "train.eval_temperature": 1.0},
         ),
+        ("--dataset_name a#5 --eval_strategy steps", {"data.eval_dataset": "a#5"}),
     ],
 )
 def test_arguments_of_trl(flags: str, values: dict):
     recipe = import_words("trl", ["--model_name_or_path", "m", *flags.split()])
     assert {key: recipe.values.get(key) for key in values} == values
     check_plan(recipe)
+
+
+MIXTURE = """
+model_name_or_path: m
+datasets:
+  - {path: org/a, name: main}
+  - {path: b.jsonl, split: train}
+  - {path: json, data_files: c.jsonl}
+"""
+
+
+def test_a_mixture_of_trl(tmp_path: Path):
+    path = tmp_path / "mixture.yaml"
+    path.write_text(MIXTURE, encoding="utf-8")
+    recipe = import_words("trl", [str(path)])
+    assert recipe.values["data.dataset"] == ["org/a:main", "b.jsonl", "json"]
+    assert [remark.text for remark in recipe.remarks if remark.flag == "datasets"] == [
+        "of b.jsonl, split is not taken over; data.dataset_split holds for all",
+        "of json, data_files is not taken over; name the files in data.dataset",
+    ]
+    check_plan(recipe)
+
+
+def test_a_script_from_windows(tmp_path: Path):
+    """Notepad's mark in front, and its line ends."""
+    path = tmp_path / "old.sh"
+    path.write_bytes(b"\xef\xbb\xbf" + BASE.encode() + b"\\\r\n --learning_rate 3e-6\r\n")
+    assert import_words("ms-swift", [str(path)]).values["optimizer.lr"] == 3e-6
+
+
+def test_a_script_that_trains_twice_says_which_call_was_read(tmp_path: Path):
+    recipe = recipe_of("ms-swift", f"{BASE}--learning_rate 1e-6\n{BASE}--learning_rate 2e-6\n", tmp_path)
+    assert recipe.values["optimizer.lr"] == 1e-6
+    assert [remark.text for remark in recipe.remarks if "calls" in remark.text] == [
+        "train.sh calls ms-swift 2 times; the first call was read: to read another, give its arguments alone"
+    ]
 
 
 def test_a_script_of_accelerate(tmp_path: Path):
@@ -478,7 +527,7 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
         ("data.train_files=\"['a.parquet','b.parquet']\"", {"data.dataset": ["a.parquet", "b.parquet"]}),
         (
             "data.train_files=\"['a.parquet','b.parquet']\" data.train_max_samples=7",
-            {"data.dataset": "a.parquet#7"},
+            {"data.dataset": ["a.parquet", "b.parquet"], "data.max_rows": None},
         ),
         (
             "data.val_files=v.parquet actor_rollout_ref.rollout.val_kwargs.do_sample=True "

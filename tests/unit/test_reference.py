@@ -66,3 +66,23 @@ def test_the_command():
     assert json.loads(run(app, ["config", "--schema"]).stdout) == json_schema()
     assert len(json.loads(run(app, ["config", "--json"]).stdout)) == len(all_keys())
     assert run(app, ["config", "--explain", "nothing"]).exit_code == 2
+
+
+def test_words_of_links_say_where_they_lead():
+    (path,), (dataset,) = find_keys("model.path"), find_keys("data.dataset")
+    assert path.plain_description.endswith("(how it is fetched [docs/configuration.md#a-model-of-the-hub])")
+    assert "where it has subsets (which [docs/data.md#files])" in dataset.plain_description
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("learning_rate", "optimizer.lr"),  # of another trainer
+        ("chord_mu_pek", "chord.chord_mu_peak"),
+        ("grpo.lr", "optimizer.lr"),
+        ("optimiser", "optimizer"),
+    ],
+)
+def test_another_name_is_refused_with_the_key_that_is_meant(name: str, meant: str):
+    with pytest.raises(UserError, match=rf"^no configuration key is called '{name}'; did you mean '{meant}'\?$"):
+        find_keys(name)

@@ -66,7 +66,7 @@ def test_what_is_written_down_is_read_back_as_the_same(tmp_path: Path):
     [
         ("[]", "data.dataset=[]: must not be empty"),
         ("5", "data.dataset=5: must be text; put it in quotes"),
-        ("{path: a.jsonl}", "data.dataset={'path': 'a.jsonl'}: must be text; put it in quotes"),
+        ("{path: a.jsonl}", "data.dataset={'path': 'a.jsonl'}: one source is its path alone, several are a list"),
         ("[a.jsonl, 5]", "data.dataset.1=5: must be text; put it in quotes"),
         ("[{weight: 1.0}]", "configuration key 'data.dataset.0.path' is required"),
         ("[{path: a, weight: 0.0}]", "data.dataset.0.weight=0.0: must be at least 1e-06"),

@@ -148,6 +148,17 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path):
     assert load(tmp_path / "saved") == ROWS
 
 
+@pytest.mark.parametrize("suffix", ["#-1", "#all", "#1_000", "#", "@[a]", "@[::2]", "@[1]", "@[1:2", "@1:2"])
+def test_some_rows_that_are_said_otherwise_are_no_name_of_the_hub(suffix, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(LINES)
+    with pytest.raises(UserError) as caught:
+        load(f"{tmp_path}/rows.jsonl{suffix}")
+    assert str(caught.value) == (
+        f"{tmp_path}/rows.jsonl{suffix}: {suffix!r} does not say which rows; '#1000' is the first 1,000, '@[10:20]' "
+        "rows 10 to 19"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

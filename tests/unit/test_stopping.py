@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
+import chord_megatron
+from chord_megatron.system.errors import INTERRUPTIONS
 from chord_megatron.training import stopping
 from chord_megatron.training.stopping import Stopped, StopSignals
+
+PACKAGE = Path(chord_megatron.__file__).parent
+
+
+def swallowing(path: Path) -> list[int]:
+    """Lines of the handlers of everything that neither raise again nor let interruptions pass before."""
+    tries = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Try)]
+    return [
+        handler.lineno
+        for node in tries
+        for at, handler in enumerate(node.handlers)
+        if (handler.type is None or ast.unparse(handler.type) == "BaseException")
+        and not (isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None)
+        and not any(ast.unparse(earlier.type or handler) == "INTERRUPTIONS" for earlier in node.handlers[:at])
+    ]
+
+
+def test_nothing_takes_a_signal_for_a_failure():
+    """But for the processes of reward functions, in which no signal is raised."""
+    found = {str(path.relative_to(PACKAGE)): swallowing(path) for path in sorted(PACKAGE.rglob("*.py"))}
+    assert [name for name, lines in found.items() if lines] == ["rewards/worker.py"]
+    assert issubclass(Stopped, INTERRUPTIONS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -36,6 +36,14 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
 
 
+def test_long_texts_are_left_to_the_limits_of_the_configuration(folder: Path, caplog: Any) -> None:
+    """And not warned of in words of the library."""
+    edit(folder / "tokenizer_config.json", model_max_length=2)
+    with caplog.at_level("WARNING"):
+        assert len(load(folder).encode("a b a b a b")) > 2
+    assert caplog.text == ""
+
+
 def test_a_whole_one(folder: Path) -> None:
     tokenizer = load(folder)
     assert (tokenizer.encode("a b"), tokenizer.eos_token_id) == ([0, 1], 2)
