@@ -13,6 +13,8 @@ import torch
 
 # Their kernels take CUDA tensors, and Megatron-Core takes the kernels wherever it can import them.
 _PACKAGES_FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
+# For loggers of Megatron-Core's that nothing here uses: half a second, and folders that a killed process leaves behind.
+_PACKAGES_FOR_LOGS = ("wandb",)
 
 
 def import_megatron_core() -> None:
@@ -27,7 +29,7 @@ def import_megatron_core() -> None:
         warnings.catch_warnings(),
         _megatron_left_uncompiled(),
         _errors_only("torch.utils.cpp_extension"),
-        _not_importable(_PACKAGES_FOR_GPUS),
+        _not_importable((*_PACKAGES_FOR_GPUS, *_PACKAGES_FOR_LOGS)),
     ):
         silence_cuda_advice()
         from megatron.core import jit
