@@ -72,7 +72,8 @@ def wilson(num_successes: int, num_trials: int) -> tuple[float, float]:
     share, spread = num_successes / num_trials, z * z / num_trials
     middle = share + spread / 2
     half = z * math.sqrt((share * (1 - share) + spread / 4) / num_trials)
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
+    low = 0.0 if num_successes == 0 else (middle - half) / (1 + spread)  # but for rounding it is 0 there, and 1
+    return low, 1.0 if num_successes == num_trials else (middle + half) / (1 + spread)
 
 
 def bootstrap(groups: Sequence[Sequence[float]], seed: int) -> tuple[float, float]:

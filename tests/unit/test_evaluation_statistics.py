@@ -70,6 +70,12 @@ def test_wilson_by_hand():
     assert wilson(20, 20) == pytest.approx((20 / 23.841458820694124, 1.0), abs=1e-12)
 
 
+@pytest.mark.parametrize("trials", range(1, 200))
+def test_wilson_ends_exactly_where_all_or_none_passes(trials: int):
+    """Of rounding 3e-17 was left, which a table shows."""
+    assert (wilson(0, trials)[0], wilson(trials, trials)[1]) == (0.0, 1.0)
+
+
 def test_proportions_have_wilsons_interval():
     assert estimate([[1.0], [0.0], [0.0], [1.0]]) == Estimate(0.5, *wilson(2, 4), "wilson")
 
