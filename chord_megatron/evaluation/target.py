@@ -31,8 +31,10 @@ class Target:
 
     @property
     def name(self) -> str:
-        """For files."""
-        return self.model_dir.resolve().name
+        """For files: a run's checkpoint and its export of the same step have names of their own."""
+        path = self.model_dir.resolve()
+        is_export = self.run_dir is not None and path.parent.name == "hf"
+        return f"hf_{path.name}" if is_export else path.name
 
 
 def find_target(path: Path, checkpoint: str | None) -> Target:

@@ -207,6 +207,8 @@ def test_a_runs_configuration_is_the_evaluations(run: Path):
         "p",
     )
     assert default_output(target, other) == run / "evaluations" / "step_6-other.jsonl-k1-t0.jsonl"
+    export = Target(run / "hf" / "step_6", run, 6)
+    assert default_output(export, other) == run / "evaluations" / "hf_step_6-other.jsonl-k1-t0.jsonl"
 
 
 def test_a_model_needs_nothing_but_prompts(tmp_path: Path):
