@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         shut_down_distributed()
 
 
-class Process:
+class Process(ABC):
     """One of a job: what it knows of itself, whatever ends it."""
 
     def __init__(self) -> None:
@@ -64,9 +65,9 @@ class Process:
         self.rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._limit = timedelta(seconds=_SECONDS_FOR_RANK_0)
 
+    @abstractmethod
     def work(self, arguments: list[str]) -> None:
         """What it is there for."""
-        raise NotImplementedError
 
     def run(self, arguments: list[str]) -> int:
         """Work, or say why not."""
