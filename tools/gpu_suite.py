@@ -230,6 +230,7 @@ def shown(text: str, place: Place) -> str:
     """Without this machine's paths."""
     names: dict[str | Path, str] = {place.work: "WORK", place.output: "OUTPUT", ROOT: ".", sys.executable: "python"}
     names |= {sys.prefix: "PREFIX", sys.base_prefix: "PREFIX"}
+    names |= dict.fromkeys(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), "PYTHONPATH")
     for path, name in names.items():
         text = text.replace(str(path), name)
     return text
