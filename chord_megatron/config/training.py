@@ -112,6 +112,11 @@ class TrainConfig(Group):
     """completions of each held-out prompt, whose mean reward is the better known; above 1 it needs `eval_temperature`
     above 0
     """
+    max_loss_tokens: Positive | None = None
+    """end the run, with a save, after the step by which so many tokens have had a loss (`num_rollout_tokens` and
+    `num_expert_tokens`, summed): a budget that is the same for methods whose steps are not; learning rates decay
+    towards `train_iters` all the same
+    """
     early_stopping_patience: Positive | None = None
     """end the run, with a save, after N evaluations in a row whose `eval_reward_mean` is not above the best before
     them

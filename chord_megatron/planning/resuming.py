@@ -50,7 +50,7 @@ MAY_CHANGE = _keys(
     "clip_grad overlap_grad_reduce use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype "
     "exp_avg_sq_dtype optimizer_cpu_offload optimizer_offload_fraction",
     train="output_dir micro_batch_size max_tokens_per_micro_batch global_batch_size packing_order skip_idle_rows "
-    "share_prompts train_iters num_train_epochs eval_steps eval_temperature eval_num_generations "
+    "share_prompts train_iters num_train_epochs max_loss_tokens eval_steps eval_temperature eval_num_generations "
     "early_stopping_patience save_steps save_total_limit keep_best async_save save_on_signal max_skipped_steps",
     tracking="report_to project run_name group tags entity uri prometheus_port prometheus_host log_completions "
     "diagnose_steps",

@@ -104,23 +104,22 @@ class RunDir:
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"{existing} cannot be written to; choose another train.output_dir")
 
-    def ending(self, train_iters: int, patience: int | None, *, since: str = "") -> str | None:
+    def ending(self, train_iters: int, limits: Mapping[str, int], *, since: str = "") -> str | None:
         """What to say of a run of these settings that left everything it leaves; None: there is more to do.
 
-        patience: train.early_stopping_patience. since: what differs now, in words.
+        limits: keys of train that may end a run early. since: what differs now, in words.
         """
         if not self._finished.exists():
             return None
         mark, _, reason = _read(self._finished).strip().partition("\n")
         if mark == str(train_iters):
             return f"{self.path} is finished{since}; raise train.train_iters to train on"
-        if patience is not None and mark == _early(train_iters, patience):
-            return f"{self.path} is finished{since}: {reason}; raise train.early_stopping_patience to train on"
-        return None
+        reached = next((key for key, limit in limits.items() if mark == _early(train_iters, key, limit)), None)
+        return reached and f"{self.path} is finished{since}: {reason}; raise train.{reached} to train on"
 
-    def mark_finished(self, train_iters: int, *, early: tuple[int, str] | None = None) -> None:
-        """Say so, after the report is written. early: train.early_stopping_patience, and why that ended the run."""
-        lines = [str(train_iters)] if early is None else [_early(train_iters, early[0]), early[1]]
+    def mark_finished(self, train_iters: int, *, early: tuple[str, int, str] | None = None) -> None:
+        """Say so, after the report is written. early: the limit that ended it, its value, and why."""
+        lines = [str(train_iters)] if early is None else [_early(train_iters, *early[:2]), early[2]]
         atomic_write(self._finished, [f"{line}\n".encode() for line in lines])
 
     def set_aside(self, step: int) -> list[str]:
@@ -179,9 +178,9 @@ class RunDir:
         return sorted((path for path in folder.glob("step_*") if _STEP.fullmatch(path.name)), key=_step_of)
 
 
-def _early(train_iters: int, patience: int) -> str:
+def _early(train_iters: int, key: str, limit: int) -> str:
     """The first line of the mark of a run that ended early."""
-    return f"{train_iters} early_stopping_patience={patience}"
+    return f"{train_iters} {key}={limit}"
 
 
 def _free_name(path: Path) -> Path:

@@ -31,7 +31,8 @@ class RunLog:
 
     `resume_step` is the next step of a run that goes on (None: a new run): whatever the interrupted
     run logged from there on is dropped, because it will be written again. `last_eval_step` is the step of
-    the newest evaluation kept, so that a resumed run need not repeat it; `rewards`, those of all of them by step.
+    the newest evaluation kept, so that a resumed run need not repeat it; `rewards`, those of all of them by step;
+    `loss_tokens`, how many tokens have had a loss.
     `tracked`: what trackers are told of the run.
     Raises UserError when a new run finds the metrics of another one in `run_dir`.
     """
@@ -47,7 +48,7 @@ class RunLog:
         stream: TextIO | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        evaluations = _prepare(run_dir, resume_step)
+        evaluations, self.loss_tokens = _prepare(run_dir, resume_step)
         last_eval = evaluations[-1] if evaluations else None
         self.rewards: dict[int, float] = {}
         for record in evaluations:
@@ -69,6 +70,7 @@ class RunLog:
         errors = [tracker.errors for tracker in self._trackers if isinstance(tracker, BackgroundTracker)]
         metrics = {**metrics, "tracker_errors": sum(errors)} if errors else metrics
         self._metrics.write(metrics)
+        self.loss_tokens += _loss_tokens(metrics)
         self._write_scalars(metrics)
         self._progress.update(metrics)
 
@@ -172,23 +174,33 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _prepare(run_dir: Path, resume_step: int | None) -> list[dict[str, Any]]:
-    """Drop what a resumed run writes again; returns the evaluations that stay."""
+def _prepare(run_dir: Path, resume_step: int | None) -> tuple[list[dict[str, Any]], int]:
+    """Drop what a resumed run writes again; returns the evaluations that stay, and the tokens of the steps that do."""
     metrics, completions = run_dir / METRICS_FILE, run_dir / COMPLETIONS_FILE
     if resume_step is None:
         if metrics.exists() and metrics.stat().st_size > 0:
             raise UserError(f"{run_dir} holds the metrics of another run; resume that run or choose another output_dir")
-        return []
+        return [], 0
     # The evaluation at step k comes before training step k, so it outlives a resume at k.
     filter_json_lines(metrics, lambda record: record["step"] < resume_step + ("loss" not in record))
-    evaluations = [record for record in read_metrics(metrics) if "loss" not in record]
+    evaluations, loss_tokens = [], 0
+    for record in read_metrics(metrics):
+        if "loss" in record:
+            loss_tokens += _loss_tokens(record)
+        else:
+            evaluations.append(record)
     evaluated = {record["step"] for record in evaluations}
     filter_json_lines(
         completions,
         lambda row: row["step"] in evaluated if row.get("split") == "eval" else row["step"] < resume_step,
     )
     filter_json_lines(run_dir / EXPERTS_FILE, lambda row: row["step"] < resume_step)
-    return evaluations
+    return evaluations, loss_tokens
+
+
+def _loss_tokens(metrics: Metrics) -> int:
+    """Of one step."""
+    return sum(int(metrics.get(key) or 0) for key in ("num_rollout_tokens", "num_expert_tokens"))
 
 
 def _first_log_probs(path: Path) -> dict[int, float]:

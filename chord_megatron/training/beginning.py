@@ -10,6 +10,7 @@ from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.resuming import changes
 from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.training.ending import limits
 
 
 def finished(config: Config) -> str | None:
@@ -18,7 +19,7 @@ def finished(config: Config) -> str | None:
     Raises UserError where that is another run: of other data, or of whatever else a run cannot go on with.
     """
     run_dir = RunDir(Path(config.train.output_dir))
-    settings = (config.train.train_iters, config.train.early_stopping_patience)
+    settings = (config.train.train_iters, limits(config.train))
     if run_dir.ending(*settings) is None:
         return None
     changed = changes(run_dir.settings(), config, run_dir.path)

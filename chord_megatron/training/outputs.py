@@ -13,7 +13,6 @@ from chord_megatron.rollout.replay import RolloutRecorder
 from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.system.provenance import provenance
 from chord_megatron.system.secrets import without_secrets_in
-from chord_megatron.tracking.best import best_step, evaluations_since_best
 from chord_megatron.tracking.findings import findings
 from chord_megatron.tracking.report import write_report
 from chord_megatron.tracking.run_dir import RunDir
@@ -21,6 +20,7 @@ from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.step_metrics import ExpertRow
 from chord_megatron.tracking.summary import load_history
 from chord_megatron.tracking.trackers.protocol import TrackedRun
+from chord_megatron.training.ending import early_end, limits
 from chord_megatron.training.rollout_stream import StepRollouts
 from chord_megatron.types import Metrics, ScoredRollouts
 
@@ -78,8 +78,9 @@ class RunOutputs:
     def finish(self, step: int) -> None:
         """The report, and where everything is; then the log is closed."""
         png, html = write_report(self._run_dir.path)
-        early = self._early_end(step)
-        self._run_dir.mark_finished(self._config.train.train_iters, early=early)
+        early, train = self.early_end(step), self._config.train
+        ended = None if early is None else (early[0], limits(train)[early[0]], early[1])
+        self._run_dir.mark_finished(train.train_iters, early=ended)
         if early is not None:
             print(early[1], flush=True)
         best = self._run_dir.best_step() if self._config.train.keep_best else None
@@ -93,17 +94,9 @@ class RunOutputs:
         self.log.close()
         print(f"model: {self._run_dir.hf(step)}\nreport: {html}, {png}", flush=True)
 
-    def _early_end(self, step: int) -> tuple[int, str] | None:
-        """What train.early_stopping_patience is, and why it ended the run; None where the run took all its steps."""
-        patience, rewards = self._config.train.early_stopping_patience, self.log.rewards
-        best = best_step(rewards, rewards)
-        if step == self._config.train.train_iters or patience is None or best is None:
-            return None
-        count = evaluations_since_best(rewards)
-        which = "the last evaluation was" if count == 1 else f"{count} evaluations in a row were"
-        return patience, (
-            f"stopped early at step {step}: {which} not above the eval_reward_mean of step {best}, {rewards[best]:.4g}"
-        )
+    def early_end(self, step: int) -> tuple[str, str] | None:
+        """The key by which the run ends before this step, and why."""
+        return early_end(self._config.train, step, self.log.rewards, self.log.loss_tokens)
 
     def close(self) -> None:
         """Close the files, of a run that has not finished, too."""

@@ -29,12 +29,12 @@ from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rollout.build import build_embedded, build_rollout
 from chord_megatron.system.errors import UserError
-from chord_megatron.tracking.best import evaluations_since_best
 from chord_megatron.tracking.heartbeat import Whereabouts
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.beginning import find_beginning
 from chord_megatron.training.counting import counted_in
+from chord_megatron.training.ending import limits
 from chord_megatron.training.evaluation import Evaluator, build_evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.mu_control import MuControl
@@ -137,7 +137,7 @@ class Run:
         return build_evaluator(self.config.train, data.eval_prompts, params, sampler, scorer)
 
     def train(self) -> None:
-        """Evaluate, step, log and save until train_iters, or train.early_stopping_patience."""
+        """Evaluate, step, log and save until train_iters, or what ends a run earlier."""
         self.signals.is_noted_only = self.config.train.save_on_signal
         self.where.step = self.next_step
         with self._opened, self.where.within("log"):
@@ -156,7 +156,7 @@ class Run:
                 self._save(told)
                 self._stop_if_diverged()
             self.where.step = self.next_step
-            self._evaluate()
+            self._evaluate(is_last=True)
             with self.where.within("save"):
                 self.saves.finish()
             if self.outputs:
@@ -183,10 +183,10 @@ class Run:
             ) from error
         return step
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, *, is_last: bool = False) -> None:
         """Before the first step, every eval_steps, and at the end; not again where a resumed run has it."""
         eval_steps, step = self.config.train.eval_steps, self.next_step
-        is_due = eval_steps is not None and (step % eval_steps == 0 or step == self.config.train.train_iters)
+        is_due = eval_steps is not None and (step % eval_steps == 0 or is_last)
         answer = [is_due and self.outputs is not None and self.outputs.log.last_eval_step != step]
         dist.broadcast_object_list(answer, src=0)
         if not answer[0]:
@@ -198,11 +198,11 @@ class Run:
                 self.saves.mark_best()
 
     def _ends_early(self) -> bool:
-        """Whether train.early_stopping_patience is over; the weights are saved then."""
-        patience, step = self.config.train.early_stopping_patience, self.next_step
-        if patience is None or step % self._steps_per_rollout:  # inside a batch a run cannot be resumed
+        """Whether a limit of `ending` is reached; the weights are saved then."""
+        step = self.next_step
+        if not limits(self.config.train) or step % self._steps_per_rollout:  # inside a batch a run cannot be resumed
             return False
-        answer = [self.outputs is not None and evaluations_since_best(self.outputs.log.rewards) >= patience]
+        answer = [self.outputs is not None and self.outputs.early_end(step) is not None]
         dist.broadcast_object_list(answer, src=0)
         if answer[0] and step not in (self._resume_step, self.saves.last_step):
             with self.where.within("save"):

@@ -257,3 +257,23 @@ def test_a_run_that_ends_between_its_saves_is_saved_there(assets: Path, tmp_path
     assert "stopped early at step 3: the last evaluation was not above" in outcome.stdout
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step_3\n"
     assert (tmp_path / "run" / "hf" / "step_3" / "model.safetensors").is_file()
+
+
+def test_a_budget_of_tokens_ends_the_run_also_where_it_was_stopped_in_between(assets: Path, tmp_path: Path):
+    config = write_config(assets, tmp_path)
+    held_out = (f"data.eval_dataset={assets / 'prompts.jsonl'}", "data.num_eval_prompts=2", "train.eval_steps=4")
+    whole = (*held_out, "train.train_iters=6", f"train.output_dir={tmp_path / 'whole'}")
+    succeeded(train_here(config, *whole))
+    steps = [line for line in read_metrics(tmp_path / "whole") if "loss" in line]
+    spent = [line["num_rollout_tokens"] + line["num_expert_tokens"] for line in steps]
+    budget = f"train.max_loss_tokens={sum(spent[:3])}"
+    succeeded(train_here(config, *held_out, budget, "train.train_iters=2"))
+    outcome = succeeded(train_here(config, *held_out, budget, "train.train_iters=6"))
+    sentence = f"stopped early at step 3: {sum(spent[:3]):,} tokens had a loss, of {sum(spent[:3]):,} allowed"
+    assert sentence in outcome.stdout
+    lines = read_metrics(tmp_path / "run")
+    assert [line["loss"] for line in lines if "loss" in line] == [line["loss"] for line in steps[:3]]
+    assert [line["step"] for line in lines if "loss" not in line] == [0, 2, 3]
+    assert (tmp_path / "run" / "hf" / "step_3" / "model.safetensors").is_file()
+    again = succeeded(train_here(config, *held_out, budget, "train.train_iters=6"))
+    assert again.stdout == f"{tmp_path / 'run'} is finished: {sentence}; raise train.max_loss_tokens to train on\n"

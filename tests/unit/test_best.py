@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from chord_megatron.config import TrainConfig
 from chord_megatron.tracking.best import best_step, evaluations_since_best
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.run_log import RunLog
+from chord_megatron.training.ending import early_end, limits
 
 REWARDS = {0: 0.1, 10: 0.5, 20: 0.7, 30: 0.7, 40: 0.6}
 
@@ -86,14 +88,22 @@ def test_a_damaged_pointer_names_nothing(tmp_path: Path, content: bytes):
 def test_a_run_that_ended_early_is_finished_for_its_patience_alone(tmp_path: Path):
     run_dir = RunDir(tmp_path)
     save(run_dir, 1)
-    run_dir.mark_finished(300, early=(3, "stopped early at step 120: for a reason"))
-    assert run_dir.ending(300, 3) == (
+    run_dir.mark_finished(300, early=("early_stopping_patience", 3, "stopped early at step 120: for a reason"))
+    assert run_dir.ending(300, {"early_stopping_patience": 3}) == (
         f"{tmp_path} is finished: stopped early at step 120: for a reason; raise train.early_stopping_patience to "
         "train on"
     )
-    assert [run_dir.ending(*settings) for settings in ((300, 4), (300, None), (400, 3))] == [None] * 3
+    others = (
+        (300, {"early_stopping_patience": 4}),
+        (300, {"max_loss_tokens": 3}),
+        (400, {"early_stopping_patience": 3}),
+    )
+    assert [run_dir.ending(*settings) for settings in others] == [None] * 3
     run_dir.mark_finished(300)
-    assert run_dir.ending(300, 3) == f"{tmp_path} is finished; raise train.train_iters to train on"
+    assert (
+        run_dir.ending(300, {"early_stopping_patience": 3})
+        == f"{tmp_path} is finished; raise train.train_iters to train on"
+    )
 
 
 def test_the_log_knows_the_rewards_of_evaluations_also_after_a_resume(tmp_path: Path):
@@ -106,3 +116,20 @@ def test_the_log_knows_the_rewards_of_evaluations_also_after_a_resume(tmp_path: 
         assert first.rewards == {0: 0.25, 4: 0.5, 6: 0.75}
     with log(4) as resumed:
         assert resumed.rewards == {0: 0.25, 4: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("step", "tokens", "key"),
+    [(50, 999, "early_stopping_patience"), (50, 1000, "max_loss_tokens"), (60, 1000, None)],
+)
+def test_a_run_ends_by_the_limit_that_it_reaches(step: int, tokens: int, key: str | None):
+    train = TrainConfig(output_dir="x", train_iters=60, early_stopping_patience=2, max_loss_tokens=1000)
+    assert limits(train) == {"early_stopping_patience": 2, "max_loss_tokens": 1000}
+    ended = early_end(train, step, REWARDS, tokens)
+    assert (ended and ended[0]) == key
+
+
+def test_a_run_goes_on_below_its_limits():
+    train = TrainConfig(output_dir="x", train_iters=60, early_stopping_patience=3, max_loss_tokens=1000)
+    assert early_end(train, 50, REWARDS, 999) is None and early_end(train, 50, {}, 0) is None
+    assert limits(TrainConfig(output_dir="x", train_iters=60)) == {}

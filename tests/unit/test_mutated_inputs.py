@@ -189,11 +189,11 @@ INPUTS = {
     "mark of a run that ended early": Input(
         "checkpoints/finished",
         b"4 early_stopping_patience=2\nstopped early\n",
-        lambda path: RunDir(path.parents[1]).ending(4, 2),
+        lambda path: RunDir(path.parents[1]).ending(4, {"early_stopping_patience": 2}),
         is_refused=False,
     ),
     "mark of a finished run": Input(
-        "checkpoints/finished", b"4\n", lambda path: RunDir(path.parents[1]).ending(4, None), is_refused=False
+        "checkpoints/finished", b"4\n", lambda path: RunDir(path.parents[1]).ending(4, {}), is_refused=False
     ),
 }
 

@@ -154,17 +154,17 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None
     (tmp_path / name).mkdir()
     with pytest.raises(UserError) as error:
         run_dir.resume_step()
-        run_dir.ending(1, None)
+        run_dir.ending(1, {})
         run_dir.settings()
     assert str(error.value) == f"{tmp_path / name} cannot be read (Is a directory); remove it"
 
 
 def test_finished_is_about_a_number_of_steps(tmp_path: Path):
     run_dir = saved(tmp_path, 6)
-    assert not run_dir.ending(6, None)
+    assert not run_dir.ending(6, {})
     run_dir.mark_finished(6)
-    assert run_dir.ending(6, None)
-    assert not run_dir.ending(8, None)  # raised train_iters: there is more to do
+    assert run_dir.ending(6, {})
+    assert not run_dir.ending(8, {})  # raised train_iters: there is more to do
 
 
 def test_the_settings_of_a_run(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_damaged_mark_is_of_no_finished_run(tmp_path: Path) -> None:
     run_dir = saved(tmp_path, 6)
     run_dir.mark_finished(6)
     (tmp_path / "checkpoints" / "finished").write_bytes(b"6\xff")
-    assert not run_dir.ending(6, None)
+    assert not run_dir.ending(6, {})
 
 
 def test_a_run_removes_the_oldest_beyond_its_limit_and_nothing_newer(tmp_path: Path) -> None:

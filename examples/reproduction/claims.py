@@ -1,0 +1,155 @@
+"""The claims of claims.yaml, held against what the runs have found. Pure: numbers in, verdicts out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+from seeds import Difference, paired_difference
+
+Results = Mapping[str, Any]
+Run = Mapping[str, Any]
+HELD_OUT, HARDER, NOT_TRAINED = "held-out", "harder", "not trained"  # sources of a test set
+
+
+class Comparison(BaseModel):
+    """A difference between two numbers of runs of the same seed, which a claim says is above 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    ours: str
+    measure: str
+    theirs: str
+    other: str | None = None  # their measure; null: the same
+
+    @property
+    def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Method and measure of each."""
+        return (self.ours, self.measure), (self.theirs, self.other or self.measure)
+
+
+class Claim(BaseModel):
+    """A sentence of the paper's, the differences that it comes to here, and by verdict what that may come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    sentence: str
+    comparisons: list[Comparison]
+    why: dict[str, str]
+
+
+class Claims(BaseModel):
+    """What claims.yaml holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    claims: list[Claim]
+    not_testable: list[str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim with what was measured."""
+
+    sentence: str
+    differences: Sequence[tuple[str, Difference]]  # what each is of
+    verdict: str
+    why: str
+
+
+def load_claims() -> Claims:
+    """Those of the paper."""
+    return Claims.model_validate(yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")))
+
+
+def findings(results: Results, claims: Sequence[Claim]) -> list[Finding]:
+    """Of the claims all of whose methods were run."""
+    found = []
+    for claim in claims:
+        if {method for one in claim.comparisons for method, _ in one.sides} <= set(results["methods"]):
+            differences = [(described(results, one), measured(results, one)) for one in claim.comparisons]
+            said = verdict([difference for _, difference in differences])
+            found.append(Finding(claim.sentence, differences, said, claim.why[said]))
+    return found
+
+
+def verdict(differences: Sequence[Difference]) -> str:
+    """confirmed: every interval is above 0; contradicted: one is below; else not confirmed."""
+    signs = [difference.sign for difference in differences]
+    if all(sign > 0 for sign in signs):
+        return "confirmed"
+    return "contradicted" if any(sign < 0 for sign in signs) else "not confirmed"
+
+
+def runs_of(results: Results, method: str) -> list[Run]:
+    """In the order of their seeds; of the base the same for each."""
+    if method == "base":
+        return [results["base"]] * len(results["seeds"])
+    return [results["methods"][method]["runs"][str(seed)] for seed in results["seeds"]]
+
+
+def titled(results: Results, method: str) -> str:
+    """As it stands in the table."""
+    return "base" if method == "base" else str(results["methods"][method]["title"])
+
+
+def rewards(results: Results, method: str, source: str) -> list[float]:
+    """The mean reward on one part of the test set, by seed."""
+    return [run["reward"][source] for run in runs_of(results, method)]
+
+
+def fifths(values: Sequence[float | None]) -> list[float]:
+    """The means of a curve's five fifths, what is missing left out."""
+    count = len(values)
+    parts = [values[count * place // 5 : max(count * (place + 1) // 5, count * place // 5 + 1)] for place in range(5)]
+    return [fmean(known) if (known := [value for value in part if value is not None]) else 0.0 for part in parts]
+
+
+def best_fifth(runs: Sequence[Run]) -> int:
+    """The fifth of the run in which validation is best, on average over the seeds: one for all of them."""
+    means = [fmean(values) for values in zip(*(fifths(run["curves"]["eval_reward_mean"]) for run in runs), strict=True)]
+    return means.index(max(means))
+
+
+def reward_on(source: str) -> Callable[[Run, Sequence[Run]], float]:
+    """Of one part of the test set."""
+    return lambda run, _: run["reward"][source]
+
+
+# Of a run, which stands among all runs of its method.
+MEASURES: dict[str, Callable[[Run, Sequence[Run]], float]] = {
+    **{source: reward_on(source) for source in (HELD_OUT, HARDER, NOT_TRAINED)},
+    "validation before the first step": lambda run, _: run["curves"]["eval_reward_mean"][0],
+    "lowest validation": lambda run, _: min(run["curves"]["eval_reward_mean"]),
+    "validation in its best fifth": lambda run, runs: fifths(run["curves"]["eval_reward_mean"])[best_fifth(runs)],
+    "validation in its last fifth": lambda run, _: fifths(run["curves"]["eval_reward_mean"])[4],
+    "entropy in the last fifth": lambda run, _: fifths(run["curves"]["entropy"])[4],
+    "length of answers": lambda run, _: run["length"][HELD_OUT],
+}
+UNITS = {"entropy in the last fifth": (1, "nats"), "length of answers": (1, "tokens")}
+
+
+def unit(measure: str) -> tuple[float, str]:
+    """What it is multiplied by to be shown, and the name of that."""
+    return UNITS.get(measure, (100, "points"))
+
+
+def measured(results: Results, comparison: Comparison) -> Difference:
+    """The paired difference over the seeds, in the unit of the measure."""
+    scale, _ = unit(comparison.measure)
+    sides = []
+    for method, measure in comparison.sides:
+        runs = runs_of(results, method)
+        sides.append([scale * MEASURES[measure](run, runs) for run in runs])
+    return paired_difference(*sides)
+
+
+def described(results: Results, comparison: Comparison) -> str:
+    """In words."""
+    (ours, measure), (theirs, other) = comparison.sides
+    of = f"in {unit(measure)[1]}"
+    if ours == theirs:
+        return f"{titled(results, ours)}, {measure} less {other}, {of}"
+    return f"{titled(results, ours)} less {titled(results, theirs)}, {measure}, {of}"

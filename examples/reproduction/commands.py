@@ -1,0 +1,34 @@
+"""Run the project's command, and scripts beside it, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from chord_megatron.system.errors import UserError
+
+TAIL = 15  # lines of a failed command that are shown
+
+
+def chord_megatron(*arguments: str | Path) -> str:
+    """`chord-megatron ...`: what it printed. Raises UserError with its last words."""
+    return run([sys.executable, "-m", "chord_megatron.cli", *arguments])
+
+
+def script(arguments: Sequence[str]) -> str:
+    """A Python script with its arguments."""
+    return run([sys.executable, *arguments])
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """On one thread, so that runs side by side have a core each; returns its standard output."""
+    words = list(map(str, command))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-TAIL:])
+        raise UserError(f"{' '.join(words)}\nended with {done.returncode}:\n{tail}")
+    return done.stdout

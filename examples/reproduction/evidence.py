@@ -1,0 +1,185 @@
+"""Write what an experiment has found: results.json, figures, and a page with the verdict on each claim of the paper."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from claims import HELD_OUT, Results, findings, load_claims, rewards, runs_of, titled
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from seeds import Difference, Spread, paired_difference, spread
+
+from chord_megatron.tracking.drawing import NUM_HUES, Panel, draw_picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLDER = Path(__file__).parent
+PANELS = {
+    "eval_reward_mean": "Validation reward",
+    "reward_mean": "Reward of rollouts",
+    "eval_response_length_mean": "Length of validation answers (tokens)",
+    "entropy": "Entropy of rollouts (nats)",
+    "phi_mean": "phi of expert tokens",
+    "mu": "mu",
+}
+DASHES = ("-", "--")
+
+
+def write_evidence(results: Results, folder: Path) -> list[Path]:
+    """Returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = {titled(results, method): line(place) for place, method in enumerate(results["methods"])}
+    legend = [(name, color, dashes) for name, (color, dashes) in lines.items()]
+    panels = [curves_panel(results, key, name) for key, name in PANELS.items()]
+    below = "Means over the seeds; between two evaluations, of what steps measure, the mean over these."
+    files = {
+        "results.json": f"{json.dumps(results, indent=1)}\n".encode(),
+        "README.md": page(results).encode(),
+        "curves.png": draw_picture(panels, results["title"], below, legend),
+    }
+    if "sft" in results["methods"]:
+        files["sft.png"] = draw_picture(sft_panels(results), "SFT: shift, readapt, overfit?", "A line for each seed.")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return [folder / name for name in files]
+
+
+def line(place: int) -> tuple[str, str]:
+    """Colour and dashes of a method, by its place."""
+    return f"C{place % NUM_HUES}", DASHES[place // NUM_HUES]
+
+
+def page(results: Results) -> str:
+    """The text, all of whose numbers come from the results."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"spread": shown_spread, "difference": shown_difference, "wrap": wrapped}
+    template, claims = environment.get_template("page.md.j2"), load_claims()
+    return template.render(
+        results=results,
+        sources=list(results["base"]["reward"]),
+        rows=[row(results, method) for method in ("base", *results["methods"])],
+        differences=[difference_row(results, *pair) for pair in pairs(results)],
+        winners=[winner(results, source) for source in results["base"]["reward"]],
+        findings=findings(results, claims.claims),
+        not_testable=claims.not_testable,
+    )
+
+
+def row(results: Results, method: str) -> dict[str, Any]:
+    """One line of the table."""
+    runs, is_base = runs_of(results, method), method == "base"
+    return {
+        "title": titled(results, method),
+        "rewards": [spread(rewards(results, method, source)) for source in results["base"]["reward"]],
+        "length": fmean(run["length"][HELD_OUT] for run in runs),
+        "style": fmean(run["in_expert_style"][HELD_OUT] for run in runs),
+        "steps": None if is_base else fmean(run["steps"] for run in runs),
+        "rollout_tokens": None if is_base else fmean(run["rollout_tokens"] for run in runs),
+        "expert_tokens": None if is_base else fmean(run["expert_tokens"] for run in runs),
+        "lr": None if is_base else results["methods"][method]["lr"],
+    }
+
+
+def wrapped(text: str) -> str:
+    """As a paragraph."""
+    return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+
+
+def winner(results: Results, source: str) -> str:
+    """Which form of CHORD is best on one part of the test set, which of the others, and their difference."""
+    ours, others = (max(side, key=lambda name: mean_reward(results, name, source)) for side in sides(results))
+    found = paired_difference(*([100 * value for value in rewards(results, side, source)] for side in (ours, others)))
+    said = {1: "CHORD wins", 0: "no difference is shown", -1: "CHORD does not win"}[found.sign]
+    means = [f"{titled(results, side)} ({100 * mean_reward(results, side, source):.1f})" for side in (ours, others)]
+    return f"{source}: of CHORD's forms {means[0]}, of the others {means[1]}: {shown_difference(found)}, {said}"
+
+
+def mean_reward(results: Results, method: str, source: str) -> float:
+    """Over the seeds."""
+    return fmean(rewards(results, method, source))
+
+
+def sides(results: Results) -> tuple[list[str], list[str]]:
+    """CHORD's forms, and everything else."""
+    ours = [name for name in results["methods"] if name.startswith("chord")]
+    return ours, ["base", *(name for name in results["methods"] if name not in ours)]
+
+
+def pairs(results: Results) -> list[tuple[str, str]]:
+    """CHORD's forms beside every method that is not one of them, then beside one another."""
+    ours, others = sides(results)
+    among = [(b, a) for index, a in enumerate(ours) for b in ours[index + 1 :]]
+    return [*((name, other) for name in ours for other in others), *among]
+
+
+def difference_row(results: Results, ours: str, theirs: str) -> tuple[str, list[Difference]]:
+    """On each part of the test set."""
+    found = [
+        paired_difference(*([100 * value for value in rewards(results, side, source)] for side in (ours, theirs)))
+        for source in results["base"]["reward"]
+    ]
+    return f"{titled(results, ours)} - {titled(results, theirs)}", found
+
+
+def shown_spread(value: Spread) -> str:
+    """In percent."""
+    return f"{100 * value.mean:.1f}" + (f" ± {100 * value.sd:.1f}" if value.sd else "")
+
+
+def shown_difference(value: Difference) -> str:
+    """With its interval, bold where that leaves 0 out."""
+    digits = 1 if max(map(abs, value)) >= 1 else 3
+    text = f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
+    return f"**{text}**" if value.sign else text
+
+
+def curves_panel(results: Results, key: str, name: str) -> Panel:
+    """A metric over the tokens that had a loss: the mean over the seeds."""
+
+    def draw(axis: Axes) -> None:
+        for place, method in enumerate(results["methods"]):
+            color, dashes = line(place)
+            axis.plot(*mean_curve(runs_of(results, method), key), color=color, linestyle=dashes, linewidth=1.4)
+        axis.set_xlabel("thousand tokens with a loss")
+
+    return Panel(name, draw)
+
+
+def mean_curve(runs: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """By evaluation, those that all seeds have come to: thousands of tokens, and the mean of the metric."""
+    columns = [[(t, v) for t, v in zip(run["curves"]["tokens"], run["curves"][key], strict=True)] for run in runs]
+    tokens, values = [], []
+    for points in zip(*columns, strict=False):
+        known = [value for _, value in points if value is not None]
+        if len(known) == len(points):
+            tokens.append(fmean(token for token, _ in points) / 1000)
+            values.append(fmean(known))
+    return tokens, values
+
+
+def sft_panels(results: Results) -> list[Panel]:
+    """SFT from each seed, beside what the policy could."""
+    runs = runs_of(results, "sft")
+
+    def panel(name: str, key: str, *, has_base: bool = False) -> Panel:
+        def draw(axis: Axes) -> None:
+            for run in runs:
+                axis.plot(*mean_curve([run], key), linewidth=1)
+            if has_base:
+                axis.axhline(runs[0]["curves"][key][0], color="C6", linestyle=":", linewidth=1)
+            axis.set_xlabel("thousand expert tokens")
+
+        return Panel(name, draw)
+
+    return [
+        panel("Validation reward (dotted: the policy)", "eval_reward_mean", has_base=True),
+        panel("Length of validation answers (tokens)", "eval_response_length_mean", has_base=True),
+        panel("Loss of expert rows (nats)", "loss_expert"),
+    ]

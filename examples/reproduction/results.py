@@ -1,0 +1,118 @@
+"""What the runs of an experiment have found: one document of numbers, from their logs and tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from experiment import Experiment, Trial, chosen_lr
+
+from chord_megatron.system.files import read_json_lines
+from chord_megatron.system.provenance import provenance
+from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.tracking.summary import History, load_history
+
+# Of the steps between two evaluations, the mean; of an evaluation, the number.
+OF_STEPS = ("reward_mean", "response_length_mean", "entropy", "phi_mean", "mu", "loss_expert")
+OF_EVALUATIONS = ("eval_reward_mean", "eval_response_length_mean")
+
+
+def tested(directory: Path) -> Path:
+    """The result on the test set, as `chord-megatron evaluate --json` printed it."""
+    return directory / "test.json"
+
+
+def collect(
+    experiment: Experiment, base: Path, grid: Mapping[str, Mapping[float, float]], trials: Iterable[Trial]
+) -> dict[str, Any]:
+    """All numbers, for JSON. base: the folder of its test. grid: validation rewards by method and learning rate."""
+    methods: dict[str, Any] = {}
+    for name, method in experiment.methods.items():
+        found = grid[name]
+        methods[name] = {
+            "title": method.title,
+            "keys": method.keys,
+            "first": method.first,
+            "grid": {f"{lr:g}": reward for lr, reward in found.items()},
+            "lr": chosen_lr(found),
+            "runs": {},
+        }
+    for trial in trials:
+        methods[trial.method]["runs"][str(trial.seed)] = of_run(trial, experiment.expert_mark)
+    return {
+        "title": experiment.title,
+        "setting": experiment.setting,
+        "seeds": experiment.seeds,
+        "grid": [f"{lr:g}" for lr in experiment.grid],
+        "budget": experiment.budget,
+        "tuning_seed": experiment.tuning_seed,
+        "tested_checkpoint": experiment.tested_checkpoint,
+        "base": of_test(base, experiment.expert_mark),
+        "methods": methods,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": provenance(),
+    }
+
+
+def of_run(trial: Trial, expert_mark: str) -> dict[str, Any]:
+    """One run behind its first stage: what it took, what it reached, its curves."""
+    histories = [load_history(one.directory) for one in trial.stages]
+    steps = [step for history in histories for step in history.steps]
+    return {
+        "steps": len(steps),
+        "rollout_tokens": sum(step["num_rollout_tokens"] for step in steps),
+        "expert_tokens": sum(step["num_expert_tokens"] for step in steps),
+        "seconds_of_steps": round(sum(step["time_step"] for step in steps), 1),
+        "best_step": RunDir(trial.directory).best_step(),
+        "validation": trial.validation(),
+        **of_test(trial.directory, expert_mark),
+        "curves": curves(histories),
+    }
+
+
+def of_test(directory: Path, expert_mark: str) -> dict[str, Any]:
+    """By source: the mean reward, the mean length, the share of completions in the experts' notation."""
+    sources = json.loads(tested(directory).read_text(encoding="utf-8"))["sources"]
+    mark = re.compile(expert_mark)
+    marked: dict[str, list[bool]] = {}
+    for row in read_json_lines(directory / "completions.test.jsonl"):
+        if "settings" not in row:
+            marked.setdefault(row["source"], []).extend(bool(mark.search(text)) for text in texts_of(row))
+    return {
+        "reward": {name: found["metrics"]["reward_mean"]["value"] for name, found in sources.items()},
+        "length": {name: found["metrics"]["response_length_mean"]["value"] for name, found in sources.items()},
+        "in_expert_style": {name: fmean(found) for name, found in marked.items()},
+    }
+
+
+def texts_of(row: Mapping[str, Any]) -> list[str]:
+    """The completions of one line."""
+    return [completion["completion"] for completion in row["completions"]]
+
+
+def curves(histories: Sequence[History]) -> dict[str, list[float | None]]:
+    """By the tokens that had a loss: at each evaluation its numbers, and the means of the steps since the last one."""
+    found: dict[str, list[float | None]] = {key: [] for key in ("tokens", "step", *OF_EVALUATIONS, *OF_STEPS)}
+    tokens_before, steps_before = 0, 0
+    for history in histories:
+        spent = [step["num_rollout_tokens"] + step["num_expert_tokens"] for step in history.steps]
+        total = [0, *accumulate(spent)]
+        for last, evaluation in pairwise([None, *history.evaluations]):
+            at = evaluation["step"]
+            since = history.steps[(last["step"] if last else at) : at]
+            found["tokens"].append(tokens_before + total[at])
+            found["step"].append(steps_before + at)
+            for key in OF_EVALUATIONS:
+                found[key].append(evaluation.get(key))
+            for key in OF_STEPS:
+                values = [step[key] for step in since if step.get(key) is not None]
+                found[key].append(round(fmean(values), 6) if values else None)
+        tokens_before, steps_before = tokens_before + total[-1], steps_before + len(history.steps)
+    return found

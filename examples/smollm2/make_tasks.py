@@ -1,0 +1,116 @@
+"""Make small problems in words that SmolLM2-135M-Instruct half masters, with checkable answers.
+
+The model answers in sentences. The experts answer as GSM8K's solutions do, with the computation in double angle
+brackets and `#### 51` at the end.
+
+| file | rows |
+|---|---|
+| `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one step: an addition or a subtraction of numbers up to 20 |
+| `test.jsonl` | `held-out` the same, `harder` two steps, `not trained` capitals |
+
+Everything depends on SEED alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+SEED = 0
+NUM_PROMPTS, NUM_EXPERTS, NUM_VALIDATION, NUM_TEST = 2000, 400, 48, 96
+NAMES = ("Ann", "Tom", "Mia", "Sam", "Eva", "Leo", "Zoe", "Ben", "Ida", "Max")
+THINGS = ("apples", "books", "coins", "pens", "cards", "eggs", "shells", "stamps")
+CAPITALS = {
+    "France": "Paris", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid", "Portugal": "Lisbon",
+    "Greece": "Athens", "Egypt": "Cairo", "Japan": "Tokyo", "China": "Beijing", "Russia": "Moscow",
+    "Poland": "Warsaw", "Austria": "Vienna", "Hungary": "Budapest", "Ireland": "Dublin", "Norway": "Oslo",
+    "Sweden": "Stockholm", "Finland": "Helsinki", "Denmark": "Copenhagen", "Belgium": "Brussels",
+    "Turkey": "Ankara", "Cuba": "Havana", "Peru": "Lima", "Chile": "Santiago", "Canada": "Ottawa",
+    "Mexico": "Mexico City", "Argentina": "Buenos Aires", "Kenya": "Nairobi", "Iran": "Tehran", "Iraq": "Baghdad",
+    "Thailand": "Bangkok", "Vietnam": "Hanoi", "South Korea": "Seoul", "the Netherlands": "Amsterdam",
+    "Switzerland": "Bern", "Czechia": "Prague", "Romania": "Bucharest", "Bulgaria": "Sofia", "Ukraine": "Kyiv",
+    "the United Kingdom": "London", "the United States": "Washington", "Indonesia": "Jakarta", "Nepal": "Kathmandu",
+    "Morocco": "Rabat", "Colombia": "Bogota", "Venezuela": "Caracas", "Lebanon": "Beirut", "Syria": "Damascus",
+    "Jordan": "Amman",
+}  # fmt: skip
+
+Row = dict[str, str]
+
+
+def one_step(rng: random.Random) -> Row:
+    """An addition or a subtraction."""
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    a, b = rng.randint(2, 20), rng.randint(2, 20)
+    if rng.random() < 0.5:
+        question = f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?"
+        return worked(question, [(f"{a}+{b}", a + b)], things)
+    a, b = max(a, b) + 1, min(a, b)
+    question = f"{name} has {a} {things} and gives away {b}. How many {things} does {name} have left?"
+    return worked(question, [(f"{a}-{b}", a - b)], things)
+
+
+def two_steps(rng: random.Random) -> Row:
+    """An addition and then a subtraction."""
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    a, b = rng.randint(2, 20), rng.randint(2, 20)
+    c = rng.randint(1, a + b - 1)
+    question = f"{name} has {a} {things}, buys {b} more and gives away {c}. How many {things} does {name} have left?"
+    return worked(question, [(f"{a}+{b}", a + b), (f"{a + b}-{c}", a + b - c)], things)
+
+
+def worked(question: str, steps: list[tuple[str, int]], things: str) -> Row:
+    """A problem with its result and the experts' solution."""
+    lines = [f"{computation}=<<{computation}={result}>>{result} {things}." for computation, result in steps]
+    first, last = steps[0][0].replace("-", "+").split("+")[0], str(steps[-1][1])
+    solution = "\n".join([f"We begin with {first} {things}.", *lines, f"#### {last}"])
+    return {"prompt": question, "answer": last, "solution": solution}
+
+
+def different(make: Callable[[random.Random], Row], rng: random.Random, count: int) -> list[Row]:
+    """So many, no question twice."""
+    found: dict[str, Row] = {}
+    while len(found) < count:
+        row = make(rng)
+        found.setdefault(row["prompt"], row)
+    return list(found.values())
+
+
+def asked(rows: list[Row], source: str) -> list[Row]:
+    """Without the solution."""
+    return [{"prompt": row["prompt"], "answer": row["answer"], "source": source} for row in rows]
+
+
+def make_rows(rng: random.Random) -> dict[str, list[Row]]:
+    """The rows of each file."""
+    problems = different(one_step, rng, NUM_TEST + NUM_VALIDATION + NUM_EXPERTS + NUM_PROMPTS)
+    held_out, rest = problems[:NUM_TEST], problems[NUM_TEST:]
+    validation, rest = rest[:NUM_VALIDATION], rest[NUM_VALIDATION:]
+    experts, prompts = rest[:NUM_EXPERTS], rest[NUM_EXPERTS:]
+    capitals = [
+        {"prompt": f"What is the capital of {country}?", "answer": capital, "source": "not trained"}
+        for country, capital in CAPITALS.items()
+    ]
+    return {
+        "prompts": asked(prompts, "trained"),
+        "experts": [{"prompt": row["prompt"], "answer": row["solution"]} for row in experts],
+        "validation": asked(validation, "validation"),
+        "test": [*asked(held_out, "held-out"), *asked(different(two_steps, rng, NUM_TEST), "harder"), *capitals],
+    }
+
+
+def main() -> None:
+    """Write the four files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, rows in make_rows(random.Random(SEED)).items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(directory)
+
+
+if __name__ == "__main__":
+    main()
