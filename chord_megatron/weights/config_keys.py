@@ -11,8 +11,8 @@ from typing import Any
 # Why nobody who computes logits reads them -> the keys, whatever they say.
 _HARMLESS_BY_REASON = {
     "where it comes from": """
-        _commit_hash _name_or_path architectures auto_map is_llama_config model_type torch_dtype dtype
-        transformers_version transformers.js_config unsloth_fixed unsloth_version""",
+        _commit_hash _name_or_path _model_name_or_path architectures auto_map is_llama_config model_type torch_dtype
+        dtype transformers_version transformers.js_config unsloth_fixed unsloth_version""",
     "how it is run: kernels, caches, memory, parallel plans": """
         _attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation
         _experts_implementation_internal _flash_attn_2_enabled use_flash_attn use_flash_attention

@@ -52,10 +52,11 @@ class Comparison:
     def run(self) -> list[Trial]:
         """Tune, then train and test; returns the tested runs."""
         experiment = self._experiment
-        for name in experiment.in_order():
-            tuned = [self._trial(name, lr, experiment.tuning_seed) for lr in experiment.grid]
+        for names in experiment.rounds():
+            tuned = [self._trial(name, lr, experiment.tuning_seed) for name in names for lr in experiment.grid]
             self._side_by_side(self._train, tuned)
-            self.grid[name] = {one.lr: one.validation() for one in tuned}
+            for one in tuned:
+                self.grid.setdefault(one.method, {})[one.lr] = one.validation()
         rates = {name: chosen_lr(found) for name, found in self.grid.items()}
         trials = [self._trial(name, rates[name], seed) for seed in experiment.seeds for name in experiment.methods]
         self._side_by_side(self._train_and_test, trials)

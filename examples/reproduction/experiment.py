@@ -53,9 +53,10 @@ class Experiment(BaseModel):
             raise UserError(f"{self.recipe} has no train.max_loss_tokens: methods are compared on the same budget")
         return budget
 
-    def in_order(self) -> list[str]:
-        """The methods, those behind others that begin with their learning rate."""
-        return sorted(self.methods, key=lambda name: self.methods[name].first is not None)
+    def rounds(self) -> tuple[list[str], list[str]]:
+        """The methods by themselves, and those whose first stage has the learning rate of one of these."""
+        alone = [name for name, method in self.methods.items() if method.first is None]
+        return alone, [name for name in self.methods if name not in alone]
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -70,6 +70,7 @@ def of_run(trial: Trial, expert_mark: str) -> dict[str, Any]:
         "rollout_tokens": sum(step["num_rollout_tokens"] for step in steps),
         "expert_tokens": sum(step["num_expert_tokens"] for step in steps),
         "seconds_of_steps": round(sum(step["time_step"] for step in steps), 1),
+        "first_step": {key: steps[0][key] for key in ("loss_rollout", "loss_expert", "grad_norm")},
         "best_step": RunDir(trial.directory).best_step(),
         "validation": trial.validation(),
         **of_test(trial.directory, expert_mark),

@@ -1,6 +1,6 @@
 """Ask a model, with transformers alone.
 
-python examples/smollm2/chat.py runs/smollm2/chord_phi/lr_2e-05/seed_0/hf/step_20 "Ann has 12 eggs and buys 7 more. How many?"
+python examples/smollm2/chat.py runs/smollm2/run/hf/step_20 "Ann has 12 eggs and buys 7 more. How many are there?"
 """
 
 from __future__ import annotations

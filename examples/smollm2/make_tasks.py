@@ -5,7 +5,7 @@ brackets and `#### 51` at the end.
 
 | file | rows |
 |---|---|
-| `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one step: an addition or a subtraction of numbers up to 20 |
+| `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one step: an addition or a subtraction of numbers up to 10 |
 | `test.jsonl` | `held-out` the same, `harder` two steps, `not trained` capitals |
 
 Everything depends on SEED alone.
@@ -43,7 +43,7 @@ Row = dict[str, str]
 def one_step(rng: random.Random) -> Row:
     """An addition or a subtraction."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(2, 20), rng.randint(2, 20)
+    a, b = rng.randint(2, 10), rng.randint(2, 10)
     if rng.random() < 0.5:
         question = f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?"
         return worked(question, [(f"{a}+{b}", a + b)], things)
@@ -55,7 +55,7 @@ def one_step(rng: random.Random) -> Row:
 def two_steps(rng: random.Random) -> Row:
     """An addition and then a subtraction."""
     name, things = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(2, 20), rng.randint(2, 20)
+    a, b = rng.randint(2, 10), rng.randint(2, 10)
     c = rng.randint(1, a + b - 1)
     question = f"{name} has {a} {things}, buys {b} more and gives away {c}. How many {things} does {name} have left?"
     return worked(question, [(f"{a}+{b}", a + b), (f"{a + b}-{c}", a + b - c)], things)
