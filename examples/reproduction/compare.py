@@ -112,6 +112,8 @@ def main() -> None:
     trials = comparison.run()
     for path in write_evidence(collect(experiment, base, comparison.grid, trials), arguments.evidence / name):
         print(path)
+    if experiment.base_in_evidence:
+        shutil.copytree(experiment.base, arguments.evidence / name / "policy", dirs_exist_ok=True)
 
 
 def parse() -> argparse.Namespace:

@@ -34,6 +34,7 @@ class Experiment(BaseModel):
     prepare: dict[Path, list[str]]  # by what it makes, the script that does
     recipe: Path
     base: Path  # the weights that all begin with
+    base_in_evidence: bool = False  # small enough to be kept beside the result
     test: Path
     grid: list[PositiveFloat]
     tuning_seed: int

@@ -1,12 +1,12 @@
 """Make small problems in words that SmolLM2-135M-Instruct half masters, with checkable answers.
 
 The model answers in sentences. The experts answer as GSM8K's solutions do, with the computation in double angle
-brackets and `#### 51` at the end.
+brackets and `#### 12` at the end.
 
 | file | rows |
 |---|---|
-| `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one step: an addition or a subtraction of numbers up to 10 |
-| `test.jsonl` | `held-out` the same, `harder` two steps, `not trained` capitals |
+| `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one addition of numbers up to 10 |
+| `test.jsonl` | `held-out` the same, `harder` two additions, `not trained` capitals |
 
 Everything depends on SEED alone.
 """
@@ -41,30 +41,23 @@ Row = dict[str, str]
 
 
 def one_step(rng: random.Random) -> Row:
-    """An addition or a subtraction."""
-    name, things = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(2, 10), rng.randint(2, 10)
-    if rng.random() < 0.5:
-        question = f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?"
-        return worked(question, [(f"{a}+{b}", a + b)], things)
-    a, b = max(a, b) + 1, min(a, b)
-    question = f"{name} has {a} {things} and gives away {b}. How many {things} does {name} have left?"
-    return worked(question, [(f"{a}-{b}", a - b)], things)
+    """An addition."""
+    name, things, (a, b) = rng.choice(NAMES), rng.choice(THINGS), (rng.randint(2, 10) for _ in range(2))
+    question = f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?"
+    return worked(question, [(f"{a}+{b}", a + b)], things)
 
 
 def two_steps(rng: random.Random) -> Row:
-    """An addition and then a subtraction."""
-    name, things = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.randint(2, 10), rng.randint(2, 10)
-    c = rng.randint(1, a + b - 1)
-    question = f"{name} has {a} {things}, buys {b} more and gives away {c}. How many {things} does {name} have left?"
-    return worked(question, [(f"{a}+{b}", a + b), (f"{a + b}-{c}", a + b - c)], things)
+    """Two additions."""
+    name, things, (a, b, c) = rng.choice(NAMES), rng.choice(THINGS), (rng.randint(2, 10) for _ in range(3))
+    question = f"{name} has {a} {things}, buys {b} more and finds {c} more. How many {things} does {name} have now?"
+    return worked(question, [(f"{a}+{b}", a + b), (f"{a + b}+{c}", a + b + c)], things)
 
 
 def worked(question: str, steps: list[tuple[str, int]], things: str) -> Row:
     """A problem with its result and the experts' solution."""
     lines = [f"{computation}=<<{computation}={result}>>{result} {things}." for computation, result in steps]
-    first, last = steps[0][0].replace("-", "+").split("+")[0], str(steps[-1][1])
+    first, last = steps[0][0].split("+")[0], str(steps[-1][1])
     solution = "\n".join([f"We begin with {first} {things}.", *lines, f"#### {last}"])
     return {"prompt": question, "answer": last, "solution": solution}
 
