@@ -95,3 +95,4 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     from chord_megatron.evaluation.tables import tables
 
     Console().print(tables(result))
+    print(f"completions: {result['completions']}", flush=True)  # a path is not to be broken

@@ -146,6 +146,35 @@ def test_the_summary_is_json_and_the_table_escapes_what_it_shows():
     assert "[red]x[/red]" in text and "m on 4 prompts of [b]p, 2 completions of each, temperature 1" in text
 
 
+def test_at_80_columns_no_number_is_broken(capsys: pytest.CaptureFixture[str]):
+    """By source there are two tables; an equal pass@1 stands in none."""
+    from rich.console import Console
+
+    rows = [
+        row(2 * n + at, drawn(float(n % 3 > at), "1"), drawn(float(n % 7 == 0), "2"), source=source)
+        for n in range(40)
+        for at, source in enumerate(("openai/gsm8k", "HuggingFaceH4/MATH-500"))
+    ]
+    asked = {"model": "m", "prompts": "p.jsonl", "k": 2, "temperature": 1.0}
+    Console(width=80).print(tables(summary(rows, ("accuracy", 1.0)) | asked))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    first, second = text.partition("by source")[2].split("┏")[1:]
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for part in (first, second)
+        for line in part.splitlines()
+        if "│" in line
+    ]
+    assert cells == [
+        ["openai/gsm8k", "40", "0.4 [0.31, 0.5]", "0.7 [0.55, 0.82]"],
+        ["HuggingFaceH4/MATH-500", "40", "0.237 [0.15, 0.34]", "0.425 [0.29, 0.58]"],
+        ["openai/gsm8k", "0.4 [0.31, 0.5]", "0 [0, 0]"],
+        ["HuggingFaceH4/MATH-500", "0.237 [0.15, 0.34]", "0 [0, 0]"],
+    ]
+    assert "pass@1" not in first + second and "truncated_fraction" in second
+
+
 def test_votes_without_answers_are_no_number():
     assert metrics_of([row(0, drawn(1.0), drawn(0.0))], ("accuracy", 1.0))["maj@2"] is None
 
