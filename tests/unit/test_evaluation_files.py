@@ -217,6 +217,9 @@ def test_what_cannot_be_evaluated(run: Path, tmp_path: Path):
     assert refused(tmp_path / "none").endswith(
         "is not a directory; name a model's folder, a checkpoint or a run directory"
     )
+    (run / "metrics.jsonl").touch()
+    assert refused(run / "metrics.jsonl") == f"{run}/metrics.jsonl is a file; give the run's directory, {run}"
+    assert refused(run / "config.yaml" / "x").endswith("a checkpoint or a run directory")
     assert refused(run / "checkpoints").endswith(f"name one in it, such as {run / 'checkpoints' / 'step_6'}")
     assert "(3, 6), nor best or latest" in refused(run, "5") and "nor best or latest" in refused(run, "../x")
     assert "is for a run directory" in refused(run / "checkpoints" / "step_3", "best")
