@@ -66,8 +66,8 @@ def evaluate(
     check_evaluation(resolved, read_architecture(target.model_dir), nproc_per_node)
     from chord_megatron.evaluation.main import Request, main
 
-    path = output or default_output(target, resolved)
-    request = Request(resolved, target.step, str(path), passing_reward, print_json).to_json()
+    path = str(output or default_output(target, resolved))
+    request = Request(resolved, target.step, path, output is None, passing_reward, print_json).to_json()
     if nproc_per_node > 1:
         command = [sys.executable, "-m", "chord_megatron.evaluation", request]
         return run_processes(Launch(nproc_per_node), command, finishes_its_step=False)

@@ -84,7 +84,7 @@ def evaluation_config(target: Target, prompts: str | None, file: Path | None, ov
 
 
 def default_output(target: Target, config: Config) -> Path:
-    """Where the completions go: beside a run's checkpoints, or in this folder."""
+    """Where the completions go, but for the hash of their settings: beside a run's checkpoints, or in this folder."""
     prompts = re.sub(r"[^\w.-]+", "_", Path(config.data.eval_dataset or "").name)[:100]
     train = config.train
     name = f"{target.name}-{prompts}-k{train.eval_num_generations}-t{train.eval_temperature:g}.jsonl"

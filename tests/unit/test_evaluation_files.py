@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chord_megatron.config import load_config
-from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile
+from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile, name_by_settings
 from chord_megatron.evaluation.results import metrics_of, summary
 from chord_megatron.evaluation.statistics import wilson
 from chord_megatron.evaluation.tables import tables
@@ -241,6 +242,13 @@ def test_a_runs_configuration_is_the_evaluations(run: Path):
     assert default_output(target, other) == run / "evaluations" / "step_6-other.jsonl-k1-t0.jsonl"
     export = Target(run / "hf" / "step_6", run, 6)
     assert default_output(export, other) == run / "evaluations" / "hf_step_6-other.jsonl-k1-t0.jsonl"
+
+
+def test_a_default_file_is_of_its_settings():
+    named = name_by_settings(Path("e/m-x.jsonl-k2-t1.jsonl"), SETTINGS)
+    assert named == name_by_settings(Path("e/m-x.jsonl-k2-t1.jsonl"), dict(reversed(SETTINGS.items())))
+    assert named.parent == Path("e") and re.fullmatch(r"m-x\.jsonl-k2-t1-[0-9a-f]{8}\.jsonl", named.name)
+    assert named != name_by_settings(Path("e/m-x.jsonl-k2-t1.jsonl"), SETTINGS | {"seed": 5})
 
 
 def test_a_model_needs_nothing_but_prompts(tmp_path: Path):
