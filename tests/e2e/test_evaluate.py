@@ -103,12 +103,7 @@ def test_a_model_by_itself(trained: Path, assets: Path, tmp_path: Path, monkeypa
     model = shutil.copytree(trained / "run" / "hf" / "step_4", tmp_path / "model")
     rows = [{"question": f"{n} + {n} =", "answer": str(2 * n), "data_source": "ab"[n % 2]} for n in range(5)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = (
-        "data.prompt_column=question",
-        "model.dtype=float32",
-        "rollout.max_completion_length=6",
-        "data.max_prompt_length=64",
-    )
+    overrides = ("data.prompt_column=question", "model.dtype=float32", "rollout.max_completion_length=6")
     found = evaluate(model, "sums.jsonl", *overrides)
     assert {name: each["num_prompts"] for name, each in found["sources"].items()} == {"a": 3, "b": 2}
     assert (found["step"], found["passes"], found["metrics"]["pass@1"]["interval"]) == (None, "accuracy >= 1", "wilson")

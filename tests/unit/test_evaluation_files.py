@@ -16,7 +16,12 @@ from chord_megatron.evaluation.results import metrics_of, summary
 from chord_megatron.evaluation.statistics import wilson
 from chord_megatron.evaluation.tables import tables
 from chord_megatron.evaluation.target import Target, default_output, evaluation_config, find_target
-from chord_megatron.planning.evaluations import check_evaluations, check_generations, for_evaluation
+from chord_megatron.planning.evaluations import (
+    check_evaluations,
+    check_generations,
+    for_evaluation,
+    with_fitting_lengths,
+)
 from chord_megatron.system.errors import UserError
 
 SETTINGS: dict[str, Any] = {"model": "m", "k": 2, "num_prompts": 3, "reward_funcs": ["accuracy"], "temperature": 1.0}
@@ -287,6 +292,28 @@ def test_the_engine_of_an_evaluation(run: Path):
     assert for_evaluation(replayed, engine=None, is_greedy_meant=False).rollout.engine == "megatron"
     colocated = for_evaluation(replayed, engine="vllm", is_greedy_meant=False).rollout
     assert (colocated.engine, colocated.vllm_mode) == ("vllm", "colocate")
+
+
+@pytest.mark.parametrize(
+    ("given", "reads", "lengths", "said"),
+    [
+        ([], 64, (32, 32), ["rollout.max_completion_length=32", "data.max_prompt_length=32"]),
+        ([], 700, (256, 444), ["data.max_prompt_length=444"]),
+        ([], 1280, (256, 1024), []),
+        (["data.max_prompt_length=48"], 64, (16, 48), ["rollout.max_completion_length=16"]),
+        (["rollout.max_completion_length=6"], 64, (6, 58), ["data.max_prompt_length=58"]),
+        (["rollout.max_completion_length=64"], 64, (64, 1024), []),  # which is refused, as is what follows
+        (["data.max_prompt_length=64"], 64, (256, 64), []),
+        (["rollout.max_completion_length=60", "data.max_prompt_length=60"], 64, (60, 60), []),
+    ],
+)
+def test_lengths_that_nobody_gave_fit_the_model(
+    tmp_path: Path, given: list[str], reads: int, lengths: tuple[int, int], said: list[str]
+):
+    config = evaluation_config(Target(tmp_path, None, None), "x.jsonl", None, given)
+    found, note = with_fitting_lengths(config, reads)
+    assert (found.rollout.max_completion_length, found.data.max_prompt_length) == lengths
+    assert note == (f"{' and '.join(said)}, as the model reads {reads} tokens" if said else None)
 
 
 @pytest.mark.parametrize(
