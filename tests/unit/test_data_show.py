@@ -23,6 +23,7 @@ from chord_megatron.config import Config
 from chord_megatron.data.conversations import Conversation
 from chord_megatron.data.turns import build_turns
 from chord_megatron.inspection.duplicates import Repeated, find_duplicates, find_repeats, question_of
+from chord_megatron.config_types import DataSource
 from chord_megatron.inspection.findings import findings
 from chord_megatron.inspection.lengths import Bin, measure_lengths
 from chord_megatron.inspection.lines import role_groups
@@ -452,9 +453,10 @@ def test_a_sample_is_the_same_each_time_and_is_said(tmp_path):
 def test_several_sources_are_looked_at_one_by_one(tmp_path):
     more = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("p", PROMPTS[1:2]), ("e", ANSWERS[1:2]))]
     config = config_of(tmp_path, prompts=PROMPTS[:3], experts=ANSWERS[:1])
+    second = DataSource(path=more[0], weight=2.0)
     config = config.model_copy(
         update={
-            "data": config.data.model_copy(update={"dataset": [config.data.dataset, {"path": more[0], "weight": 2.0}]}),
+            "data": config.data.model_copy(update={"dataset": [config.data.dataset, second]}),
             "chord": config.chord.model_copy(update={"chord_sft_dataset": [config.chord.chord_sft_dataset, more[1]]}),
         }
     )
