@@ -20,10 +20,10 @@ from typer.testing import CliRunner
 from chord_megatron.batching.samples import expert_training_samples
 from chord_megatron.cli import app
 from chord_megatron.config import Config
+from chord_megatron.config_types import DataSource
 from chord_megatron.data.conversations import Conversation
 from chord_megatron.data.turns import build_turns
 from chord_megatron.inspection.duplicates import Repeated, find_duplicates, find_repeats, question_of
-from chord_megatron.config_types import DataSource
 from chord_megatron.inspection.findings import findings
 from chord_megatron.inspection.lengths import Bin, measure_lengths
 from chord_megatron.inspection.lines import role_groups
@@ -358,6 +358,22 @@ def test_files_of_other_formats_among_several_sources(tmp_path):
     (shown,) = found.data_sets[2].shown
     assert [span.text for span in shown.spans if span.weight > 0] == ["1", "<|im_end|>", "3", "<|im_end|>"]
     assert shown.trained == 4
+
+
+@pytest.mark.parametrize(
+    ("data", "columns"),
+    [
+        ({}, "no column 'answer', 'solution', 'ground_truth' or 'label'; data.reference_column may name another"),
+        ({"reference_column": "truth"}, "no column 'truth', which data.reference_column names"),
+    ],
+)
+def test_experts_without_any_reference_say_which_columns_were_looked_for(tmp_path, data, columns):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    prompts = [{"prompt": "5+5?", "answer": "10", "truth": "10"}]
+    config = config_of(tmp_path, prompts=prompts, experts=[{"messages": turns}], data=data)
+    assert findings(inspect(config)) == [
+        "experts: no row has a reference to compare its answer with: no prompt asks the same, and there is " + columns
+    ]
 
 
 def test_experts_are_compared_with_the_prompt_that_asks_the_same_else_with_their_own_column(tmp_path):
