@@ -15,7 +15,7 @@ from chord_megatron.evaluation.results import summary
 from chord_megatron.evaluation.session import Session
 from chord_megatron.system.files import json_text
 from chord_megatron.system.processes import signal_name
-from chord_megatron.training.main import Process
+from chord_megatron.training.process import Process
 from chord_megatron.training.stopping import Stopped
 
 
