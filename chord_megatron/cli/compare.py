@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from chord_megatron.cli.options import PrintJson
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 def compare(
@@ -26,6 +22,7 @@ def compare(
     from rich.console import Console
 
     from chord_megatron.system.files import json_text
+    from chord_megatron.system.wide_tables import WideTable
     from chord_megatron.tracking.comparison_report import load_comparison, write_comparison
 
     comparison = load_comparison(run_dirs)
@@ -35,21 +32,9 @@ def compare(
         return 0
     columns, rows = comparison.numbers()
     console = Console()
-    console.print(_table(columns, [texts for texts, _ in rows]))
+    console.print(WideTable(columns, [texts for texts, _ in rows]))
     if comparison.differing:
         names = ["key", *(group.name for group in comparison.groups)]
-        console.print(_table(names, [[key, *texts] for key, texts in comparison.differing]))
+        console.print(WideTable(names, [[key, *texts] for key, texts in comparison.differing]))
     print(*paths, sep="\n")
     return 0
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for name in columns:
-        table.add_column(Text(name), overflow="fold")
-    for texts in rows:
-        table.add_row(*map(Text, texts))
-    return table

@@ -49,7 +49,7 @@ def evaluate(
     Without PROMPTS: the held-out prompts of the run, or of --config. The same command again goes on.
     """
     from chord_megatron.evaluation.target import default_output, evaluation_config, find_target
-    from chord_megatron.planning.evaluations import check_evaluation, for_evaluation
+    from chord_megatron.planning.evaluations import check_evaluation, for_evaluation, with_fitting_lengths
     from chord_megatron.rewards import check_reward_functions
     from chord_megatron.weights.hf_config import read_architecture
 
@@ -62,12 +62,16 @@ def evaluate(
         engine=None if engine is None else engine.value,
         is_greedy_meant=temperature == 0,
     )
+    arch = read_architecture(target.model_dir)
+    resolved, note = with_fitting_lengths(resolved, arch.max_position_embeddings)
     check_reward_functions(resolved.rewards.reward_funcs, resolved.rewards.reward_weights)
-    check_evaluation(resolved, read_architecture(target.model_dir), nproc_per_node)
+    check_evaluation(resolved, arch, nproc_per_node)
+    if note:
+        print(note, file=sys.stderr)
     from chord_megatron.evaluation.main import Request, main
 
-    path = output or default_output(target, resolved)
-    request = Request(resolved, target.step, str(path), passing_reward, print_json).to_json()
+    path = str(output or default_output(target, resolved))
+    request = Request(resolved, target.step, path, output is None, passing_reward, print_json).to_json()
     if nproc_per_node > 1:
         command = [sys.executable, "-m", "chord_megatron.evaluation", request]
         return run_processes(Launch(nproc_per_node), command, finishes_its_step=False)

@@ -23,7 +23,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     try:
         raw = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+        in_run = Path(path) / "config.yaml"
+        remedy = f"; name {in_run}" if in_run.is_file() else ""
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}{remedy}") from None
     except ValueError as error:  # of YAML, of UTF-8, or of a path with NUL
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):

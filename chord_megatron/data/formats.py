@@ -19,7 +19,7 @@ from chord_megatron.data.sources import Row
 
 FINAL = "final assistant message"  # in place of a column
 # The columns that systems call the reference by: of ms-swift, TRL, ROLL, slime and AReaL.
-_REFERENCES = ("answer", "solution", "ground_truth", "label")
+REFERENCES = ("answer", "solution", "ground_truth", "label")
 # Columns beside `messages` that nobody compares with; any other may be the reference that is to be named.
 _BESIDE = {
     "system", "system_prompt", "tools", "chat_template_kwargs", "enable_thinking", "id", "index", "source",
@@ -149,7 +149,7 @@ def _has(row: Row, *columns: str) -> bool:
 
 
 def _references(row: Row) -> tuple[str, ...]:
-    return tuple(name for name in _REFERENCES if _has(row, name))
+    return tuple(name for name in REFERENCES if _has(row, name))
 
 
 def _gold(row: Row, column: str) -> tuple[str, ...]:

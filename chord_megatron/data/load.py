@@ -25,6 +25,7 @@ from chord_megatron.data.tally import Tally
 from chord_megatron.data.tokenizer import generation_end_tokens
 from chord_megatron.data.turns import Turn, Turns, build_turns
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.work import Work
 from chord_megatron.types import ExpertSample, Prompt
 
 MakeSample: TypeAlias = Callable[[int, Row, Conversation, Turn], Sample]
@@ -61,13 +62,15 @@ def stop_token_ids(
     return tuple(sorted({tokenizer.eos_token_id, *end_token_ids, *generation_end_tokens(model_dir)}))
 
 
-def load_run_data(data: DataConfig, chord: ChordConfig, tokenizer: Any, *, expert_max_length: int) -> RunData:
+def load_run_data(
+    data: DataConfig, chord: ChordConfig, tokenizer: Any, *, expert_max_length: int, work: Work | None = None
+) -> RunData:
     """Read and tokenize all data sets. Raises UserError naming file, row and column.
 
-    expert_max_length: chord.chord_sft_max_length, or what the model reads, in tokens.
+    expert_max_length: chord.chord_sft_max_length, or what the model reads, in tokens. work: is told how far it is.
     """
     turns = build_turns(tokenizer, data.prompt_format, data.system_prompt, data.chat_template_kwargs)
-    reader = _Reader(turns, tokenizer, data.on_bad_row)
+    reader = _Reader(turns, tokenizer, data.on_bad_row, work or Work())
     settings = data.model_dump(exclude=_WHICH_ROWS)
     experts: Sequence[ExpertSample] = []
     if chord.chord_sft_dataset is not None:
@@ -115,8 +118,8 @@ class _Reading(Generic[Sample]):
 class _Reader:
     """Reads data sets; `notes` and `end_token_ids` grow with each."""
 
-    def __init__(self, turns: Turns, tokenizer: Any, on_bad_row: OnBadRow) -> None:
-        self._turns, self._tokenizer, self._on_bad_row = turns, tokenizer, on_bad_row
+    def __init__(self, turns: Turns, tokenizer: Any, on_bad_row: OnBadRow, work: Work) -> None:
+        self._turns, self._tokenizer, self._on_bad_row, self._work = turns, tokenizer, on_bad_row, work
         self.notes: list[str] = []
         self.end_token_ids: set[int] = set()
 
@@ -139,10 +142,12 @@ class _Reader:
         self, path: str, split: str, reading: _Reading[Sample], first_id: int, name: str
     ) -> tuple[Sequence[Sample], int]:
         """The samples of a source, and its rows. name: that they bear, with `first_id` as the number of its row 0."""
+        self._work.begin(path)
         bad_rows = BadRows(path, self._on_bad_row)
         rows = load_rows(path, split, bad_rows)
         count = len(rows) if reading.first is None else min(reading.first, len(rows))
         content = None if count < FEWEST_ROWS else content_of(rows)
+        self._work.begin(f"rows of {path}", count)
         tally = Tally()
         samples: Sequence[Sample]
         if content is None:
@@ -158,6 +163,7 @@ class _Reader:
                 reading.kind,
                 partial(self._make_apart, reading, rows, bad_rows),
                 partial(_build, reading, rows, path, first_id, name),
+                self._work,
             )
             for each in tallies:
                 tally.add(each)
@@ -182,6 +188,7 @@ class _Reader:
                 tally.count(conversation, turn.end_token_id)
                 if len(sample.tokens) <= longest:
                     short.append(sample)
+            self._work.done += 1
         return short, tally
 
     def _make_apart(

@@ -28,6 +28,7 @@ from chord_megatron.data.samples import Sample, Samples
 from chord_megatron.data.tally import Tally
 from chord_megatron.system.atomic import atomic_write, failed_writes_named
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.work import Work
 from chord_megatron.types import ExpertSample, Prompt
 
 ROWS_OF_A_PART = 1024  # of 8,192 tokens they take 300 MB while they are made
@@ -98,12 +99,20 @@ def stored_samples(
     kind: type[Sample],
     make: MakeSamples[Sample],
     build: Callable[[dict[str, Any]], Sample],
+    work: Work,
 ) -> tuple[StoredSamples[Sample], list[Tally]]:
     """The samples of `count` rows, and what the rows of each part were taken for.
 
-    make: those of some rows, where the folder lacks them. Raises UserError, and what `make` raises.
+    make: those of some rows, where the folder lacks them. work: is told the rows that all processes have done. Raises
+    UserError, and what `make` raises.
     """
     ranges = [range(start, min(start + ROWS_OF_A_PART, count)) for start in range(0, count, ROWS_OF_A_PART)]
+
+    def make_part(rows: range) -> bytes:
+        there = [int(path.name.removeprefix("part-")) for path in folder.glob("part-*") if not path.suffix]
+        work.done = sum(len(ranges[number]) for number in there)  # `make` goes on from there
+        return _make_part(make, rows, kind)
+
     with failed_writes_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("ab")
@@ -115,9 +124,10 @@ def stored_samples(
                     parts[number] = _made_once(
                         folder / f"part-{number:05}",
                         _read_part,
-                        partial(_make_part, make, rows, kind),
+                        partial(make_part, rows),
                         _Place(lock, number, waits),
                     )
+        work.done = count
         made = [part for part in parts if part is not None]
         tables = [part.table for part in made]
         fingerprint = _made_once(

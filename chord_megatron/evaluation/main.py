@@ -15,7 +15,7 @@ from chord_megatron.evaluation.results import summary
 from chord_megatron.evaluation.session import Session
 from chord_megatron.system.files import json_text
 from chord_megatron.system.processes import signal_name
-from chord_megatron.training.main import Process
+from chord_megatron.training.process import Process
 from chord_megatron.training.stopping import Stopped
 
 
@@ -26,6 +26,7 @@ class Request:
     config: Config  # as planning/evaluations.py makes it
     step: int | None  # of the run whose weights they are
     output: str
+    is_default: bool  # the output, which its settings tell from others beside it
     passing_reward: float
     as_json: bool
 
@@ -68,9 +69,10 @@ class _Evaluating(Process):
             if self.rank == 0:
                 for note in session.data.notes:
                     print(note, file=sys.stderr, flush=True)
-            rows = session.evaluate(Path(request.output))
-        if self.rank == 0:
-            _show({**_asked(request), **summary(rows, request.passing), "completions": request.output}, request.as_json)
+            file = session.evaluate(Path(request.output), is_default=request.is_default)
+        if file is not None:
+            found = {**_asked(request), **summary(file.rows, request.passing), "completions": str(file.path)}
+            _show(found, request.as_json)
 
 
 def _asked(request: Request) -> dict[str, Any]:
@@ -95,3 +97,4 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
     from chord_megatron.evaluation.tables import tables
 
     Console().print(tables(result))
+    print(f"completions: {result['completions']}", flush=True)  # a path is not to be broken

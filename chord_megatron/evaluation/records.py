@@ -6,6 +6,7 @@ What is there is not drawn again, so that a command that was ended goes on; a la
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -49,6 +50,12 @@ class Answered(_Line):
     prompt: str
     reference: str
     completions: list[Drawn]
+
+
+def name_by_settings(path: Path, settings: Mapping[str, Any]) -> Path:
+    """The file's name with a short hash of the settings, so that others have a file beside it."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return path.with_name(f"{path.stem}-{digest}{path.suffix}")
 
 
 class EvaluationFile:

@@ -19,7 +19,7 @@ from chord_megatron.data.load import RunData, load_run_data, stop_token_ids
 from chord_megatron.data.samples import columns_of
 from chord_megatron.data.tokenizer import load_tokenizer
 from chord_megatron.data.vocabulary import check_vocabulary
-from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile
+from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile, name_by_settings
 from chord_megatron.planning.rewards import reward_settings
 from chord_megatron.rewards.functions import build_reward_function
 from chord_megatron.rewards.scoring import completion_text
@@ -61,25 +61,30 @@ class Session:
         groups = initialize_distributed(config.parallel, config.train.seed)
         return Session(config, groups, tokenizer, data, stop, where)
 
-    def evaluate(self, output: Path) -> list[Answered]:
-        """Draw what `output` lacks; all rows on rank 0, nothing elsewhere. Raises UserError."""
+    def evaluate(self, output: Path, *, is_default: bool) -> EvaluationFile | None:
+        """Draw what `output` lacks; the file, which is closed, on rank 0, nothing elsewhere. Raises UserError.
+
+        is_default: the settings are to tell it from others beside it.
+        """
         with ExitStack() as opened:
-            file = self._open_file(output, opened)
+            file = self._open_file(output, is_default, opened)
             done = [0 if file is None else len(file.rows)]
             dist.broadcast_object_list(done, src=0)
             prompts = self.data.eval_prompts
             if done[0] < len(prompts):
                 evaluator = self._build_evaluator(opened)
                 self._draw(evaluator, done[0], file)
-            return [] if file is None else file.rows
+            return file
 
-    def _open_file(self, output: Path, opened: ExitStack) -> EvaluationFile | None:
+    def _open_file(self, output: Path, is_default: bool, opened: ExitStack) -> EvaluationFile | None:
         """On rank 0; what is wrong with it, all ranks hear."""
         file: EvaluationFile | None = None
         error: list[UserError | None] = [None]
         if self.groups.rank == 0:
+            settings = self.settings()
+            path = name_by_settings(output, settings) if is_default else output
             try:
-                file = opened.enter_context(EvaluationFile(output, self.settings()))
+                file = opened.enter_context(EvaluationFile(path, settings))
             except UserError as refused:
                 error = [refused]
         dist.broadcast_object_list(error, src=0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from chord_megatron.system.wide_tables import WideTable
 
 _MOST_SOURCES = 50
 
@@ -16,14 +19,16 @@ def tables(result: dict[str, Any]) -> Group:
     """What `chord-megatron evaluate` prints: all prompts, then by source where there are several."""
     total = Table()
     for column in ("", "mean", f"{result['confidence']:.0%} interval", "by"):
-        total.add_column(column, justify="left" if column in ("", "by") else "right")
+        total.add_column(
+            column, justify="left" if column in ("", "by") else "right", overflow="fold", no_wrap=bool(column)
+        )
     shown = [name for name in result["metrics"] if _is_shown(name, result["k"])]
     for name in shown:
         total.add_row(escape(name), *_cells(result["metrics"][name]))
-    parts: list[Table | Text] = [Text(_title(result), overflow="fold"), total]
+    parts: list[RenderableType] = [Text(_title(result), overflow="fold"), total]
     if len(result["sources"]) > 1:
-        parts.append(_by_source(result))
-    parts.append(Text(f"passes: {result['passes']}; completions: {result['completions']}", overflow="fold"))
+        parts += _by_source(result)
+    parts.append(Text(f"passes: {result['passes']}"))
     for key in ("unscorable_completions", "reward_errors"):
         if result[key]:
             parts.append(Text(f"{key}: {result[key]} of {result['num_completions']}"))
@@ -51,19 +56,19 @@ def _cells(found: dict[str, Any] | None) -> tuple[str, str, str]:
     return f"{found['value']:.4g}", f"{found['low']:.4g} to {found['high']:.4g}", found["interval"]
 
 
-def _by_source(result: dict[str, Any]) -> Table:
-    k = result["k"]
-    columns = ["reward_mean", "pass@1", *([f"pass@{k}", f"maj@{k}"] if k > 1 else []), "truncated_fraction"]
-    table = Table(title="by source", title_justify="left")
-    table.add_column("source", overflow="fold")
-    for column in ("prompts", *columns):
-        table.add_column(column, justify="right")
+def _by_source(result: dict[str, Any]) -> Iterator[RenderableType]:
     sources = sorted(result["sources"].items(), key=lambda item: -item[1]["num_prompts"])
-    for source, found in sources[:_MOST_SOURCES]:
-        table.add_row(escape(source), str(found["num_prompts"]), *(_short(found["metrics"][c]) for c in columns))
-    if len(sources) > _MOST_SOURCES:
-        table.add_row(f"and {len(sources) - _MOST_SOURCES} more: --json", "", *("" for _ in columns))
-    return table
+    shown, k = sources[:_MOST_SOURCES], result["k"]
+    names = ["reward_mean", "pass@1", *([f"pass@{k}", f"maj@{k}"] if k > 1 else []), "truncated_fraction"]
+    if all(found["metrics"]["pass@1"] == found["metrics"]["reward_mean"] for _, found in shown):
+        names.remove("pass@1")
+    rows = [
+        [source, str(found["num_prompts"]), *(_short(found["metrics"][name]) for name in names)]
+        for source, found in shown
+    ]
+    yield WideTable(["source", "prompts", *names], rows, "right", title="by source")
+    if len(sources) > len(shown):
+        yield Text(f"and {len(sources) - len(shown)} more: --json")
 
 
 def _short(found: dict[str, Any] | None) -> str:

@@ -13,6 +13,7 @@ from chord_megatron.config import Config, load_config
 from chord_megatron.system.errors import UserError
 from chord_megatron.system.sentences import shown
 from chord_megatron.tracking.run_dir import RunDir
+from chord_megatron.tracking.summary import run_around
 
 _STEP = re.compile(r"step_([0-9]{1,15})")
 # Nothing of training is read.
@@ -40,6 +41,8 @@ class Target:
 def find_target(path: Path, checkpoint: str | None) -> Target:
     """checkpoint: of a run directory `latest`, `best` or a step; None = latest. Raises UserError."""
     path = path.expanduser()
+    if path.is_file() and (around := run_around(path)):
+        raise UserError(f"{path} is a file; give {around}")
     if not path.is_dir():
         raise UserError(f"{path} is not a directory; name a model's folder, a checkpoint or a run directory")
     is_run = (path / "config.yaml").is_file() and not (path / "config.json").exists()
@@ -81,7 +84,7 @@ def evaluation_config(target: Target, prompts: str | None, file: Path | None, ov
 
 
 def default_output(target: Target, config: Config) -> Path:
-    """Where the completions go: beside a run's checkpoints, or in this folder."""
+    """Where the completions go, but for the hash of their settings: beside a run's checkpoints, or in this folder."""
     prompts = re.sub(r"[^\w.-]+", "_", Path(config.data.eval_dataset or "").name)[:100]
     train = config.train
     name = f"{target.name}-{prompts}-k{train.eval_num_generations}-t{train.eval_temperature:g}.jsonl"

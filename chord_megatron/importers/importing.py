@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from chord_megatron.importers.shell import Command, read_script
 from chord_megatron.importers.trl import from_trl, refuse_python
 from chord_megatron.importers.verl import from_verl
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.secrets import is_secret
 from chord_megatron.system.sentences import did_you_mean, shown
 
 Fill = Callable[[Flags, Recipe], None]
@@ -64,7 +66,7 @@ def _given(trainer: str, words: list[str], recipe: Recipe) -> Flags:
         return Flags({**_mapping(path), **rest}, dash)
     if path.suffix == ".py":
         refuse_python(first)
-    command, notes = _command_of(trainer, path)
+    command, as_written, notes = _command_of(trainer, path)
     for note in notes:
         recipe.remark("unresolved", "", note)
     before, after = _parts(trainer, command)
@@ -72,6 +74,10 @@ def _given(trainer: str, words: list[str], recipe: Recipe) -> Flags:
     flags = {**_read(trainer, after, recipe), **rest}
     for name in dict.fromkeys(command.unresolved):
         _say_unresolved(name, flags, recipe, dash)
+    written = Flags((read_arguments if dash else read_keys)(as_written.words)[0], dash)
+    for name in [name for name in written if name in flags and name not in rest and flags[name] != written[name]]:
+        text = f"{' '.join(flags[name])} by the environment of this shell"
+        recipe.remark("approximated", written.said(name), text)
     return Flags(flags, dash)
 
 
@@ -97,13 +103,16 @@ def _mapping(path: Path) -> dict[str, list[str]]:
     return {key: words for key, words in read_mapping(path).items() if key not in ("ENV", "env")}
 
 
-def _command_of(trainer: str, path: Path) -> tuple[Command, list[str]]:
-    script = read_script(read_file(path), path.name)
-    if calls := [command for command in script.commands if _COMMANDS[trainer].search(_front(command))]:
+def _command_of(trainer: str, path: Path) -> tuple[Command, Command, list[str]]:
+    """The command, the same without what the environment says, and what to say of the script."""
+    content = read_file(path)
+    environment = {name: value for name, value in os.environ.items() if not is_secret(name)}  # a file is to hold none
+    script = read_script(content, path.name, environment)
+    if calls := [place for place, command in enumerate(script.commands) if _COMMANDS[trainer].search(_front(command))]:
         if len(calls) > 1:
             text = f"{path.name} calls {trainer} {len(calls)} times; the first call was read: to read another, give its"
             script.notes.append(f"{text} arguments alone")
-        return calls[0], script.notes
+        return script.commands[calls[0]], read_script(content, path.name).commands[calls[0]], script.notes
     if any(re.search(r"(^| )megatron rlhf", _front(command)) for command in script.commands):
         raise UserError(f"{path} calls `megatron rlhf`, whose flags count otherwise; only `swift rlhf` is read")
     raise UserError(f"{path} has no command of {trainer} ({_CALLS[trainer]}); name the script that trains")

@@ -10,6 +10,7 @@ import ast
 import operator
 import re
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from chord_megatron.system.errors import UserError
@@ -43,7 +44,7 @@ class Command:
 
     words: list[str]
     environment: dict[str, str]  # the variables that the script has set by then
-    unresolved: list[str]  # variables and commands in its words whose value the script does not say
+    unresolved: list[str]  # variables and commands, here or before, whose value nothing says
 
 
 @dataclass
@@ -54,78 +55,90 @@ class Script:
     notes: list[str] = field(default_factory=list)
 
 
-def read_script(text: str, name: str) -> Script:
-    """The commands of a script's text; `name` is the file's. Raises UserError."""
+@dataclass
+class _Around:
+    """What a script has not set itself: what the shell has, and what nobody says."""
+
+    environment: Mapping[str, str]
+    unresolved: list[str] = field(default_factory=list)
+
+
+def read_script(text: str, name: str, environment: Mapping[str, str] | None = None) -> Script:
+    """The commands of a script's text; `name` is the file's. environment: of the shell that would run it.
+
+    Raises UserError.
+    """
     if re.search(f"[{_LITERAL}-{_END}]", text):
         raise UserError(f"{name} holds characters of Unicode's private area (U+E000 to U+E005); remove them")
-    script = Script()
+    script, around = Script(), _Around(environment or {})
     variables: dict[str, list[str]] = {}
     for raw in _raw_commands(text):
         try:
             words = shlex.split(raw)
         except ValueError as error:
             raise UserError(f"{name} is no shell script: {error} in {raw.strip()[:60]!r}; mend it") from None
-        _take(words, variables, script, name)
+        _take(words, variables, around, script, name)
     return script
 
 
-def _take(words: list[str], variables: dict[str, list[str]], script: Script, name: str) -> None:
+def _take(words: list[str], variables: dict[str, list[str]], around: _Around, script: Script, name: str) -> None:
     """One command: its assignments change the variables, the rest of it is a command of the script."""
     if words and words[0] in _BRANCHES:
         note = f"{name} branches or loops ({words[0]}); each of its lines was read as if it ran"
         script.notes += [note] * (note not in script.notes)
     while words and words[0] in _BEFORE_ASSIGNMENTS:
         words = words[1:]
-    unresolved: list[str] = []
     own: dict[str, list[str]] = {}
     while words and (match := _ASSIGNMENT.fullmatch(words[0])):
         value = match[2]
         if value.startswith(_ARRAY):
             items = [value[1:], *words[1:]] if value[1:] else words[1:]
-            variables[match[1]] = [word for item in items for word in _expand(item, variables, unresolved, name)]
+            variables[match[1]] = [word for item in items for word in _expand(item, variables, around, name)]
             return
-        own[match[1]] = [" ".join(_expand(value, {**variables, **own}, unresolved, name))]
+        own[match[1]] = [" ".join(_expand(value, {**variables, **own}, around, name))]
         words = words[1:]
     known = {**variables, **own}
     if not words:
         variables.update(own)
         return
-    expanded = [word for item in words for word in _expand(item, known, unresolved, name)]
+    expanded = [word for item in words for word in _expand(item, known, around, name)]
     environment = {key: " ".join(values) for key, values in known.items()}
-    script.commands.append(Command(expanded, environment, unresolved))
+    script.commands.append(Command(expanded, environment, [*around.unresolved]))
 
 
-def _expand(word: str, variables: dict[str, list[str]], unresolved: list[str], name: str) -> list[str]:
-    """The words that one word becomes. What has no value stays as it was written, and is added to `unresolved`."""
+def _expand(word: str, variables: dict[str, list[str]], around: _Around, name: str) -> list[str]:
+    """The words that one word becomes. What has no value stays as it was written, and is unresolved."""
     whole = _REFERENCE.fullmatch(word)
     if whole and (whole[5] is not None and whole[5] in "@*"):
         return []  # the script's own arguments, of which there are none
     if whole and whole[1] == "$":  # bash cuts at blanks
-        return [_plain(part) for text in _value(whole, variables, unresolved) for part in text.split()]
+        return [_plain(part) for text in _value(whole, variables, around) for part in text.split()]
     if whole and "[" in word:
-        return [_plain(text) for text in _value(whole, variables, unresolved)]
-    text = _REFERENCE.sub(lambda match: " ".join(_value(match, variables, unresolved)), word)
+        return [_plain(text) for text in _value(whole, variables, around)]
+    text = _REFERENCE.sub(lambda match: " ".join(_value(match, variables, around)), word)
     text = _EXPRESSION.sub(lambda match: _integer(match[1]), text)
     if len(text) > _LONGEST_VALUE:
         raise UserError(f"{name} has a word of more than {_LONGEST_VALUE} characters; shorten its variables")
     if _OUTPUT in text:
-        unresolved.append("$(...)")
+        around.unresolved.append("$(...)")
     return [_plain(text)]
 
 
-def _value(match: re.Match[str], variables: dict[str, list[str]], unresolved: list[str]) -> list[str]:
+def _value(match: re.Match[str], variables: dict[str, list[str]], around: _Around) -> list[str]:
     key = match[2] or match[4]
     if match[6] is not None:  # an argument of the script that has a default
         return [match[6]]
     if key is None:  # of the script's own arguments, and the like
         if match[5] not in "@*":
-            unresolved.append(f"${match[5]}")
+            around.unresolved.append(f"${match[5]}")
         return [""] if match[5] in "@*" else [f"{_LITERAL}{match[5]}"]
     if key in variables:
         return variables[key]
+    if key in around.environment:
+        return [around.environment[key]]
     if match[3] is not None:
-        return [_REFERENCE.sub(lambda inner: " ".join(_value(inner, variables, unresolved)), match[3])]
-    unresolved.append(f"${key}")
+        return [_REFERENCE.sub(lambda inner: " ".join(_value(inner, variables, around)), match[3])]
+    around.unresolved.append(f"${key}")
     return [f"{_LITERAL}{key}"]
 
 

@@ -64,6 +64,7 @@ class ExpertRewards:
     functions: tuple[FunctionScores, ...]
     examples: tuple[RejectedAnswer, ...]
     error: str | None  # why a function could not be asked
+    reference_column: str | None  # as the configuration names it; None: one of the usual names
 
     @property
     def scored(self) -> int:
@@ -111,6 +112,7 @@ def score_experts(config: Config, turns: Turns, tokenizer: object, found: Sequen
             for place, names in [*rejected.items()][:_MOST_EXAMPLES]
         ),
         error=error,
+        reference_column=config.data.reference_column,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from chord_megatron.data.formats import REFERENCES
 from chord_megatron.inspection.expert_rewards import ExpertRewards
 from chord_megatron.inspection.look import DataSet, FoundDuplicates, Inspection
 
@@ -36,8 +37,15 @@ def _expert_rewards(rewards: ExpertRewards) -> Iterator[str]:
     elif rewards.without_reference:
         yield (
             "experts: no row has a reference to compare its answer with: no prompt asks the same, and there is no "
-            "column data.reference_column"
+            f"column {_looked_for(rewards.reference_column)}"
         )
+
+
+def _looked_for(named: str | None) -> str:
+    if named is not None:
+        return f"{named!r}, which data.reference_column names"
+    *names, last = map(repr, REFERENCES)
+    return f"{', '.join(names)} or {last}; data.reference_column may name another"
 
 
 def _rows(data_set: DataSet, on_bad_row: str) -> Iterator[str]:

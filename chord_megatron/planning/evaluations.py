@@ -61,6 +61,22 @@ def for_evaluation(config: Config, *, engine: Engine | None, is_greedy_meant: bo
     )
 
 
+def with_fitting_lengths(config: Config, limit: int) -> tuple[Config, str | None]:
+    """The same where lengths that nobody gave fit into what the model reads, in tokens; and what to say of them."""
+    data, rollout, said = config.data, config.rollout, []
+    is_prompt_given = "max_prompt_length" in data.model_fields_set
+    room = limit - data.max_prompt_length if is_prompt_given else limit // 2
+    if "max_completion_length" not in rollout.model_fields_set and 0 < room < rollout.max_completion_length:
+        rollout = rollout.model_copy(update={"max_completion_length": room})
+        said.append(f"rollout.max_completion_length={room}")
+    room = limit - rollout.max_completion_length
+    if not is_prompt_given and 0 < room < data.max_prompt_length:
+        data = data.model_copy(update={"max_prompt_length": room})
+        said.append(f"data.max_prompt_length={room}")
+    note = f"{' and '.join(said)}, as the model reads {limit} tokens" if said else None
+    return config.model_copy(update={"data": data, "rollout": rollout}), note
+
+
 def check_evaluation(config: Config, arch: ModelArchitecture, world_size: int) -> None:
     """What `for_evaluation` returns, against the model and the number of processes. Raises UserError."""
     check_generations(config.train.eval_num_generations, config.train.eval_temperature)

@@ -8,6 +8,7 @@ from chord_megatron.config import Config
 from chord_megatron.config_types import LARGEST_INTEGER
 from chord_megatron.planning.schedule import needs_rollouts
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.sentences import counted
 
 
 def check_length_of_run(config: Config) -> None:
@@ -30,7 +31,7 @@ def is_counted(config: Config) -> bool:
     return config.train.num_train_epochs is None
 
 
-def counted(config: Config, *, prompts: int, experts: int, expert_rows_per_step: int) -> tuple[Config, str | None]:
+def in_steps(config: Config, *, prompts: int, experts: int, expert_rows_per_step: int) -> tuple[Config, str | None]:
     """The configuration with its steps, in numbers, and how they were counted; the same, None where nothing is to do.
 
     prompts, experts: usable rows of each. A run of epochs has as many whole draws as they hold, at least one: a row is
@@ -64,5 +65,5 @@ def _steps(config: Config, prompts: int, experts: int, expert_rows_per_step: int
     if steps >= LARGEST_INTEGER:
         raise UserError(f"train.num_train_epochs={epochs:g} of {rows} {what} are {steps} steps; lower it")
     times = f", {grpo.num_iterations} times" if grpo.num_iterations > 1 else ""
-    said = f"{epochs:g} epoch{'s' * (epochs != 1)} of {rows} {what}, {in_a_step} a step{times}"
-    return steps, f"{steps} step{'s' * (steps != 1)}: {said}"
+    said = f"{counted(epochs, 'epoch')} of {rows} {what}, {in_a_step} a step{times}"
+    return steps, f"{counted(steps, 'step')}: {said}"

@@ -18,10 +18,15 @@ def has_password(text: str) -> bool:
     return _IN_ADDRESS.search(text) is not None
 
 
+def is_secret(name: str) -> bool:
+    """Whether the name of a variable speaks of a secret."""
+    return _NAMES.search(name) is not None
+
+
 def without_secrets(text: str) -> str:
     """The text with *** for passwords in addresses and for values of variables whose names speak of a secret."""
     for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _NAMES.search(name):
+        if len(value) >= _SHORTEST and is_secret(name):
             text = text.replace(value, _HIDDEN)
     return _IN_ADDRESS.sub(_HIDDEN, text)
 

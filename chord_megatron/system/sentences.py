@@ -38,9 +38,10 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 10**8 else f"{nbytes / 1e6:.1f} MB"
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """`1 process`, `2 processes`: `plural` where it is not the noun with an s."""
-    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+def counted(number: float, noun: str, plural: str = "") -> str:
+    """`1 process`, `2 processes`, `0.5 epochs`: `plural` where it is not the noun with an s."""
+    said = f"{number:g}" if isinstance(number, float) else number
+    return f"{said} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def looked_for(path: Path) -> str:

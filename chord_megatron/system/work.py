@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,7 +13,8 @@ class Work:
     what: str = ""  # is counted, such as "completions"; without a total, what is waited for
     done: int = 0
     total: int = 0  # 0: nothing is counted
+    began: float = field(default_factory=time.monotonic, compare=False)
 
     def begin(self, what: str = "", total: int = 0) -> None:
         """Something new, of which nothing is done yet; without arguments nothing is known."""
-        self.what, self.done, self.total = what, 0, total
+        self.what, self.done, self.total, self.began = what, 0, total, time.monotonic()

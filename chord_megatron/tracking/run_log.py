@@ -13,6 +13,7 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.system.files import JsonLines, filter_json_lines, finite, read_json_lines
 from chord_megatron.system.sentences import shown
 from chord_megatron.system.work import Work
+from chord_megatron.tracking.expert_rows import read_visits
 from chord_megatron.tracking.progress import Metrics, ProgressLine
 from chord_megatron.tracking.step_metrics import ExpertRow
 from chord_megatron.tracking.trackers.background import BackgroundTracker
@@ -205,11 +206,4 @@ def _loss_tokens(metrics: Metrics) -> int:
 
 def _first_log_probs(path: Path) -> dict[int, float]:
     """Of each expert row that was trained on, by row number. Raises UserError naming the line."""
-    first: dict[int, float] = {}
-    for line, row in enumerate(read_json_lines(path), start=1):
-        number, log_prob = row.get("id"), row.get("log_prob")
-        if type(number) is not int or not (log_prob is None or (type(log_prob) is float and abs(log_prob) < _LARGEST)):
-            raise UserError(f"line {line} of {path} has no row number or no log-prob; remove that line")
-        if log_prob is not None:
-            first.setdefault(number, log_prob)
-    return first
+    return {visit.id: visit.log_prob for visit in reversed(read_visits(path)) if not math.isnan(visit.log_prob)}

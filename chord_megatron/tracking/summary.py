@@ -17,6 +17,8 @@ from chord_megatron.tracking.progress import format_duration
 from chord_megatron.tracking.run_log import METRICS_FILE, read_metrics
 from chord_megatron.tracking.timers import PHASES
 
+_DEEPEST = 3  # runs/my/checkpoints/step_2/state.json
+
 
 @dataclass(frozen=True)
 class History:
@@ -63,7 +65,8 @@ def load_history(run_dir: Path) -> History:
     """Read metrics.jsonl of a run. Raises UserError when there is none, or it is empty or damaged."""
     path = run_dir / METRICS_FILE
     if not path.exists():
-        raise UserError(f"{path} does not exist; give the output directory of a training run")
+        wrong = f"{run_dir} is a file" if run_dir.is_file() else f"{path} does not exist"
+        raise UserError(f"{wrong}; give {run_around(run_dir) or 'the output directory of a training run'}")
     records = list(read_metrics(path))
     if not records:
         raise UserError(f"{path} is empty; the run ended before its first step or evaluation")
@@ -71,6 +74,12 @@ def load_history(run_dir: Path) -> History:
         steps=tuple(record for record in records if "loss" in record),
         evaluations=tuple(record for record in records if "loss" not in record),
     )
+
+
+def run_around(path: Path) -> str:
+    """For a sentence: the run's directory that holds this path; "" where none does."""
+    nearest = path.parents[:_DEEPEST]
+    return next((f"the run's directory, {place}" for place in nearest if (place / METRICS_FILE).is_file()), "")
 
 
 def eval_points(history: History) -> list[EvalPoint]:

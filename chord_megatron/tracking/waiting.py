@@ -17,16 +17,17 @@ _SECONDS_BETWEEN_LOOKS = 0.5
 Show = Callable[[Work, str, bool], None]  # the line, and whether it is due where lines stay
 
 
-def in_words(where: Whereabouts, seconds: float) -> str:
+def in_words(where: Whereabouts, seconds: float, *, counting: float | None = None) -> str:
     """Where a process is, how far, and how long that takes: `rollout of step 3: 40 of 256 completions, ...`.
 
-    At the start of a run `seconds` are those since it began.
+    At the start of a run `seconds` are those since it began; `counting` are those of what is counted, where fewer.
     """
     work = where.work
     if not work.total:
         waiting = f", {work.what}" if work.what else ""
         return f"{where}{waiting}: {format_duration(seconds)} so far"
-    rate = work.done / seconds if seconds else 0.0
+    counted = counting or seconds
+    rate = work.done / counted if counted else 0.0
     speed = f", {rate:.3g}/s, ETA {format_duration((work.total - work.done) / rate)}" if rate else ""
     return f"{where}: {work.done} of {work.total} {work.what}{speed} ({format_duration(seconds)} so far)"
 
@@ -79,7 +80,8 @@ class Watch:
         while not self._ended.wait(_SECONDS_BETWEEN_LOOKS):
             now = time.monotonic()
             is_due = waits.due(self._where, now)
-            self.show(self._where.work, in_words(self._where, now - waits.began), is_due)
+            line = in_words(self._where, now - waits.began, counting=now - self._where.work.began)
+            self.show(self._where.work, line, is_due)
 
 
 def _print(_work: Work, line: str, is_due: bool) -> None:

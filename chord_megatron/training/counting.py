@@ -8,12 +8,12 @@ from chord_megatron.config import Config
 from chord_megatron.data.load import RunData, load_run_data
 from chord_megatron.planning.plan import Plan
 from chord_megatron.planning.schedule import needs_rollouts
-from chord_megatron.planning.steps import counted, is_counted
+from chord_megatron.planning.steps import in_steps, is_counted
 
 
 def counted_in(data: RunData, config: Config, plan: Plan) -> tuple[Config, list[str]]:
     """The configuration with its steps, and the line that says how they were counted, where they were."""
-    config, line = counted(
+    config, line = in_steps(
         config, prompts=len(data.prompts), experts=len(data.experts), expert_rows_per_step=plan.expert_rows_per_step
     )
     return config, [line] if line else []

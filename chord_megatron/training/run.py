@@ -70,7 +70,9 @@ class Run:
         self._steps_per_rollout = plan.steps_per_rollout
         self.where.begin("reading the data")
         tokenizer = load_tokenizer(model_dir, trust_remote_code=config.model.trust_remote_code)
-        data = load_run_data(config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length)
+        data = load_run_data(
+            config.data, config.chord, tokenizer, expert_max_length=plan.expert_max_length, work=self.where.work
+        )
         config, length = counted_in(data, config, plan)
         if config is not self.config:
             self.config, plan = config, make_plan(config, arch, plan.world_size)

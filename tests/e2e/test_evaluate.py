@@ -103,16 +103,15 @@ def test_a_model_by_itself(trained: Path, assets: Path, tmp_path: Path, monkeypa
     model = shutil.copytree(trained / "run" / "hf" / "step_4", tmp_path / "model")
     rows = [{"question": f"{n} + {n} =", "answer": str(2 * n), "data_source": "ab"[n % 2]} for n in range(5)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    overrides = (
-        "data.prompt_column=question",
-        "model.dtype=float32",
-        "rollout.max_completion_length=6",
-        "data.max_prompt_length=64",
-    )
+    overrides = ("data.prompt_column=question", "model.dtype=float32", "rollout.max_completion_length=6")
     found = evaluate(model, "sums.jsonl", *overrides)
     assert {name: each["num_prompts"] for name, each in found["sources"].items()} == {"a": 3, "b": 2}
     assert (found["step"], found["passes"], found["metrics"]["pass@1"]["interval"]) == (None, "accuracy >= 1", "wilson")
-    assert Path(found["completions"]) == Path("evaluations/model-sums.jsonl-k1-t0.jsonl")
+    file = Path(found["completions"])
+    assert file.parent == Path("evaluations") and file.name.startswith("model-sums.jsonl-k1-t0-")
+    drawn, other = file.read_bytes(), evaluate(model, "sums.jsonl", *overrides, "rollout.max_completion_length=5")
+    assert other["completions"] != str(file) and Path(other["completions"]).is_file()
+    assert evaluate(model, "sums.jsonl", *overrides) == found and file.read_bytes() == drawn
     table = succeeded(run_here("evaluate", model, "sums.jsonl", *overrides)).stdout
     assert "by source" in table and "pass@1" in table
 

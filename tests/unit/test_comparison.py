@@ -183,6 +183,19 @@ def test_what_cannot_be_compared_is_said(tmp_path: Path, names: list[str], said:
         load_comparison([tmp_path / name for name in names])
 
 
+def test_at_80_columns_no_number_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of a table that is wider the rest follows in another, with the runs' names again."""
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = [str(write_run(tmp_path / f"chord-mu-{seed}", seed, reward=0.25, lr=seed / 8)) for seed in range(3)]
+    result = CliRunner().invoke(app, ["compare", *runs, "--output", str(tmp_path / "out")])
+    lines = result.stdout.splitlines()
+    assert max(len(line) for line in lines if "│" in line) <= 80
+    assert [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│ chord-mu-1 " in line] == [
+        ["chord-mu-1", "1", "2", "0.2500 (step 2)", "0.2500 (step 2)"],
+        ["chord-mu-1", "0.2500 (step 2)", "0.2500", "0.5000", "2.0"],
+    ]
+
+
 def test_the_command(tmp_path: Path):
     runs = [str(write_run(tmp_path / "[bold]a", 0)), str(write_run(tmp_path / "b", 0, lr=1e-5))]
     output = tmp_path / "out"

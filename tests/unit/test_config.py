@@ -280,6 +280,13 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path):
     assert refusal(path) == f"cannot read the configuration {path}: No such file or directory"
 
 
+def test_a_run_directory_names_its_configuration(tmp_path: Path):
+    said = f"cannot read the configuration {tmp_path}: Is a directory"
+    assert refusal(tmp_path) == said
+    (tmp_path / "config.yaml").touch()
+    assert refusal(tmp_path) == f"{said}; name {tmp_path}/config.yaml"
+
+
 def test_the_resolved_configuration_reads_back_equal(minimal: Path, tmp_path: Path):
     config = load_config(
         minimal,

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from chord_megatron.batching.samples import expert_training_samples
 from chord_megatron.cli import app
 from chord_megatron.config import Config
+from chord_megatron.config_types import DataSource
 from chord_megatron.data.conversations import Conversation
 from chord_megatron.data.turns import build_turns
 from chord_megatron.inspection.duplicates import Repeated, find_duplicates, find_repeats, question_of
@@ -359,6 +360,22 @@ def test_files_of_other_formats_among_several_sources(tmp_path):
     assert shown.trained == 4
 
 
+@pytest.mark.parametrize(
+    ("data", "columns"),
+    [
+        ({}, "no column 'answer', 'solution', 'ground_truth' or 'label'; data.reference_column may name another"),
+        ({"reference_column": "truth"}, "no column 'truth', which data.reference_column names"),
+    ],
+)
+def test_experts_without_any_reference_say_which_columns_were_looked_for(tmp_path, data, columns):
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    prompts = [{"prompt": "5+5?", "answer": "10", "truth": "10"}]
+    config = config_of(tmp_path, prompts=prompts, experts=[{"messages": turns}], data=data)
+    assert findings(inspect(config)) == [
+        "experts: no row has a reference to compare its answer with: no prompt asks the same, and there is " + columns
+    ]
+
+
 def test_experts_are_compared_with_the_prompt_that_asks_the_same_else_with_their_own_column(tmp_path):
     config = config_of(
         tmp_path,
@@ -452,9 +469,10 @@ def test_a_sample_is_the_same_each_time_and_is_said(tmp_path):
 def test_several_sources_are_looked_at_one_by_one(tmp_path):
     more = [write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in (("p", PROMPTS[1:2]), ("e", ANSWERS[1:2]))]
     config = config_of(tmp_path, prompts=PROMPTS[:3], experts=ANSWERS[:1])
+    second = DataSource(path=more[0], weight=2.0)
     config = config.model_copy(
         update={
-            "data": config.data.model_copy(update={"dataset": [config.data.dataset, {"path": more[0], "weight": 2.0}]}),
+            "data": config.data.model_copy(update={"dataset": [config.data.dataset, second]}),
             "chord": config.chord.model_copy(update={"chord_sft_dataset": [config.chord.chord_sft_dataset, more[1]]}),
         }
     )

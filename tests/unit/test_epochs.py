@@ -6,7 +6,7 @@ import pytest
 
 from chord_megatron.config import Config, load_config
 from chord_megatron.config_types import LARGEST_INTEGER
-from chord_megatron.planning.steps import check_length_of_run, counted
+from chord_megatron.planning.steps import check_length_of_run, in_steps
 from chord_megatron.system.errors import UserError
 
 
@@ -35,28 +35,28 @@ def config_of(**groups: dict) -> Config:
     ],
 )
 def test_steps_of_epochs(groups: dict, prompts: int, steps: int, line: str):
-    config, said = counted(config_of(**groups), prompts=prompts, experts=1000, expert_rows_per_step=8)
+    config, said = in_steps(config_of(**groups), prompts=prompts, experts=1000, expert_rows_per_step=8)
     assert (config.train.train_iters, config.train.num_train_epochs, said) == (steps, None, line)
 
 
 def test_at_mu_1_experts_are_counted():
     only_experts = {"chord_mu_peak": 1.0, "chord_mu_valley": 1.0}
-    config, line = counted(config_of(chord=only_experts), prompts=0, experts=100, expert_rows_per_step=8)
+    config, line = in_steps(config_of(chord=only_experts), prompts=0, experts=100, expert_rows_per_step=8)
     assert (config.train.train_iters, line) == (12, "12 steps: 1 epoch of 100 expert rows, 8 a step")
 
 
 @pytest.mark.parametrize(("ratio", "steps", "warmup"), [(0.05, 2263, 114), (0.05, 100, 5), (0.5, 1, 0), (0.0, 7, 0)])
 def test_warmup_as_a_share(ratio: float, steps: int, warmup: int):
     given = config_of(optimizer={"lr_warmup_ratio": ratio}, train={"num_train_epochs": None, "train_iters": steps})
-    config, line = counted(given, prompts=0, experts=0, expert_rows_per_step=0)
+    config, line = in_steps(given, prompts=0, experts=0, expert_rows_per_step=0)
     optimizer = config.optimizer
     assert (optimizer.lr_warmup_iters, optimizer.lr_warmup_ratio, line) == (warmup, None, None)
 
 
 def test_nothing_to_count_is_the_same_configuration():
     given = config_of(train={"num_train_epochs": None, "train_iters": 3})
-    assert counted(given, prompts=0, experts=0, expert_rows_per_step=0) == (given, None)
-    assert counted(given, prompts=0, experts=0, expert_rows_per_step=0)[0] is given
+    assert in_steps(given, prompts=0, experts=0, expert_rows_per_step=0) == (given, None)
+    assert in_steps(given, prompts=0, experts=0, expert_rows_per_step=0)[0] is given
 
 
 def test_until_then_a_run_is_as_long_as_any():
@@ -85,7 +85,7 @@ def test_said_twice(groups: dict, sentence: str):
 
 def test_too_many_steps():
     with pytest.raises(UserError, match="are 2500000000 steps; lower it"):
-        counted(config_of(train={"num_train_epochs": 1e9}), prompts=80, experts=1, expert_rows_per_step=1)
+        in_steps(config_of(train={"num_train_epochs": 1e9}), prompts=80, experts=1, expert_rows_per_step=1)
 
 
 @pytest.mark.parametrize(

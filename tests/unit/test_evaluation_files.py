@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chord_megatron.config import load_config
-from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile
+from chord_megatron.evaluation.records import Answered, Drawn, EvaluationFile, name_by_settings
 from chord_megatron.evaluation.results import metrics_of, summary
 from chord_megatron.evaluation.statistics import wilson
 from chord_megatron.evaluation.tables import tables
 from chord_megatron.evaluation.target import Target, default_output, evaluation_config, find_target
-from chord_megatron.planning.evaluations import check_evaluations, check_generations, for_evaluation
+from chord_megatron.planning.evaluations import (
+    check_evaluations,
+    check_generations,
+    for_evaluation,
+    with_fitting_lengths,
+)
 from chord_megatron.system.errors import UserError
 
 SETTINGS: dict[str, Any] = {"model": "m", "k": 2, "num_prompts": 3, "reward_funcs": ["accuracy"], "temperature": 1.0}
@@ -146,6 +152,35 @@ def test_the_summary_is_json_and_the_table_escapes_what_it_shows():
     assert "[red]x[/red]" in text and "m on 4 prompts of [b]p, 2 completions of each, temperature 1" in text
 
 
+def test_at_80_columns_no_number_is_broken(capsys: pytest.CaptureFixture[str]):
+    """By source there are two tables; an equal pass@1 stands in none."""
+    from rich.console import Console
+
+    rows = [
+        row(2 * n + at, drawn(float(n % 3 > at), "1"), drawn(float(n % 7 == 0), "2"), source=source)
+        for n in range(40)
+        for at, source in enumerate(("openai/gsm8k", "HuggingFaceH4/MATH-500"))
+    ]
+    asked = {"model": "m", "prompts": "p.jsonl", "k": 2, "temperature": 1.0}
+    Console(width=80).print(tables(summary(rows, ("accuracy", 1.0)) | asked))
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    first, second = text.partition("by source")[2].split("┏")[1:]
+    cells = [
+        [cell.strip() for cell in line.strip("│").split("│")]
+        for part in (first, second)
+        for line in part.splitlines()
+        if "│" in line
+    ]
+    assert cells == [
+        ["openai/gsm8k", "40", "0.4 [0.31, 0.5]", "0.7 [0.55, 0.82]"],
+        ["HuggingFaceH4/MATH-500", "40", "0.237 [0.15, 0.34]", "0.425 [0.29, 0.58]"],
+        ["openai/gsm8k", "0.4 [0.31, 0.5]", "0 [0, 0]"],
+        ["HuggingFaceH4/MATH-500", "0.237 [0.15, 0.34]", "0 [0, 0]"],
+    ]
+    assert "pass@1" not in first + second and "truncated_fraction" in second
+
+
 def test_votes_without_answers_are_no_number():
     assert metrics_of([row(0, drawn(1.0), drawn(0.0))], ("accuracy", 1.0))["maj@2"] is None
 
@@ -188,6 +223,9 @@ def test_what_cannot_be_evaluated(run: Path, tmp_path: Path):
     assert refused(tmp_path / "none").endswith(
         "is not a directory; name a model's folder, a checkpoint or a run directory"
     )
+    (run / "metrics.jsonl").touch()
+    assert refused(run / "metrics.jsonl") == f"{run}/metrics.jsonl is a file; give the run's directory, {run}"
+    assert refused(run / "config.yaml" / "x").endswith("a checkpoint or a run directory")
     assert refused(run / "checkpoints").endswith(f"name one in it, such as {run / 'checkpoints' / 'step_6'}")
     assert "(3, 6), nor best or latest" in refused(run, "5") and "nor best or latest" in refused(run, "../x")
     assert "is for a run directory" in refused(run / "checkpoints" / "step_3", "best")
@@ -209,6 +247,13 @@ def test_a_runs_configuration_is_the_evaluations(run: Path):
     assert default_output(target, other) == run / "evaluations" / "step_6-other.jsonl-k1-t0.jsonl"
     export = Target(run / "hf" / "step_6", run, 6)
     assert default_output(export, other) == run / "evaluations" / "hf_step_6-other.jsonl-k1-t0.jsonl"
+
+
+def test_a_default_file_is_of_its_settings():
+    named = name_by_settings(Path("e/m-x.jsonl-k2-t1.jsonl"), SETTINGS)
+    assert named == name_by_settings(Path("e/m-x.jsonl-k2-t1.jsonl"), dict(reversed(SETTINGS.items())))
+    assert named.parent == Path("e") and re.fullmatch(r"m-x\.jsonl-k2-t1-[0-9a-f]{8}\.jsonl", named.name)
+    assert named != name_by_settings(Path("e/m-x.jsonl-k2-t1.jsonl"), SETTINGS | {"seed": 5})
 
 
 def test_a_model_needs_nothing_but_prompts(tmp_path: Path):
@@ -247,6 +292,28 @@ def test_the_engine_of_an_evaluation(run: Path):
     assert for_evaluation(replayed, engine=None, is_greedy_meant=False).rollout.engine == "megatron"
     colocated = for_evaluation(replayed, engine="vllm", is_greedy_meant=False).rollout
     assert (colocated.engine, colocated.vllm_mode) == ("vllm", "colocate")
+
+
+@pytest.mark.parametrize(
+    ("given", "reads", "lengths", "said"),
+    [
+        ([], 64, (32, 32), ["rollout.max_completion_length=32", "data.max_prompt_length=32"]),
+        ([], 700, (256, 444), ["data.max_prompt_length=444"]),
+        ([], 1280, (256, 1024), []),
+        (["data.max_prompt_length=48"], 64, (16, 48), ["rollout.max_completion_length=16"]),
+        (["rollout.max_completion_length=6"], 64, (6, 58), ["data.max_prompt_length=58"]),
+        (["rollout.max_completion_length=64"], 64, (64, 1024), []),  # which is refused, as is what follows
+        (["data.max_prompt_length=64"], 64, (256, 64), []),
+        (["rollout.max_completion_length=60", "data.max_prompt_length=60"], 64, (60, 60), []),
+    ],
+)
+def test_lengths_that_nobody_gave_fit_the_model(
+    tmp_path: Path, given: list[str], reads: int, lengths: tuple[int, int], said: list[str]
+):
+    config = evaluation_config(Target(tmp_path, None, None), "x.jsonl", None, given)
+    found, note = with_fitting_lengths(config, reads)
+    assert (found.rollout.max_completion_length, found.data.max_prompt_length) == lengths
+    assert note == (f"{' and '.join(said)}, as the model reads {reads} tokens" if said else None)
 
 
 @pytest.mark.parametrize(

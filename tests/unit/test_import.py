@@ -290,6 +290,23 @@ def test_a_script_of_adapters_is_imported_where_one_says_so(tmp_path: Path):
     assert recipe_of("ms-swift", script, tmp_path, "--tuner_type", "full").values["model.path"] == "m"
 
 
+def test_variables_of_the_environment_are_expanded_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """But for secrets, which no file is to hold."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("MY_TOKEN", "hf_1234567890")
+    monkeypatch.delenv("SCRATCH", raising=False)
+    script = f"OUT=$HOME/out\n{BASE} --output_dir $OUT --dataset $SCRATCH/d.jsonl --model $MY_TOKEN"
+    recipe = recipe_of("ms-swift", script, tmp_path)
+    assert recipe.values["train.output_dir"] == "/home/me/out"
+    remarks = [str(remark) for remark in recipe.remarks]
+    assert [text for text in remarks if "environment" in text] == [
+        "approximated: --output_dir $HOME/out: /home/me/out by the environment of this shell"
+    ]
+    for flag in ("--dataset $SCRATCH/d.jsonl", "--model $MY_TOKEN"):
+        assert [text for text in remarks if text.startswith(f"unresolved: {flag}: the script does not say what")]
+    assert "hf_1234567890" not in recipe.to_yaml()
+
+
 def test_a_yaml_file_of_ms_swift(tmp_path: Path):
     path = tmp_path / "args.yaml"
     path.write_text("rlhf_type: grpo\nmodel: m\ndataset: [d.jsonl]\ntuner_type: full\nbeta: 0.1\nENV: {A: b}\n")
@@ -449,13 +466,14 @@ python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo algorithm.use_kl_i
 """
 
 
-def test_a_script_of_verl(tmp_path: Path):
+def test_a_script_of_verl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
     recipe = recipe_of("verl", VERL_SCRIPT, tmp_path)
     assert recipe.groups() == {
         "model": {"path": "Qwen/Qwen2-7B-Instruct", "recompute": True},
         "data": {
-            "dataset": "$HOME/train.parquet",
-            "eval_dataset": "$HOME/test.parquet",
+            "dataset": "/home/me/train.parquet",
+            "eval_dataset": "/home/me/test.parquet",
             "reference_column": "reward_model.ground_truth",
             "max_prompt_length": 512,
         },

@@ -82,6 +82,21 @@ def test_what_the_script_does_not_say_stays_and_is_named():
     assert command.unresolved == ["$HOME", "$(...)", "$(...)"]
 
 
+def test_what_the_script_does_not_say_goes_along_with_its_variables():
+    *_, command = read_script("A=$HOME/x\nB=$A/y\nswift $B", "x.sh").commands
+    assert command.words == ["swift", "$HOME/x/y"]
+    assert command.unresolved == ["$HOME"]
+
+
+def test_what_the_environment_says_is_expanded_as_by_the_shell():
+    surroundings = {"HOME": "/home/a b", "TP": "4", "A": "theirs"}
+    script = 'A=1\nOUT="$HOME/out"\nTP=${TP:-2}\nswift "$OUT" $HOME \'$HOME\' $TP $A ${X:-3} $Y'
+    *_, command = read_script(script, "x.sh", surroundings).commands
+    assert command.words == ["swift", "/home/a b/out", "/home/a", "b", "$HOME", "4", "1", "3", "$Y"]
+    assert command.unresolved == ["$Y"]
+    assert command.environment == {"A": "1", "OUT": "/home/a b/out", "TP": "4"}
+
+
 def test_the_environment_of_a_command():
     script = "export NPROC_PER_NODE=8\nCUDA_VISIBLE_DEVICES=0,1 swift rlhf"
     (command,) = read_script(script, "x.sh").commands

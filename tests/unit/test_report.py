@@ -385,6 +385,24 @@ def test_report_of_a_sparse_run(tmp_path: Path, record: dict[str, Any], panels: 
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    ("named", "sentence"),
+    [
+        ("run/metrics.jsonl", "run/metrics.jsonl is a file; give the run's directory, {0}/run"),
+        ("run/checkpoints/step_2/state.json", "state.json is a file; give the run's directory, {0}/run"),
+        ("run/checkpoints", "checkpoints/metrics.jsonl does not exist; give the run's directory, {0}/run"),
+        ("config.yaml", "config.yaml is a file; give the output directory of a training run"),
+    ],
+)
+def test_what_is_inside_a_run_names_the_run(tmp_path: Path, named: str, sentence: str):
+    for file in ("run/metrics.jsonl", "run/checkpoints/step_2/state.json", "config.yaml"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError) as error:
+        write_report(tmp_path / named)
+    assert str(error.value).endswith(sentence.format(tmp_path))
+
+
 def test_report_without_metrics(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl does not exist; give the output directory"):
         write_report(tmp_path)

@@ -23,6 +23,7 @@ from chord_megatron.data.samples import columns_of, holds_token_beyond, lengths_
 from chord_megatron.data.stored import StoredSamples, stored_samples
 from chord_megatron.data.tally import Tally
 from chord_megatron.system.errors import UserError
+from chord_megatron.system.work import Work
 from chord_megatron.types import ExpertSample
 from tests.unit.chat_templates import QWEN25, tokenizer_of
 
@@ -162,6 +163,33 @@ def test_some_rows_of_a_large_file(some: str, data: dict[str, Any], tmp_path: Pa
     assert found.notes == expected.notes and "first: line 13" in found.notes[1]
 
 
+class Told(Work):
+    """With all that was told of it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "done":
+            self.__dict__.setdefault("seen", []).append((self.what, self.total, value))
+
+
+def test_how_far_it_is_is_told_row_by_row(tmp_path: Path, request: pytest.FixtureRequest):
+    source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{n}?", "answer": f"{n}"} for n in range(12)])
+    settings = DataConfig(dataset=source)
+
+    def told() -> list[int]:
+        work = Told()
+        load_run_data(settings, ChordConfig(), TOKENIZER, expert_max_length=100, work=work)
+        assert (work.what, work.total) == (f"rows of {source}", 12)
+        return [done for what, _, done in work.__dict__["seen"] if what == work.what]
+
+    assert told()[1:] == [*range(1, 13)]
+    large = request.getfixturevalue("large")
+    assert told()[1:] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 12]  # three parts
+    assert told()[1:] == [12]
+    next(large.rglob("part-00001")).unlink()  # the others are there: of another process, say
+    assert told()[1:] == [7, 8, 9, 10, 11, 12, 12]
+
+
 def test_an_arrow_file_has_one_folder(tmp_path: Path, large: Path):
     rows = datasets.Dataset.from_list([{"prompt": f"{n}?", "answer": f"{n}"} for n in range(6)])
     rows.save_to_disk(str(tmp_path / "saved"))
@@ -269,6 +297,7 @@ def take_part(folder: Path, seconds: float, log: Path) -> StoredSamples[ExpertSa
         ExpertSample,
         lambda indices: made(indices, seconds, log),
         lambda fields: ExpertSample(**fields),
+        Work(),
     )
     assert sum(tally.usable for tally in tallies) == len(samples) == 8 * 1024
     return samples

@@ -144,7 +144,10 @@ def test_experts_and_what_they_lost_since_they_were_first_seen(tmp_path: Path) -
 def test_a_damaged_line_of_experts_is_named(tmp_path: Path, row: str) -> None:
     write_run(tmp_path, 2)
     (tmp_path / "experts.jsonl").write_text(row.replace('"id": 1}', '"id": 1, "log_prob": "x"}') + "\n")
-    with pytest.raises(UserError, match=r"line 1 of .*experts.jsonl has no row number or no log-prob; remove that"):
+    with pytest.raises(
+        UserError,
+        match=r"line 1 of .*experts.jsonl is no expert row .*; remove that line",
+    ):
         open_log(tmp_path, resume_step=2)
 
 

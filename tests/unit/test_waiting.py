@@ -57,6 +57,9 @@ def test_the_words():
         assert in_words(where, 10) == "rollout of step 3: 0 of 256 completions (10.0 s so far)"
         where.work.done = 64
         assert in_words(where, 20) == ("rollout of step 3: 64 of 256 completions, 3.2/s, ETA 0:01:00 (20.0 s so far)")
+        assert in_words(where, 90, counting=20) == (
+            "rollout of step 3: 64 of 256 completions, 3.2/s, ETA 0:01:00 (0:01:30 so far)"
+        )
 
 
 def test_a_watch_shows_where_its_process_is_until_it_ends():
