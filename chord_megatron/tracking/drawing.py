@@ -58,6 +58,7 @@ class Panel:
 
     title: str
     draw: Callable[[Axes], None]
+    xlabel: str = "step"
 
 
 def style(theme: Theme) -> dict[Any, Any]:
@@ -163,7 +164,7 @@ def _fill(axis: Axes, panel: Panel) -> None:
     right = [other for other in axis.get_shared_x_axes().get_siblings(axis) if other is not axis]
     handles = [handle for each in (axis, *right) for handle in each.get_legend_handles_labels()[0]]
     axis.grid(True)
-    axis.set_xlabel("step")
+    axis.set_xlabel(panel.xlabel)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
     has_legend = len(handles) > 1
     axis.set_title(panel.title, pad=18 if has_legend else 6)

@@ -20,7 +20,7 @@ from chord_megatron.tracking.run_log import RunLog
 from chord_megatron.tracking.step_metrics import ExpertRow
 from chord_megatron.tracking.summary import load_history
 from chord_megatron.tracking.trackers.protocol import TrackedRun
-from chord_megatron.training.ending import early_end, limits
+from chord_megatron.training.ending import EarlyEnd, early_end
 from chord_megatron.training.rollout_stream import StepRollouts
 from chord_megatron.types import Metrics, ScoredRollouts
 
@@ -75,14 +75,12 @@ class RunOutputs:
         self.log.log_completions(step, rows)
         self.log.log_eval(step, metrics)
 
-    def finish(self, step: int) -> None:
-        """The report, and where everything is; then the log is closed."""
+    def finish(self, step: int, early: EarlyEnd | None) -> None:
+        """The report, and where everything is; then the log is closed. early: what ended the run before its time."""
         png, html = write_report(self._run_dir.path)
-        early, train = self.early_end(step), self._config.train
-        ended = None if early is None else (early[0], limits(train)[early[0]], early[1])
-        self._run_dir.mark_finished(train.train_iters, early=ended)
+        self._run_dir.mark_finished(self._config.train.train_iters, early=early)
         if early is not None:
-            print(early[1], flush=True)
+            print(early.reason, flush=True)
         best = self._run_dir.best_step() if self._config.train.keep_best else None
         if best is not None:
             print(f"best: {self._run_dir.hf(best)}, by its eval_reward_mean", flush=True)
@@ -94,8 +92,8 @@ class RunOutputs:
         self.log.close()
         print(f"model: {self._run_dir.hf(step)}\nreport: {html}, {png}", flush=True)
 
-    def early_end(self, step: int) -> tuple[str, str] | None:
-        """The key by which the run ends before this step, and why."""
+    def early_end(self, step: int) -> EarlyEnd | None:
+        """What ends the run before this step."""
         return early_end(self._config.train, step, self.log.rewards, self.log.loss_tokens)
 
     def close(self) -> None:

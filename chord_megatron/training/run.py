@@ -34,7 +34,7 @@ from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.timers import PhaseTimer
 from chord_megatron.training.beginning import find_beginning
 from chord_megatron.training.counting import counted_in
-from chord_megatron.training.ending import limits
+from chord_megatron.training.ending import EarlyEnd, limits
 from chord_megatron.training.evaluation import Evaluator, build_evaluator
 from chord_megatron.training.expert_stream import ExpertStream
 from chord_megatron.training.mu_control import MuControl
@@ -142,6 +142,7 @@ class Run:
         """Evaluate, step, log and save until train_iters, or what ends a run earlier."""
         self.signals.is_noted_only = self.config.train.save_on_signal
         self.where.step = self.next_step
+        self._ended: EarlyEnd | None = None  # on rank 0, where it was decided: a last evaluation does not change it
         with self._opened, self.where.within("log"):
             self.saves.mark_best()
             if self._lacks_export:
@@ -162,7 +163,7 @@ class Run:
             with self.where.within("save"):
                 self.saves.finish()
             if self.outputs:
-                self.outputs.finish(self.next_step)
+                self.outputs.finish(self.next_step, self._ended)
 
     def _resume(self) -> int:
         """Load the checkpoint to go on from; returns the step to go on with."""
@@ -204,7 +205,8 @@ class Run:
         step = self.next_step
         if not limits(self.config.train) or step % self._steps_per_rollout:  # inside a batch a run cannot be resumed
             return False
-        answer = [self.outputs is not None and self.outputs.early_end(step) is not None]
+        self._ended = self.outputs.early_end(step) if self.outputs else None
+        answer = [self._ended is not None]
         dist.broadcast_object_list(answer, src=0)
         if answer[0] and step not in (self._resume_step, self.saves.last_step):
             with self.where.within("save"):

@@ -32,13 +32,22 @@ class Comparison(BaseModel):
         return (self.ours, self.measure), (self.theirs, self.other or self.measure)
 
 
+class Why(BaseModel):
+    """Of each verdict, what it may come from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    confirmed: str
+    not_confirmed: str
+    contradicted: str
+
+
 class Claim(BaseModel):
     """A sentence of the paper's, the differences that it comes to here, and by verdict what that may come from."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sentence: str
     comparisons: list[Comparison]
-    why: dict[str, str]
+    why: Why
 
 
 class Claims(BaseModel):
@@ -68,11 +77,16 @@ def findings(results: Results, claims: Sequence[Claim]) -> list[Finding]:
     """Of the claims all of whose methods were run."""
     found = []
     for claim in claims:
-        if {method for one in claim.comparisons for method, _ in one.sides} <= set(results["methods"]):
+        if not missing_methods(results, claim):
             differences = [(described(results, one), measured(results, one)) for one in claim.comparisons]
             said = verdict([difference for _, difference in differences])
-            found.append(Finding(claim.sentence, differences, said, claim.why[said]))
+            found.append(Finding(claim.sentence, differences, said, getattr(claim.why, said.replace(" ", "_"))))
     return found
+
+
+def missing_methods(results: Results, claim: Claim) -> set[str]:
+    """That it speaks of, and were not run."""
+    return {method for one in claim.comparisons for method, _ in one.sides} - set(results["methods"])
 
 
 def verdict(differences: Sequence[Difference]) -> str:
@@ -107,28 +121,28 @@ def fifths(values: Sequence[float | None]) -> list[float]:
     return [fmean(known) if (known := [value for value in part if value is not None]) else 0.0 for part in parts]
 
 
-def best_fifth(runs: Sequence[Run]) -> int:
-    """The fifth of the run in which validation is best, on average over the seeds: one for all of them."""
-    means = [fmean(values) for values in zip(*(fifths(run["curves"]["eval_reward_mean"]) for run in runs), strict=True)]
-    return means.index(max(means))
+def fifth(run: Run, of: Results, choose: Callable[[Sequence[float]], float]) -> float:
+    """Validation in the fifth that is the best, or the worst, of the run by which the method was tuned: not of this one."""
+    tuned = fifths(of["tuning_validation"][1:])
+    return fifths(run["curves"]["eval_reward_mean"][1:])[tuned.index(choose(tuned))]
 
 
-def reward_on(source: str) -> Callable[[Run, Sequence[Run]], float]:
+def reward_on(source: str) -> Callable[[Run, Results], float]:
     """Of one part of the test set."""
     return lambda run, _: run["reward"][source]
 
 
-# Of a run, which stands among all runs of its method.
-MEASURES: dict[str, Callable[[Run, Sequence[Run]], float]] = {
+# Of a run, and of its method's record.
+MEASURES: dict[str, Callable[[Run, Results], float]] = {
     **{source: reward_on(source) for source in (HELD_OUT, HARDER, NOT_TRAINED)},
     "validation before the first step": lambda run, _: run["curves"]["eval_reward_mean"][0],
-    "lowest validation": lambda run, _: min(run["curves"]["eval_reward_mean"]),
-    "validation in its best fifth": lambda run, runs: fifths(run["curves"]["eval_reward_mean"])[best_fifth(runs)],
-    "validation in its last fifth": lambda run, _: fifths(run["curves"]["eval_reward_mean"])[4],
-    "entropy in the last fifth": lambda run, _: fifths(run["curves"]["entropy"])[4],
-    "length of answers": lambda run, _: run["length"][HELD_OUT],
+    "validation in the worst fifth": lambda run, of: fifth(run, of, min),
+    "validation in the best fifth": lambda run, of: fifth(run, of, max),
+    "validation in the last fifth": lambda run, _: fifths(run["curves"]["eval_reward_mean"][1:])[4],
+    "entropy of rollouts in the last fifth": lambda run, _: fifths(run["curves"]["entropy"])[4],
+    "length of held-out answers": lambda run, _: run["length"][HELD_OUT],
 }
-UNITS = {"entropy in the last fifth": (1, "nats"), "length of answers": (1, "tokens")}
+UNITS = {"entropy of rollouts in the last fifth": (1, "nats"), "length of held-out answers": (1, "tokens")}
 
 
 def unit(measure: str) -> tuple[float, str]:
@@ -141,8 +155,8 @@ def measured(results: Results, comparison: Comparison) -> Difference:
     scale, _ = unit(comparison.measure)
     sides = []
     for method, measure in comparison.sides:
-        runs = runs_of(results, method)
-        sides.append([scale * MEASURES[measure](run, runs) for run in runs])
+        record = results["methods"][method]
+        sides.append([scale * MEASURES[measure](run, record) for run in runs_of(results, method)])
     return paired_difference(*sides)
 
 

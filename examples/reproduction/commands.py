@@ -10,15 +10,13 @@ from pathlib import Path
 
 from chord_megatron.system.errors import UserError
 
-TAIL = 15  # lines of a failed command that are shown
 
-
-def chord_megatron(*arguments: str | Path) -> str:
-    """`chord-megatron ...`: what it printed. Raises UserError with its last words."""
+def run_chord_megatron(*arguments: str | Path) -> str:
+    """`chord-megatron ...`: what it printed. Raises UserError with its last line."""
     return run([sys.executable, "-m", "chord_megatron.cli", *arguments])
 
 
-def script(arguments: Sequence[str]) -> str:
+def run_script(*arguments: str | Path) -> str:
     """A Python script with its arguments."""
     return run([sys.executable, *arguments])
 
@@ -29,6 +27,7 @@ def run(command: Sequence[str | Path]) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-TAIL:])
-        raise UserError(f"{' '.join(words)}\nended with {done.returncode}:\n{tail}")
+        print(done.stdout, done.stderr, sep="", file=sys.stderr)
+        last = (done.stderr.strip() or done.stdout.strip() or "without a word").splitlines()[-1]
+        raise UserError(f"{' '.join(words)} ended with {done.returncode}: {last}")
     return done.stdout

@@ -13,35 +13,46 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
-from commands import chord_megatron, script
+from commands import run_chord_megatron, run_script
 from evidence import write_evidence
 from experiment import Experiment, Trial, chosen_lr, load_experiment, make_trial
-from pydantic import ValidationError
-from results import collect, tested
+from results import collect, completions_file, result_file
 
+from chord_megatron.system.atomic import atomic_write
 from chord_megatron.system.errors import UserError
 
 
-class Comparison:
+class Runner:
     """The commands of an experiment, each once: what it has left behind is not made again."""
 
     def __init__(self, experiment: Experiment, root: Path) -> None:
         self._experiment, self._root = experiment, root
-        self._locks: defaultdict[Path, Lock] = defaultdict(Lock)  # two learning rates may share a first stage
         self.grid: dict[str, dict[float, float]] = {}
 
     def prepare(self) -> None:
-        """What the experiment begins with."""
-        for path, arguments in self._experiment.prepare.items():
+        """What the experiment begins with, each whole or not at all."""
+        for path, script in self._experiment.prepare.items():
             if not path.exists():
                 print(f"making {path}", flush=True)
-                script(arguments)
+                part = path.with_name(f"{path.name}.part")
+                shutil.rmtree(part, ignore_errors=True)
+                run_script(script, part)
+                part.rename(path)
+
+    def refuse_other(self) -> None:
+        """Raise UserError where the runs that are there were of other methods' keys, or of another recipe."""
+        methods = self._experiment.methods.items()
+        recipe = {"recipe": self._experiment.recipe.read_bytes()}
+        for name, content in {**recipe, **{name: one.model_dump_json().encode() for name, one in methods}}.items():
+            kept = self._root / "settings" / name
+            if kept.exists() and kept.read_bytes() != content:
+                raise UserError(f"the runs in {self._root} are of another {name}; move them away, or restore it")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(kept, [content])
 
     def test_base(self) -> Path:
         """The folder of the test of the weights that all begin with."""
@@ -49,68 +60,70 @@ class Comparison:
         self._test(directory, self._experiment.base, "--config", self._experiment.recipe)
         return directory
 
-    def run(self) -> list[Trial]:
-        """Tune, then train and test; returns the tested runs."""
+    def tune_train_test(self) -> list[Trial]:
+        """Returns the tested runs."""
         experiment = self._experiment
         for names in experiment.rounds():
-            tuned = [self._trial(name, lr, experiment.tuning_seed) for name in names for lr in experiment.grid]
-            self._side_by_side(self._train, tuned)
+            tuned = [self.trial(name, lr, experiment.tuning_seed) for name in names for lr in experiment.grid]
+            self._train_all(tuned)
             for one in tuned:
                 self.grid.setdefault(one.method, {})[one.lr] = one.validation()
-        rates = {name: chosen_lr(found) for name, found in self.grid.items()}
-        trials = [self._trial(name, rates[name], seed) for seed in experiment.seeds for name in experiment.methods]
-        self._side_by_side(self._train_and_test, trials)
+        trials = [self.chosen(name, seed) for seed in experiment.seeds for name in experiment.methods]
+        self._train_all(trials)
+        self._side_by_side(self._test_run, trials)
         return trials
 
-    def _trial(self, name: str, lr: float, seed: int) -> Trial:
+    def trial(self, name: str, lr: float, seed: int) -> Trial:
+        """A run of a method."""
         return make_trial(self._root, self._experiment, name, lr, seed, self.grid)
 
-    def _side_by_side(self, work: Callable[[Trial], None], trials: Sequence[Trial]) -> None:
+    def chosen(self, name: str, seed: int) -> Trial:
+        """At the learning rate that was chosen."""
+        return self.trial(name, chosen_lr(self.grid[name]), seed)
+
+    def _train_all(self, trials: list[Trial]) -> None:
+        first = {trial.first.directory: trial.first for trial in trials if trial.first}  # several may have the same
+        self._side_by_side(self._train, first.values())
+        self._side_by_side(self._train, trials)
+
+    def _side_by_side(self, work: Callable[[Trial], None], trials: Iterable[Trial]) -> None:
         with ThreadPoolExecutor(self._experiment.side_by_side) as pool:
             list(pool.map(work, trials))
 
     def _train(self, trial: Trial) -> None:
-        for one in trial.stages:
-            with self._locks[one.directory]:
-                if not one.is_finished:
-                    print(f"training {one.directory}", flush=True)
-                    processes = str(self._experiment.nproc_per_node)
-                    chord_megatron("train", self._experiment.recipe, *one.overrides, "--nproc-per-node", processes)
+        if not trial.is_finished:
+            print(f"training {trial.directory}", flush=True)
+            processes = str(self._experiment.nproc_per_node)
+            run_chord_megatron("train", self._experiment.recipe, *trial.overrides, "--nproc-per-node", processes)
 
-    def _train_and_test(self, trial: Trial) -> None:
-        self._train(trial)
+    def _test_run(self, trial: Trial) -> None:
         self._test(trial.directory, trial.directory, "--checkpoint", self._experiment.tested_checkpoint)
         if not self._experiment.keep_checkpoints:
             for checkpoint in trial.directory.glob("checkpoints/step_*"):
                 shutil.rmtree(checkpoint)
 
     def _test(self, directory: Path, model: Path, *options: str | Path) -> None:
-        if not tested(directory).exists():
+        if not result_file(directory).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            common = ["--json", "--output", directory / "completions.test.jsonl"]
+            common = ["--json", "--output", completions_file(directory)]
             processes = ["--nproc-per-node", str(self._experiment.nproc_per_node)]
-            said = chord_megatron("evaluate", model, self._experiment.test, *common, *processes, *options)
-            tested(directory).write_text(said, encoding="utf-8")
+            said = run_chord_megatron("evaluate", model, self._experiment.test, *common, *processes, *options)
+            atomic_write(result_file(directory), [said.encode()])
 
 
 def main() -> None:
     """Everything, in order."""
     arguments = parse()
-    experiment = load_experiment(arguments.experiment)
-    if unknown := set(arguments.methods or ()) - set(experiment.methods):
-        raise UserError(
-            f"{arguments.experiment} has no method {sorted(unknown)[0]}; it has {', '.join(experiment.methods)}"
-        )
-    methods = {
-        name: method for name, method in experiment.methods.items() if name in (arguments.methods or experiment.methods)
-    }
-    experiment = experiment.model_copy(update={"methods": methods, "seeds": arguments.seeds or experiment.seeds})
+    experiment = load_experiment(arguments.experiment, arguments.methods, arguments.seeds)
     name = arguments.experiment.resolve().parent.name
-    comparison = Comparison(experiment, Path("runs") / name)
-    comparison.prepare()
-    base = comparison.test_base()
-    trials = comparison.run()
-    for path in write_evidence(collect(experiment, base, comparison.grid, trials), arguments.evidence / name):
+    runner = Runner(experiment, Path("runs") / name)
+    runner.refuse_other()
+    runner.prepare()
+    base = runner.test_base()
+    trials = runner.tune_train_test()
+    tuning = {method: runner.chosen(method, experiment.tuning_seed) for method in experiment.methods}
+    results = collect(experiment, base, runner.grid, tuning, trials)
+    for path in write_evidence(results, arguments.evidence / name):
         print(path)
     if experiment.base_in_evidence:
         shutil.copytree(experiment.base, arguments.evidence / name / "policy", dirs_exist_ok=True)
@@ -120,14 +133,20 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the experiment's")
-    parser.add_argument("--methods", nargs="+", help="of the experiment's")
-    parser.add_argument("--evidence", type=Path, default=Path("docs/evidence"), help="where the result goes")
-    return parser.parse_args()
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the experiment's; asks for --evidence")
+    parser.add_argument("--methods", nargs="+", help="of the experiment's; asks for --evidence")
+    parser.add_argument("--evidence", type=Path, help="where the result goes: docs/evidence")
+    arguments = parser.parse_args()
+    if (arguments.seeds or arguments.methods) and not arguments.evidence:
+        parser.error("a part of the experiment is no evidence of the whole: say with --evidence where it goes")
+    arguments.evidence = arguments.evidence or Path("docs/evidence")
+    return arguments
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (UserError, ValidationError, OSError) as error:
+    except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

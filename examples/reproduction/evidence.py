@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from claims import HELD_OUT, Results, findings, load_claims, rewards, runs_of, titled
+from claims import HELD_OUT, Results, findings, load_claims, missing_methods, rewards, runs_of, titled
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from seeds import Difference, Spread, paired_difference, spread
 
@@ -66,7 +66,9 @@ def page(results: Results) -> str:
         sources=list(results["base"]["reward"]),
         rows=[row(results, method) for method in ("base", *results["methods"])],
         differences=[difference_row(results, *pair) for pair in pairs(results)],
-        winners=[winner(results, source) for source in results["base"]["reward"]],
+        winners=[winner(results, source) for source in results["base"]["reward"]] if all(sides(results)) else [],
+        at_an_edge=at_an_edge(results),
+        not_run=[claim.sentence for claim in claims.claims if missing_methods(results, claim)],
         findings=findings(results, claims.claims),
         not_testable=claims.not_testable,
     )
@@ -93,28 +95,35 @@ def wrapped(text: str) -> str:
 
 
 def winner(results: Results, source: str) -> str:
-    """Which form of CHORD is best on one part of the test set, which of the others, and their difference."""
-    ours, others = (max(side, key=lambda name: mean_reward(results, name, source)) for side in sides(results))
+    """CHORD's best form beside the best of the others, by validation, on one part of the test set."""
+    ours, others = (max(side, key=lambda name: validation(results, name)) for side in sides(results))
     found = paired_difference(*([100 * value for value in rewards(results, side, source)] for side in (ours, others)))
-    said = {1: "CHORD wins", 0: "no difference is shown", -1: "CHORD does not win"}[found.sign]
-    means = [f"{titled(results, side)} ({100 * mean_reward(results, side, source):.1f})" for side in (ours, others)]
-    return f"{source}: of CHORD's forms {means[0]}, of the others {means[1]}: {shown_difference(found)}, {said}"
+    said = {1: "CHORD is ahead", 0: "no difference is shown", -1: "CHORD is behind"}[found.sign]
+    means = [f"{titled(results, side)} {100 * fmean(rewards(results, side, source)):.1f}" for side in (ours, others)]
+    return f"*{source}*: {means[0]}, {means[1]}, difference {shown_difference(found)}: {said}"
 
 
-def mean_reward(results: Results, method: str, source: str) -> float:
-    """Over the seeds."""
-    return fmean(rewards(results, method, source))
+def validation(results: Results, method: str) -> float:
+    """The mean over the seeds of the validation that checkpoints were chosen by."""
+    return fmean(run["validation"] for run in runs_of(results, method))
 
 
 def sides(results: Results) -> tuple[list[str], list[str]]:
-    """CHORD's forms, and everything else."""
-    ours = [name for name in results["methods"] if name.startswith("chord")]
-    return ours, ["base", *(name for name in results["methods"] if name not in ours)]
+    """CHORD's forms, and the other methods."""
+    ours = [name for name, method in results["methods"].items() if method["is_chord"]]
+    return ours, [name for name in results["methods"] if name not in ours]
+
+
+def at_an_edge(results: Results) -> list[str]:
+    """The methods whose learning rate is the lowest or the highest of the grid: others may be better."""
+    edges = {float(results["grid"][0]), float(results["grid"][-1])}
+    return [method["title"] for method in results["methods"].values() if method["lr"] in edges]
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:
     """CHORD's forms beside every method that is not one of them, then beside one another."""
     ours, others = sides(results)
+    others = ["base", *others]
     among = [(b, a) for index, a in enumerate(ours) for b in ours[index + 1 :]]
     return [*((name, other) for name in ours for other in others), *among]
 
@@ -147,9 +156,8 @@ def curves_panel(results: Results, key: str, name: str) -> Panel:
         for place, method in enumerate(results["methods"]):
             color, dashes = line(place)
             axis.plot(*mean_curve(runs_of(results, method), key), color=color, linestyle=dashes, linewidth=1.4)
-        axis.set_xlabel("thousand tokens with a loss")
 
-    return Panel(name, draw)
+    return Panel(name, draw, "thousand tokens with a loss")
 
 
 def mean_curve(runs: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
@@ -174,9 +182,8 @@ def sft_panels(results: Results) -> list[Panel]:
                 axis.plot(*mean_curve([run], key), linewidth=1)
             if has_base:
                 axis.axhline(runs[0]["curves"][key][0], color="C6", linestyle=":", linewidth=1)
-            axis.set_xlabel("thousand expert tokens")
 
-        return Panel(name, draw)
+        return Panel(name, draw, "thousand expert tokens")
 
     return [
         panel("Validation reward (dotted: the policy)", "eval_reward_mean", has_base=True),

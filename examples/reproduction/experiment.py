@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from chord_megatron.config import load_config
 from chord_megatron.system.errors import UserError
@@ -21,6 +22,7 @@ class Method(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     title: str
+    is_chord: bool = False
     keys: dict[str, Any]
     first: str | None = None  # another method, which has the first half of the budget
 
@@ -31,28 +33,41 @@ class Experiment(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     title: str
     setting: str  # of the page: in words
-    prepare: dict[Path, list[str]]  # by what it makes, the script that does
+    prepare: dict[Path, str]  # by what it makes, the script that does
     recipe: Path
     base: Path  # the weights that all begin with
     base_in_evidence: bool = False  # small enough to be kept beside the result
     test: Path
-    grid: list[PositiveFloat]
+    grid: list[PositiveFloat] = Field(min_length=1)
     tuning_seed: int
-    seeds: list[int]
+    seeds: list[int] = Field(min_length=1)
     expert_mark: str
     nproc_per_node: PositiveInt = 1
     side_by_side: PositiveInt = 1  # runs at a time
     tested_checkpoint: Literal["best", "latest"] = "best"
     keep_checkpoints: bool = True  # of tested runs; their exports stay
-    methods: dict[str, Method]
+    methods: dict[str, Method] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Experiment:
+        for name, values in (("grid", self.grid), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice: {values}")
+        for name, method in self.methods.items():
+            first = self.methods.get(method.first) if method.first else None
+            if method.first and (first is None or first.first):
+                raise ValueError(f"{name} begins with {method.first}, which has to be a method of one stage here")
+        if "base" in self.methods:
+            raise ValueError("base names the weights that all begin with, and no method")
+        return self
 
     @property
     def budget(self) -> int:
         """Tokens with a loss that each method may have."""
-        budget = load_config(str(self.recipe), []).train.max_loss_tokens
-        if budget is None:
-            raise UserError(f"{self.recipe} has no train.max_loss_tokens: methods are compared on the same budget")
-        return budget
+        train = load_config(str(self.recipe), []).train
+        if train.max_loss_tokens is None or train.eval_steps is None:
+            raise UserError(f"{self.recipe} has to set train.max_loss_tokens, the budget of all, and train.eval_steps")
+        return train.max_loss_tokens
 
     def rounds(self) -> tuple[list[str], list[str]]:
         """The methods by themselves, and those whose first stage has the learning rate of one of these."""
@@ -60,9 +75,22 @@ class Experiment(BaseModel):
         return alone, [name for name in self.methods if name not in alone]
 
 
-def load_experiment(path: Path) -> Experiment:
-    """Raises pydantic's ValidationError."""
-    return Experiment.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+def load_experiment(path: Path, methods: list[str] | None = None, seeds: list[int] | None = None) -> Experiment:
+    """methods, seeds: instead of those that stand there. Raises UserError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = Experiment.model_validate(values)
+        names = methods or list(found.methods)
+        if unknown := set(names) - set(found.methods):
+            raise UserError(f"{path} has no method {min(unknown)}; it has {', '.join(found.methods)}")
+        chosen = {name: values["methods"][name] for name in names}
+        return Experiment.model_validate({**values, "methods": chosen, "seeds": seeds or found.seeds})
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path}: {place}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -79,9 +107,9 @@ class Trial:
     @property
     def overrides(self) -> list[str]:
         """What the command gets over the recipe."""
-        own = {"optimizer.lr": self.lr, "train.seed": self.seed, "train.output_dir": self.directory}
-        model = {} if self.first is None else {"model.path": self.first.best_export()}
-        return [f"{key}={value}" for key, value in {**self.keys, **model, **own}.items()]
+        own = {"optimizer.lr": self.lr, "train.seed": self.seed, "train.output_dir": str(self.directory)}
+        model = {} if self.first is None else {"model.path": str(self.first.best_export())}
+        return [f"{key}={json.dumps(value)}" for key, value in {**self.keys, **model, **own}.items()]
 
     @property
     def stages(self) -> list[Trial]:
@@ -96,7 +124,8 @@ class Trial:
     def best_export(self) -> Path:
         """The model of the saved step with the best validation."""
         step = RunDir(self.directory).best_step()
-        assert step is not None, self.directory
+        if step is None:
+            raise UserError(f"{self.directory} names no best checkpoint; set train.keep_best in the recipe")
         return self.directory / "hf" / f"step_{step}"
 
     def validation(self) -> float:

@@ -14,7 +14,8 @@ Sums are solved in two styles that end alike, `#### 932` for `347+585`:
 | `validation.jsonl` | sums of 3 digits | learning rates and checkpoints are chosen by these |
 | `test.jsonl` | `held-out` 3 digits, `harder` 4 digits, `not trained` sorting | the result, and nothing else |
 
-No sum of 3 or 4 digits is in two of these sets. Everything depends on SEED alone.
+No problem is in two of these sets as it is written there; a few are with their numbers the other way round. Everything
+depends on SEED alone.
 """
 
 from __future__ import annotations

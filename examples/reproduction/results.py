@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import fmean
@@ -15,33 +15,54 @@ from typing import Any
 from experiment import Experiment, Trial, chosen_lr
 
 from chord_megatron.system.files import read_json_lines
-from chord_megatron.system.provenance import provenance
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.summary import History, load_history
 
 # Of the steps between two evaluations, the mean; of an evaluation, the number.
 OF_STEPS = ("reward_mean", "response_length_mean", "entropy", "phi_mean", "mu", "loss_expert")
-OF_EVALUATIONS = ("eval_reward_mean", "eval_response_length_mean")
+VALIDATION = "eval_reward_mean"
+OF_EVALUATIONS = (VALIDATION, "eval_response_length_mean")
 
 
-def tested(directory: Path) -> Path:
+def result_file(directory: Path) -> Path:
     """The result on the test set, as `chord-megatron evaluate --json` printed it."""
     return directory / "test.json"
 
 
+def completions_file(directory: Path) -> Path:
+    """The answers on the test set."""
+    return directory / "completions.test.jsonl"
+
+
+def made_with(run: Path) -> str:
+    """The versions at the head of its config.yaml."""
+    first = (run / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("# ")
+
+
 def collect(
-    experiment: Experiment, base: Path, grid: Mapping[str, Mapping[float, float]], trials: Iterable[Trial]
+    experiment: Experiment,
+    base: Path,
+    grid: Mapping[str, Mapping[float, float]],
+    tuning: Mapping[str, Trial],
+    trials: Sequence[Trial],
 ) -> dict[str, Any]:
-    """All numbers, for JSON. base: the folder of its test. grid: validation rewards by method and learning rate."""
+    """All numbers, for JSON.
+
+    base: the folder of its test. grid: validation rewards by method and learning rate. tuning: the run of each method
+    by which its learning rate was chosen.
+    """
     methods: dict[str, Any] = {}
     for name, method in experiment.methods.items():
         found = grid[name]
         methods[name] = {
             "title": method.title,
+            "is_chord": method.is_chord,
             "keys": method.keys,
             "first": method.first,
             "grid": {f"{lr:g}": reward for lr, reward in found.items()},
             "lr": chosen_lr(found),
+            "tuning_validation": curves([load_history(one.directory) for one in tuning[name].stages])[VALIDATION],
             "runs": {},
         }
     for trial in trials:
@@ -57,7 +78,7 @@ def collect(
         "base": of_test(base, experiment.expert_mark),
         "methods": methods,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": provenance(),
+        "made_with": sorted({made_with(trial.directory) for trial in trials}),
     }
 
 
@@ -80,22 +101,19 @@ def of_run(trial: Trial, expert_mark: str) -> dict[str, Any]:
 
 def of_test(directory: Path, expert_mark: str) -> dict[str, Any]:
     """By source: the mean reward, the mean length, the share of completions in the experts' notation."""
-    sources = json.loads(tested(directory).read_text(encoding="utf-8"))["sources"]
+    sources = json.loads(result_file(directory).read_text(encoding="utf-8"))["sources"]
     mark = re.compile(expert_mark)
     marked: dict[str, list[bool]] = {}
-    for row in read_json_lines(directory / "completions.test.jsonl"):
+    for row in read_json_lines(completions_file(directory)):
         if "settings" not in row:
-            marked.setdefault(row["source"], []).extend(bool(mark.search(text)) for text in texts_of(row))
+            marked.setdefault(row["source"], []).extend(
+                bool(mark.search(one["completion"])) for one in row["completions"]
+            )
     return {
         "reward": {name: found["metrics"]["reward_mean"]["value"] for name, found in sources.items()},
         "length": {name: found["metrics"]["response_length_mean"]["value"] for name, found in sources.items()},
         "in_expert_style": {name: fmean(found) for name, found in marked.items()},
     }
-
-
-def texts_of(row: Mapping[str, Any]) -> list[str]:
-    """The completions of one line."""
-    return [completion["completion"] for completion in row["completions"]]
 
 
 def curves(histories: Sequence[History]) -> dict[str, list[float | None]]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from scipy.stats import t
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9
 
 
 class Spread(NamedTuple):
@@ -28,8 +29,8 @@ class Difference(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval leaves 0 out, else 0."""
-        return (self.low > 0) - (self.high < 0)
+        """1 or -1 where the interval leaves 0 out, by more than rounding, else 0."""
+        return (self.low > ROUNDING) - (self.high < -ROUNDING)
 
 
 def spread(values: Sequence[float]) -> Spread:

@@ -6,9 +6,9 @@ brackets and `#### 12` at the end.
 | file | rows |
 |---|---|
 | `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one addition of numbers up to 10 |
-| `test.jsonl` | `held-out` the same, `harder` two additions, `not trained` capitals |
+| `test.jsonl` | `held-out` additions, `harder` two of them, `not trained` capitals |
 
-Everything depends on SEED alone.
+The numbers of validation and test are added in no prompt and by no expert. Everything depends on SEED alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 SEED = 0
@@ -37,12 +38,14 @@ CAPITALS = {
     "Jordan": "Amman",
 }  # fmt: skip
 
+PAIRS = [(a, b) for a in range(2, 11) for b in range(2, 11)]
 Row = dict[str, str]
 
 
-def one_step(rng: random.Random) -> Row:
-    """An addition."""
-    name, things, (a, b) = rng.choice(NAMES), rng.choice(THINGS), (rng.randint(2, 10) for _ in range(2))
+def one_step(rng: random.Random, *, is_held_out: bool) -> Row:
+    """An addition, of numbers that are held out or of others."""
+    name, things = rng.choice(NAMES), rng.choice(THINGS)
+    a, b = rng.choice([pair for pair in PAIRS if ((pair[0] + 2 * pair[1]) % 5 == 0) == is_held_out])
     question = f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?"
     return worked(question, [(f"{a}+{b}", a + b)], things)
 
@@ -78,10 +81,10 @@ def asked(rows: list[Row], source: str) -> list[Row]:
 
 def make_rows(rng: random.Random) -> dict[str, list[Row]]:
     """The rows of each file."""
-    problems = different(one_step, rng, NUM_TEST + NUM_VALIDATION + NUM_EXPERTS + NUM_PROMPTS)
-    held_out, rest = problems[:NUM_TEST], problems[NUM_TEST:]
-    validation, rest = rest[:NUM_VALIDATION], rest[NUM_VALIDATION:]
-    experts, prompts = rest[:NUM_EXPERTS], rest[NUM_EXPERTS:]
+    problems = different(partial(one_step, is_held_out=False), rng, NUM_EXPERTS + NUM_PROMPTS)
+    held_out = different(partial(one_step, is_held_out=True), rng, NUM_TEST + NUM_VALIDATION)
+    experts, prompts = problems[:NUM_EXPERTS], problems[NUM_EXPERTS:]
+    validation, held_out = held_out[:NUM_VALIDATION], held_out[NUM_VALIDATION:]
     capitals = [
         {"prompt": f"What is the capital of {country}?", "answer": capital, "source": "not trained"}
         for country, capital in CAPITALS.items()

@@ -249,6 +249,19 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(assets: Path, tmp
     assert math.isclose(evaluation_of(tmp_path, 2)["eval_reward_mean"] or 0, 0.6)
 
 
+def test_what_ended_a_run_stands_also_where_its_last_evaluation_is_the_best(assets: Path, tmp_path: Path):
+    """Patience is over at step 3, within a generation batch of two steps: the run ends at 4, and is evaluated there."""
+    config, overrides = scheduled(assets, tmp_path)
+    (tmp_path / "scheduled.py").write_text(SCHEDULED.replace("[0.1, 0.3, 0.6, 0.5, 0.6, 0.2, 0.1]", "[0.3, 0.1, 0.9]"))
+    others = (*(o for o in overrides if not o.startswith(("train.keep_best", "train.save", "train.eval_steps"))),)
+    batches = ("train.eval_steps=3", "train.save_steps=2", "train.train_iters=6", "grpo.steps_per_generation=2")
+    outcome = succeeded(train_here(config, *others, *batches, "train.early_stopping_patience=1"))
+    assert "stopped early at step 4: the last evaluation was not above" in outcome.stdout
+    rewards = {line["step"]: line["eval_reward_mean"] for line in read_metrics(tmp_path / "run") if "loss" not in line}
+    assert rewards == {0: 0.3, 3: 0.1, 4: 0.9}
+    assert (tmp_path / "run" / "checkpoints" / "finished").read_text().startswith("6 early_stopping_patience=1\n")
+
+
 def test_a_run_that_ends_between_its_saves_is_saved_there(assets: Path, tmp_path: Path):
     config, overrides = scheduled(assets, tmp_path)
     unsaved = (*(o for o in overrides if "keep_best" not in o), "train.save_steps=null", "train.train_iters=6")

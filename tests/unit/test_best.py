@@ -126,7 +126,7 @@ def test_a_run_ends_by_the_limit_that_it_reaches(step: int, tokens: int, key: st
     train = TrainConfig(output_dir="x", train_iters=60, early_stopping_patience=2, max_loss_tokens=1000)
     assert limits(train) == {"early_stopping_patience": 2, "max_loss_tokens": 1000}
     ended = early_end(train, step, REWARDS, tokens)
-    assert (ended and ended[0]) == key
+    assert (ended and ended.key) == key and (ended is None or ended.limit == limits(train)[ended.key])
 
 
 def test_a_run_goes_on_below_its_limits():
