@@ -122,7 +122,7 @@ def fifths(values: Sequence[float | None]) -> list[float]:
 
 
 def fifth(run: Run, of: Results, choose: Callable[[Sequence[float]], float]) -> float:
-    """Validation in the fifth that is the best, or the worst, of the run by which the method was tuned: not of this one."""
+    """Validation in that fifth which is the best, or the worst, of the run by which the method was tuned."""
     tuned = fifths(of["tuning_validation"][1:])
     return fifths(run["curves"]["eval_reward_mean"][1:])[tuned.index(choose(tuned))]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -143,7 +144,9 @@ def shown_spread(value: Spread) -> str:
 
 
 def shown_difference(value: Difference) -> str:
-    """With its interval, bold where that leaves 0 out."""
+    """With its interval, bold where that leaves 0 out; of one seed there is none."""
+    if math.isinf(value.low):
+        return f"{value.mean:+.1f}"
     digits = 1 if max(map(abs, value)) >= 1 else 3
     text = f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
     return f"**{text}**" if value.sign else text

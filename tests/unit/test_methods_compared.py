@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import runpy
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import make_tasks
 import pytest
-from claims import Claim, Comparison, best_fifth, fifths, findings, load_claims, verdict
+import yaml
+from claims import MEASURES, Claim, Comparison, fifths, findings, load_claims, missing_methods, verdict
 from evidence import page, winner
 from experiment import chosen_lr, load_experiment, make_trial
-from results import curves
+from results import OF_STEPS, curves
 from seeds import Difference, next_one, paired_difference, spread
 
 from chord_megatron.config import load_config
 from chord_megatron.rewards.builtin import marked_accuracy
+from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.summary import History
 
 ROOT = Path(__file__).parents[2]
@@ -77,8 +82,6 @@ def test_the_smallest_of_equally_good_learning_rates_is_chosen():
 def test_fifths_of_a_curve():
     assert fifths([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]) == [0.5, 2.5, 4.5, 6.5, 8.5]
     assert fifths([None, 1.0, 2.0, None, 4.0]) == [0.0, 1.0, 2.0, 0.0, 4.0]
-    runs = [{"curves": {"eval_reward_mean": values}} for values in ([0, 1, 4, 3, 2], [0, 5, 4, 4, 2])]
-    assert best_fifth(runs) == 2  # the means are 0, 3, 4, 3.5, 2
 
 
 def step(number: int, **metrics: float) -> dict[str, float]:
@@ -101,43 +104,110 @@ def test_curves_of_two_stages_are_one_curve():
     assert found["entropy"] == [None] * 4
 
 
-def result(rewards: dict[str, list[float]]) -> dict[str, object]:
-    """Of methods whose runs have these rewards on all parts, from seeds 1, 2, 3; the base has 0.5."""
+def result(rewards: dict[str, list[float]], curve: Sequence[float] = (0.5,) * 6) -> dict[str, Any]:
+    """Of methods whose runs have these rewards on all parts, from seeds 1, 2, ...; the base has 0.5.
+
+    curve: the validation of each run, and of the one that tuned it.
+    """
     parts = ("held-out", "harder", "not trained")
+
+    def tested(value: float) -> dict[str, Any]:
+        return {key: dict.fromkeys(parts, value) for key in ("reward", "length", "in_expert_style")}
+
+    def run(value: float) -> dict[str, Any]:
+        keys = ("tokens", "step", "eval_reward_mean", "eval_response_length_mean", *OF_STEPS)
+        spent = dict.fromkeys(("steps", "rollout_tokens", "expert_tokens", "validation"), value)
+        return {**tested(value), **spent, "curves": {key: list(curve) for key in keys}}
+
+    def method(name: str, values: list[float]) -> dict[str, Any]:
+        runs = {str(seed): run(value) for seed, value in enumerate(values, 1)}
+        record = {"title": name.upper(), "is_chord": "chord" in name, "lr": 1e-3, "grid": {"0.001": 0.5, "0.1": 0.25}}
+        return {**record, "tuning_validation": list(curve), "runs": runs}
+
     return {
-        "seeds": [1, 2, 3],
-        "base": {"reward": dict.fromkeys(parts, 0.5)},
-        "methods": {
-            name: {
-                "title": name.upper(),
-                "runs": {str(seed + 1): {"reward": dict.fromkeys(parts, value)} for seed, value in enumerate(values)},
-            }
-            for name, values in rewards.items()
-        },
+        "title": "T",
+        "setting": "S",
+        "machine": "M",
+        "made_with": ["torch 2"],
+        "budget": 1000,
+        "grid": ["0.001", "0.1"],
+        "tuning_seed": 0,
+        "tested_checkpoint": "best",
+        "seeds": [*range(1, 1 + len(next(iter(rewards.values()))))],
+        "base": tested(0.5),
+        "methods": {name: method(name, values) for name, values in rewards.items()},
     }
 
 
 def test_a_claim_is_held_against_the_runs_and_left_out_where_a_method_is_missing():
-    found = result({"chord_phi": [0.8, 0.7, 0.9], "grpo": [0.6, 0.5, 0.7]})
+    found = result({"chord_phi": [0.8, 0.71, 0.9], "grpo": [0.6, 0.5, 0.7]})
     claim = Claim(
         sentence="phi is above GRPO",
         comparisons=[Comparison(ours="chord_phi", theirs="grpo", measure="held-out")],
-        why={"confirmed": "so", "not confirmed": "?", "contradicted": "no"},
+        why={"confirmed": "so", "not_confirmed": "?", "contradicted": "no"},
     )
     other = claim.model_copy(update={"comparisons": [Comparison(ours="chord_phi", theirs="sft", measure="held-out")]})
     (said,) = findings(found, [claim, other])
-    assert (said.verdict, said.why) == ("confirmed", "so")
+    assert (said.verdict, said.why) == ("confirmed", "so") and missing_methods(found, other) == {"sft"}
     ((words, difference),) = said.differences
     assert words == "CHORD_PHI less GRPO, held-out, in points"
-    assert [round(value, 9) for value in difference] == [20.0, 20.0, 20.0]
+    assert math.isclose(difference.mean, 61 / 3)  # of 20, 21, 20, whose standard deviation is 1 / sqrt(3)
+    assert math.isclose(difference.high - difference.mean, T_OF_2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("curve", "said"),
+    [
+        ([0.5, 0.1, 0.2, 0.6, 0.8, 0.7], "confirmed"),
+        ([0.5, 0.1, 0.2, 0.3, 0.4, 0.3], "contradicted"),  # never back to where it began
+        ([0.5, 0.1, 0.2, 0.6, 0.7, 0.8], "not confirmed"),  # no loss at the end
+    ],
+)
+def test_shift_readapt_and_overfit_go_by_the_fifths_of_the_tuning_run(curve: list[float], said: str):
+    found = result({"sft": [0.5, 0.5, 0.5]}, curve)
+    assert findings(found, load_claims().claims)[0].verdict == said
 
 
 @pytest.mark.parametrize(
     ("phi", "said"),
-    [([0.8, 0.9, 0.85], "CHORD wins"), ([0.6, 0.5, 0.55], "CHORD does not win"), ([0.5, 0.9, 0.7], "no difference is")],
+    [
+        ([0.8, 0.9, 0.85], "CHORD is ahead"),
+        ([0.6, 0.5, 0.55], "CHORD is behind"),
+        ([0.5, 0.9, 0.7], "no difference is shown"),
+    ],
 )
-def test_the_page_says_who_wins(phi: list[float], said: str):
-    assert said in winner(result({"grpo": [0.7, 0.71, 0.69], "chord_phi": phi}), "held-out")
+def test_the_page_says_who_is_ahead(phi: list[float], said: str):
+    found = result({"grpo": [0.7, 0.71, 0.69], "chord_phi": phi})
+    assert said in winner(found, "held-out") and said in page(found)
+
+
+def test_the_page_of_one_seed_has_no_interval_and_of_one_method_no_winner():
+    text = page(result({"grpo": [0.7]}))
+    assert "over 1 seed." in text and "inf" not in text and "is ahead" not in text
+    assert "that others may be better: GRPO." in " ".join(text.split())
+    assert "| GRPO | 70.0 | 70.0 | 70.0 |" in text and "- CHORD-mu ends above SFT, then RL." in text
+    text = page(result({"grpo": [0.7], "chord_phi": [0.75]}))
+    assert "| CHORD_PHI - GRPO | +5.0 | +5.0 | +5.0 |" in text and "onfirmed." in text
+
+
+def test_what_an_experiment_lacks_is_said(tmp_path: Path):
+    whole = yaml.safe_load(EXPERIMENTS[0].read_text(encoding="utf-8"))
+    path = tmp_path / "e.yaml"
+
+    def refused(change: dict[str, Any], **selection: Any) -> str:
+        path.write_text(yaml.safe_dump({**whole, **change}), encoding="utf-8")
+        with pytest.raises(UserError) as error:
+            load_experiment(path, **selection)
+        return str(error.value)
+
+    assert f"{path} has no method nothing; it has chord_mu, chord_phi, " in refused({}, methods=["nothing"])
+    assert "sft_then_grpo begins with sft, which has to be a method" in refused({}, methods=["sft_then_grpo"])
+    assert f"{path}: grid: " in refused({"grid": []})
+    assert "seeds has a value twice: [1, 1]" in refused({}, seeds=[1, 1])
+    assert "Extra inputs are not permitted" in refused({"learning_rates": [1]})
+    path.write_text("[", encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_experiment(path)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
@@ -161,21 +231,23 @@ def test_the_problems_in_words_and_their_reward():
     reward = runpy.run_path(str(smollm2 / "reward.py"))["right_answer"]
     questions = {name: {row["prompt"] for row in found} for name, found in rows.items()}
     assert all(not questions[one] & questions[other] for one, other in combinations(questions, 2))
-    solutions = [row["answer"] for row in rows["experts"]]
-    results = [solution.rsplit("#### ", 1)[1] for solution in solutions]
-    assert reward(["?"] * 400, solutions, results) == [1.0] * 400
+    solutions = {row["prompt"]: row["answer"] for row in rows["experts"]}
+    sums = [str(sum(map(int, re.findall(r"\d+", question)))) for question in solutions]  # all are additions
+    assert reward(["?"] * 400, [*solutions.values()], sums) == [1.0] * 400
+    added = {name: {tuple(re.findall(r"\d+", question)) for question in found} for name, found in questions.items()}
+    assert not added["validation"] & (added["prompts"] | added["experts"])
     said = ["He has 12 + 7 = 19.", "19 of them, not 20", "It is Paris, of course.", "Lyon"]
     assert reward(["?"] * 4, said, ["19", "19", "Paris", "Paris"]) == [1.0, 0.0, 1.0, 0.0]
 
 
-def test_every_claim_has_a_sentence_for_every_verdict():
-    for claim in load_claims().claims:
-        assert set(claim.why) == {"confirmed", "not confirmed", "contradicted"}
+def test_claims_name_methods_and_measures_that_there_are():
+    methods = load_experiment(EXPERIMENTS[0]).methods
+    sides = [side for claim in load_claims().claims for one in claim.comparisons for side in one.sides]
+    assert all(method in methods and measure in MEASURES for method, measure in sides)
 
 
-@pytest.mark.parametrize(
-    "results", sorted((ROOT / "docs" / "evidence").glob("*/results.json")), ids=lambda p: p.parent.name
-)
-def test_the_committed_page_is_what_its_numbers_say(results: Path):
-    found = json.loads(results.read_text(encoding="utf-8"))
-    assert results.with_name("README.md").read_text(encoding="utf-8") == page(found)
+@pytest.mark.parametrize("name", ["reproduction"])
+def test_the_committed_page_is_what_its_numbers_say(name: str):
+    folder = ROOT / "docs" / "evidence" / name
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == page(found)
