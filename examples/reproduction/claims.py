@@ -121,10 +121,16 @@ def fifths(values: Sequence[float | None]) -> list[float]:
     return [fmean(known) if (known := [value for value in part if value is not None]) else 0.0 for part in parts]
 
 
-def fifth(run: Run, of: Results, choose: Callable[[Sequence[float]], float]) -> float:
-    """Validation in that fifth which is the best, or the worst, of the run by which the method was tuned."""
-    tuned = fifths(of["tuning_validation"][1:])
-    return fifths(run["curves"]["eval_reward_mean"][1:])[tuned.index(choose(tuned))]
+def lowest(run: Run, of: Results) -> float:
+    """Validation at the step where it was lowest in the run by which the method was tuned: not in this one."""
+    tuned, values = of["tuning_validation"], run["curves"]["eval_reward_mean"]
+    return float(values[min(tuned.index(min(tuned)), len(values) - 1)])
+
+
+def best_fifth(run: Run, of: Results) -> float:
+    """Validation in the fifth that was the best of the run by which the method was tuned."""
+    tuned = fifths(of["tuning_validation"])
+    return fifths(run["curves"]["eval_reward_mean"])[tuned.index(max(tuned))]
 
 
 def reward_on(source: str) -> Callable[[Run, Results], float]:
@@ -136,9 +142,9 @@ def reward_on(source: str) -> Callable[[Run, Results], float]:
 MEASURES: dict[str, Callable[[Run, Results], float]] = {
     **{source: reward_on(source) for source in (HELD_OUT, HARDER, NOT_TRAINED)},
     "validation before the first step": lambda run, _: run["curves"]["eval_reward_mean"][0],
-    "validation in the worst fifth": lambda run, of: fifth(run, of, min),
-    "validation in the best fifth": lambda run, of: fifth(run, of, max),
-    "validation in the last fifth": lambda run, _: fifths(run["curves"]["eval_reward_mean"][1:])[4],
+    "validation where the tuning run was lowest": lowest,
+    "validation in the best fifth": best_fifth,
+    "validation in the last fifth": lambda run, _: fifths(run["curves"]["eval_reward_mean"])[4],
     "entropy of rollouts in the last fifth": lambda run, _: fifths(run["curves"]["entropy"])[4],
     "length of held-out answers": lambda run, _: run["length"][HELD_OUT],
 }

@@ -14,7 +14,6 @@ from typing import Any
 
 from experiment import Experiment, Trial, chosen_lr
 
-from chord_megatron.system.files import read_json_lines
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.summary import History, load_history
 
@@ -104,11 +103,9 @@ def of_test(directory: Path, expert_mark: str) -> dict[str, Any]:
     sources = json.loads(result_file(directory).read_text(encoding="utf-8"))["sources"]
     mark = re.compile(expert_mark)
     marked: dict[str, list[bool]] = {}
-    for row in read_json_lines(completions_file(directory)):
-        if "settings" not in row:
-            marked.setdefault(row["source"], []).extend(
-                bool(mark.search(one["completion"])) for one in row["completions"]
-            )
+    _, *lines = completions_file(directory).read_text(encoding="utf-8").splitlines()  # the first has the settings
+    for row in map(json.loads, lines):
+        marked.setdefault(row["source"], []).extend(bool(mark.search(one["completion"])) for one in row["completions"])
     return {
         "reward": {name: found["metrics"]["reward_mean"]["value"] for name, found in sources.items()},
         "length": {name: found["metrics"]["response_length_mean"]["value"] for name, found in sources.items()},

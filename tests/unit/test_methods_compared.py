@@ -158,12 +158,12 @@ def test_a_claim_is_held_against_the_runs_and_left_out_where_a_method_is_missing
 @pytest.mark.parametrize(
     ("curve", "said"),
     [
-        ([0.5, 0.1, 0.2, 0.6, 0.8, 0.7], "confirmed"),
-        ([0.5, 0.1, 0.2, 0.3, 0.4, 0.3], "contradicted"),  # never back to where it began
-        ([0.5, 0.1, 0.2, 0.6, 0.7, 0.8], "not confirmed"),  # no loss at the end
+        ([0.5, 0.1, 0.2, 0.3, 0.6, 0.8, 0.9, 0.9, 0.7, 0.6], "confirmed"),
+        ([0.5, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.3, 0.3], "contradicted"),  # never back to where it began
+        ([0.5, 0.1, 0.2, 0.3, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9], "not confirmed"),  # no loss at the end
     ],
 )
-def test_shift_readapt_and_overfit_go_by_the_fifths_of_the_tuning_run(curve: list[float], said: str):
+def test_shift_readapt_and_overfit_go_by_the_tuning_run(curve: list[float], said: str):
     found = result({"sft": [0.5, 0.5, 0.5]}, curve)
     assert findings(found, load_claims().claims)[0].verdict == said
 
