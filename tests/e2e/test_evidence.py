@@ -7,7 +7,7 @@ from pathlib import Path
 
 import make_tasks
 import pytest
-from commands import chord_megatron
+from commands import run_chord_megatron
 from experiment import load_experiment, make_trial
 from harness import read_metrics
 from seeds import next_one
@@ -33,12 +33,12 @@ def test_a_run_of_the_table_is_repeated(tmp_path: Path, monkeypatch: pytest.Monk
         f"data.eval_dataset={tmp_path / 'validation.jsonl'}",
         f"chord.chord_sft_dataset={tmp_path / 'experts.jsonl'}",
     )
-    chord_megatron("train", experiment.recipe, *trial.overrides, *here, "--nproc-per-node", "2")
+    run_chord_megatron("train", experiment.recipe, *trial.overrides, *here, "--nproc-per-node", "2")
     first = next(line for line in read_metrics(trial.directory) if "loss" in line)
     assert {key: first[key] for key in recorded["runs"][str(SEED)]["first_step"]} == pytest.approx(
         recorded["runs"][str(SEED)]["first_step"], rel=1e-4, abs=1e-5
     )
-    said = chord_megatron("evaluate", trial.directory, tmp_path / "test.jsonl", "--checkpoint", "best", "--json")
+    said = run_chord_megatron("evaluate", trial.directory, tmp_path / "test.jsonl", "--checkpoint", "best", "--json")
     found = {name: of["metrics"]["reward_mean"]["value"] for name, of in json.loads(said)["sources"].items()}
     for source, reward in found.items():
         low, high = next_one([run["reward"][source] for run in recorded["runs"].values()], CONFIDENCE)
