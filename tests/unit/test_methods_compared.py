@@ -7,6 +7,7 @@ import math
 import random
 import re
 import runpy
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -251,3 +252,11 @@ def test_the_committed_page_is_what_its_numbers_say(name: str):
     folder = ROOT / "docs" / "evidence" / name
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert (folder / "README.md").read_text(encoding="utf-8") == page(found)
+
+
+def test_the_readme_counts_the_verdicts():
+    found = json.loads((ROOT / "docs" / "evidence" / "reproduction" / "results.json").read_text(encoding="utf-8"))
+    counts = Counter(finding.verdict for finding in findings(found, load_claims().claims))
+    assert counts == {"confirmed": 2, "not confirmed": 2, "contradicted": 4}
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "two are confirmed, two are not, and four are contradicted" in said
