@@ -92,7 +92,7 @@ class Runner:
 
     def _train(self, trial: Trial) -> None:
         if not trial.is_finished:
-            print(f"training {trial.directory}", flush=True)
+            print(f"training {trial.directory}\n", end="", flush=True)  # in one piece: others print at the same time
             processes = str(self._experiment.nproc_per_node)
             run_chord_megatron("train", self._experiment.recipe, *trial.overrides, "--nproc-per-node", processes)
 
