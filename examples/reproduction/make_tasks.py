@@ -21,15 +21,18 @@ depends on SEED alone.
 from __future__ import annotations
 
 import argparse
-import json
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1] / "quickstart"))
+
+from make_quickstart import VOCABULARY as QUICKSTART
+from make_quickstart import build_model, build_tokenizer, write_jsonl
 
 SEED = 0
 POLICY_SUMS, POLICY_SORTS = {2: 4000, 3: 6000, 4: 4000}, 4000  # by number of digits
@@ -37,12 +40,7 @@ NUM_DRAWN = {2: 4000, 3: 20_000, 4: 20_000}  # so that no size below changes ano
 IN_EXPERT_STYLE = 2000  # of the policy's sums of 2 digits: it has read the other notation, seldom
 NUM_PROMPTS, NUM_EXPERTS, NUM_VALIDATION, NUM_TEST = 4000, 256, 256, 512
 
-PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
-VOCABULARY = [PAD, END, UNKNOWN, "####", *"0123456789+= s", *"abcdefghij"]
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '=' }}{% endfor %}"
-)
+VOCABULARY = [*QUICKSTART, "s", *"abcdefghij"]
 
 Sum = tuple[int, int]
 Row = dict[str, str]
@@ -123,53 +121,13 @@ def make_rows(rng: random.Random) -> dict[str, list[Row]]:
     }
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one for "####"; decoding gives back the text exactly."""
-    ids = {token: index for index, token in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("####|."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        unk_token=UNKNOWN,
-        chat_template=CHAT_TEMPLATE,
-        clean_up_tokenization_spaces=False,
-        model_max_length=64,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """0.6 million random weights."""
-    config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        rope_theta=1000.0,  # short sequences
-        initializer_range=0.05,  # narrow layers learn in half the steps that the usual 0.02 takes
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=None,
-    )
-    model = Qwen3ForCausalLM(config).float()
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return model
-
-
 def write(directory: Path) -> None:
     """Write model/ and the five files into a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in make_rows(random.Random(SEED)).items():
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_jsonl(directory / f"{name}.jsonl", rows)
     torch.manual_seed(SEED)
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(VOCABULARY)
     build_model(tokenizer).save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
 
