@@ -45,9 +45,10 @@ class Runner:
 
     def refuse_other(self) -> None:
         """Raise UserError where the runs that are there were of other methods' keys, or of another recipe."""
-        methods = self._experiment.methods.items()
-        recipe = {"recipe": self._experiment.recipe.read_bytes()}
-        for name, content in {**recipe, **{name: one.model_dump_json().encode() for name, one in methods}}.items():
+        contents = {"recipe": self._experiment.recipe.read_bytes()}
+        for name, method in self._experiment.methods.items():
+            contents[name] = method.model_dump_json(include={"keys", "first"}).encode()
+        for name, content in contents.items():
             kept = self._root / "settings" / name
             if kept.exists() and kept.read_bytes() != content:
                 raise UserError(f"the runs in {self._root} are of another {name}; move them away, or restore it")

@@ -70,6 +70,10 @@ def test_a_tiny_experiment_is_run_once(assets: Path, tmp_path: Path):
     again = compare(tmp_path)
     assert not any(line.startswith("training ") for line in again)
     assert (evidence / "results.json").read_bytes() == written
+    experiment["methods"]["sft"]["title"] = "Supervised"  # of the page, not of the runs
+    (tmp_path / "tiny" / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    assert not any(line.startswith("training ") for line in compare(tmp_path))
+    assert json.loads((evidence / "results.json").read_bytes())["methods"]["sft"]["title"] == "Supervised"
     recipe.write_text(recipe.read_text().replace("max_loss_tokens: 200", "max_loss_tokens: 300"))
     command = [sys.executable, str(COMPARE), "tiny/experiment.yaml"]
     refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

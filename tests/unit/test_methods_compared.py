@@ -191,6 +191,14 @@ def test_the_page_of_one_seed_has_no_interval_and_of_one_method_no_winner():
     assert "| CHORD_PHI - GRPO | +5.0 | +5.0 | +5.0 |" in text and "onfirmed." in text
 
 
+def test_the_page_says_whether_the_tuning_run_is_one_of_those_that_are_measured():
+    found = result({"grpo": [0.7, 0.6]})
+    apart, among = ("".join(page({**found, "tuning_seed": seed}).split()) for seed in (0, 1))
+    said = "isoneofthosethatitismeasuredon"
+    assert said not in apart and said in among
+    assert "seed0,whichisnotinthetable." in apart and "notinthetable" not in among
+
+
 def test_what_an_experiment_lacks_is_said(tmp_path: Path):
     whole = yaml.safe_load(EXPERIMENTS[0].read_text(encoding="utf-8"))
     path = tmp_path / "e.yaml"
