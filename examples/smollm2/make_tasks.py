@@ -8,7 +8,8 @@ brackets and `#### 12` at the end.
 | `prompts.jsonl`, `experts.jsonl`, `validation.jsonl` | one addition of numbers up to 10 |
 | `test.jsonl` | `held-out` additions, `harder` two of them, `not trained` capitals |
 
-The numbers of validation and test are added in no prompt and by no expert. Everything depends on SEED alone.
+Prompts and experts, validation, and test have pairs of numbers of their own, in either order; a problem of two
+additions begins with a pair of test. Everything depends on SEED alone.
 """
 
 from __future__ import annotations
@@ -38,23 +39,29 @@ CAPITALS = {
     "Jordan": "Amman",
 }  # fmt: skip
 
-PAIRS = [(a, b) for a in range(2, 11) for b in range(2, 11)]
+PARTS_OF_PAIRS = slice(10), slice(10, 15), slice(15, 45)  # test, validation, trained
+Pair = tuple[int, int]
 Row = dict[str, str]
 
 
-def one_step(rng: random.Random, *, is_held_out: bool) -> Row:
-    """An addition, of numbers that are held out or of others."""
-    name, things = rng.choice(NAMES), rng.choice(THINGS)
-    a, b = rng.choice([pair for pair in PAIRS if ((pair[0] + 2 * pair[1]) % 5 == 0) == is_held_out])
+def one_step(rng: random.Random, pairs: list[Pair]) -> Row:
+    """An addition of one of the pairs."""
+    name, things, (a, b) = rng.choice(NAMES), rng.choice(THINGS), in_either_order(rng, pairs)
     question = f"{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?"
     return worked(question, [(f"{a}+{b}", a + b)], things)
 
 
-def two_steps(rng: random.Random) -> Row:
-    """Two additions."""
-    name, things, (a, b, c) = rng.choice(NAMES), rng.choice(THINGS), (rng.randint(2, 10) for _ in range(3))
+def two_steps(rng: random.Random, pairs: list[Pair]) -> Row:
+    """An addition of one of the pairs, and another one."""
+    name, things, (a, b), c = rng.choice(NAMES), rng.choice(THINGS), in_either_order(rng, pairs), rng.randint(2, 10)
     question = f"{name} has {a} {things}, buys {b} more and finds {c} more. How many {things} does {name} have now?"
     return worked(question, [(f"{a}+{b}", a + b), (f"{a + b}+{c}", a + b + c)], things)
+
+
+def in_either_order(rng: random.Random, pairs: list[Pair]) -> Pair:
+    """One of the pairs."""
+    a, b = rng.choice(pairs)
+    return rng.choice([(a, b), (b, a)])
 
 
 def worked(question: str, steps: list[tuple[str, int]], things: str) -> Row:
@@ -81,10 +88,14 @@ def asked(rows: list[Row], source: str) -> list[Row]:
 
 def make_rows(rng: random.Random) -> dict[str, list[Row]]:
     """The rows of each file."""
-    problems = different(partial(one_step, is_held_out=False), rng, NUM_EXPERTS + NUM_PROMPTS)
-    held_out = different(partial(one_step, is_held_out=True), rng, NUM_TEST + NUM_VALIDATION)
+    pairs = [(a, b) for a in range(2, 11) for b in range(a, 11)]
+    rng.shuffle(pairs)
+    of_test, of_validation, trained = (pairs[place] for place in PARTS_OF_PAIRS)
+    problems = different(partial(one_step, pairs=trained), rng, NUM_EXPERTS + NUM_PROMPTS)
     experts, prompts = problems[:NUM_EXPERTS], problems[NUM_EXPERTS:]
-    validation, held_out = held_out[:NUM_VALIDATION], held_out[NUM_VALIDATION:]
+    validation = different(partial(one_step, pairs=of_validation), rng, NUM_VALIDATION)
+    held_out = different(partial(one_step, pairs=of_test), rng, NUM_TEST)
+    harder = different(partial(two_steps, pairs=of_test), rng, NUM_TEST)
     capitals = [
         {"prompt": f"What is the capital of {country}?", "answer": capital, "source": "not trained"}
         for country, capital in CAPITALS.items()
@@ -93,7 +104,7 @@ def make_rows(rng: random.Random) -> dict[str, list[Row]]:
         "prompts": asked(prompts, "trained"),
         "experts": [{"prompt": row["prompt"], "answer": row["solution"]} for row in experts],
         "validation": asked(validation, "validation"),
-        "test": [*asked(held_out, "held-out"), *asked(different(two_steps, rng, NUM_TEST), "harder"), *capitals],
+        "test": [*asked(held_out, "held-out"), *asked(harder, "harder"), *capitals],
     }
 
 

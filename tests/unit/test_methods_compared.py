@@ -30,6 +30,7 @@ from chord_megatron.tracking.summary import History
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = [ROOT / "examples" / name / "experiment.yaml" for name in ("reproduction", "smollm2")]
 T_OF_2 = 4.302652729749464  # the 97.5% quantile of Student's t with 2 degrees of freedom
+SMALL_PAIRS = {"prompts": 30, "experts": 30, "validation": 5, "held-out": 10, "harder": 10}  # of smollm2's 45
 ROWS = make_tasks.make_rows(random.Random(make_tasks.SEED))
 
 
@@ -234,6 +235,11 @@ def test_each_method_is_a_configuration(path: Path, monkeypatch: pytest.MonkeyPa
         assert spent == experiment.budget
 
 
+def numbers_of(question: str) -> tuple[str, ...]:
+    """The first two, whichever comes first."""
+    return tuple(sorted(re.findall(r"\d+", question)[:2]))
+
+
 def test_the_problems_in_words_and_their_reward():
     smollm2 = ROOT / "examples" / "smollm2"
     rows = runpy.run_path(str(smollm2 / "make_tasks.py"))["make_rows"](random.Random(0))
@@ -243,8 +249,12 @@ def test_the_problems_in_words_and_their_reward():
     solutions = {row["prompt"]: row["answer"] for row in rows["experts"]}
     sums = [str(sum(map(int, re.findall(r"\d+", question)))) for question in solutions]  # all are additions
     assert reward(["?"] * 400, [*solutions.values()], sums) == [1.0] * 400
-    added = {name: {tuple(re.findall(r"\d+", question)) for question in found} for name, found in questions.items()}
-    assert not added["validation"] & (added["prompts"] | added["experts"])
+    pairs = {name: {numbers_of(question) for question in found} for name, found in questions.items() if name != "test"}
+    for part in ("held-out", "harder"):
+        pairs[part] = {numbers_of(row["prompt"]) for row in rows["test"] if row["source"] == part}
+    assert {name: len(found) for name, found in pairs.items()} == SMALL_PAIRS
+    assert pairs["harder"] == pairs["held-out"] and pairs["experts"] == pairs["prompts"]
+    assert all(not pairs[one] & pairs[other] for one, other in combinations(("prompts", "validation", "held-out"), 2))
     said = ["He has 12 + 7 = 19.", "19 of them, not 20", "It is Paris, of course.", "Lyon"]
     assert reward(["?"] * 4, said, ["19", "19", "Paris", "Paris"]) == [1.0, 0.0, 1.0, 0.0]
 
