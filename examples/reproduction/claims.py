@@ -14,6 +14,7 @@ from seeds import Difference, paired_difference
 
 Results = Mapping[str, Any]
 Run = Mapping[str, Any]
+Measure = Callable[[Run, Results, int], float]  # of a run, of its method's record, of steps that both sides took
 HELD_OUT, HARDER, NOT_TRAINED = "held-out", "harder", "not trained"  # sources of a test set
 
 
@@ -121,34 +122,45 @@ def fifths(values: Sequence[float | None]) -> list[float]:
     return [fmean(known) if (known := [value for value in part if value is not None]) else 0.0 for part in parts]
 
 
-def lowest(run: Run, of: Results) -> float:
+def lowest(run: Run, of: Results, _: int) -> float:
     """Validation at the step where it was lowest in the run by which the method was tuned: not in this one."""
     tuned, values = of["tuning_validation"], run["curves"]["eval_reward_mean"]
     return float(values[min(tuned.index(min(tuned)), len(values) - 1)])
 
 
-def best_fifth(run: Run, of: Results) -> float:
-    """Validation in the fifth that was the best of the run by which the method was tuned."""
-    tuned = fifths(of["tuning_validation"])
-    return fifths(run["curves"]["eval_reward_mean"])[tuned.index(max(tuned))]
+def best_of_fifths(count: int) -> Measure:
+    """Validation in that of the first fifths that was the best of the run by which the method was tuned."""
+
+    def measure(run: Run, of: Results, _: int) -> float:
+        tuned = fifths(of["tuning_validation"])[:count]
+        return fifths(run["curves"]["eval_reward_mean"])[tuned.index(max(tuned))]
+
+    return measure
 
 
-def reward_on(source: str) -> Callable[[Run, Results], float]:
+def late_entropy(run: Run, _: Results, steps: int) -> float:
+    """Of rollouts, in the last fifth of so many steps."""
+    steps_and_entropies = zip(run["curves"]["step"], run["curves"]["entropy"], strict=True)
+    return fmean(entropy for step, entropy in steps_and_entropies if 0.8 * steps < step <= steps)
+
+
+def reward_on(source: str) -> Measure:
     """Of one part of the test set."""
-    return lambda run, _: run["reward"][source]
+    return lambda run, *_: run["reward"][source]
 
 
-# Of a run, and of its method's record.
-MEASURES: dict[str, Callable[[Run, Results], float]] = {
+ENTROPY, LENGTH = "entropy of rollouts in the last fifth of the steps that both took", "length of held-out answers"
+MEASURES: dict[str, Measure] = {
     **{source: reward_on(source) for source in (HELD_OUT, HARDER, NOT_TRAINED)},
-    "validation before the first step": lambda run, _: run["curves"]["eval_reward_mean"][0],
+    "validation before the first step": lambda run, *_: run["curves"]["eval_reward_mean"][0],
     "validation where the tuning run was lowest": lowest,
-    "validation in the best fifth": best_fifth,
-    "validation in the last fifth": lambda run, _: fifths(run["curves"]["eval_reward_mean"])[4],
-    "entropy of rollouts in the last fifth": lambda run, _: fifths(run["curves"]["entropy"])[4],
-    "length of held-out answers": lambda run, _: run["length"][HELD_OUT],
+    "validation in the best fifth": best_of_fifths(5),
+    "validation in the best of the first four fifths": best_of_fifths(4),
+    "validation in the last fifth": lambda run, *_: fifths(run["curves"]["eval_reward_mean"])[4],
+    ENTROPY: late_entropy,
+    LENGTH: lambda run, *_: run["length"][HELD_OUT],
 }
-UNITS = {"entropy of rollouts in the last fifth": (1, "nats"), "length of held-out answers": (1, "tokens")}
+UNITS = {ENTROPY: (1, "nats"), LENGTH: (1, "tokens")}
 
 
 def unit(measure: str) -> tuple[float, str]:
@@ -159,10 +171,15 @@ def unit(measure: str) -> tuple[float, str]:
 def measured(results: Results, comparison: Comparison) -> Difference:
     """The paired difference over the seeds, in the unit of the measure."""
     scale, _ = unit(comparison.measure)
-    sides = []
-    for method, measure in comparison.sides:
-        record = results["methods"][method]
-        sides.append([scale * MEASURES[measure](run, record) for run in runs_of(results, method)])
+    pairs = list(zip(*(runs_of(results, method) for method, _ in comparison.sides), strict=True))
+    steps = [max(set(ours["curves"]["step"]) & set(theirs["curves"]["step"])) for ours, theirs in pairs]
+    sides = [
+        [
+            scale * MEASURES[measure](runs[place], results["methods"][method], count)
+            for runs, count in zip(pairs, steps, strict=True)
+        ]
+        for place, (method, measure) in enumerate(comparison.sides)
+    ]
     return paired_difference(*sides)
 
 

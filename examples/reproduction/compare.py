@@ -44,8 +44,9 @@ class Runner:
                 part.rename(path)
 
     def refuse_other(self) -> None:
-        """Raise UserError where the runs that are there were of other methods' keys, or of another recipe."""
-        contents = {"recipe": self._experiment.recipe.read_bytes()}
+        """Raise UserError where the runs that are there began with, had or were tested by something else."""
+        tested = self._experiment.model_dump_json(include={"base", "test", "tested_checkpoint"})
+        contents = {"recipe": self._experiment.recipe.read_bytes(), "base, test or tested_checkpoint": tested.encode()}
         for name, method in self._experiment.methods.items():
             contents[name] = method.model_dump_json(include={"keys", "first"}).encode()
         for name, content in contents.items():
@@ -68,7 +69,7 @@ class Runner:
             tuned = [self.trial(name, lr, experiment.tuning_seed) for name in names for lr in experiment.grid]
             self._train_all(tuned)
             for one in tuned:
-                self.grid.setdefault(one.method, {})[one.lr] = one.validation()
+                self.grid.setdefault(one.method, {})[one.lr] = one.validation(experiment.tested_checkpoint)
         trials = [self.chosen(name, seed) for seed in experiment.seeds for name in experiment.methods]
         self._train_all(trials)
         self._side_by_side(self._test_run, trials)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def page(results: Results) -> str:
         loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"spread": shown_spread, "difference": shown_difference, "wrap": wrapped}
+    environment.filters |= {"versions": shown_versions}
     template, claims = environment.get_template("page.md.j2"), load_claims()
     return template.render(
         results=results,
@@ -86,8 +88,27 @@ def row(results: Results, method: str) -> dict[str, Any]:
         "steps": None if is_base else fmean(run["steps"] for run in runs),
         "rollout_tokens": None if is_base else fmean(run["rollout_tokens"] for run in runs),
         "expert_tokens": None if is_base else fmean(run["expert_tokens"] for run in runs),
-        "lr": None if is_base else results["methods"][method]["lr"],
+        "evaluations": None
+        if is_base
+        else [fmean(of_stage) for of_stage in zip(*(run["evaluations"] for run in runs))],
+        "lr": None if is_base else shown_lr(results["methods"][method]),
     }
+
+
+def shown_versions(made_with: Sequence[str]) -> str:
+    """Of all runs: their commits together where all else is the same; + where more was changed."""
+    commits: dict[str, list[str]] = {}
+    for line in made_with:
+        found = re.search(r", commit (\w{12})\w*(\+?)", line)
+        commits.setdefault(line.replace(found[0], "") if found else line, []).append(
+            found[1] + found[2] if found else ""
+        )
+    return "; ".join(f"{rest} (commit {', '.join(sorted(of))})" if any(of) else rest for rest, of in commits.items())
+
+
+def shown_lr(method: Mapping[str, Any]) -> str:
+    """Of both stages, where there are two."""
+    return ", then ".join(f"{lr:g}" for lr in (method["first_lr"], method["lr"]) if lr is not None)
 
 
 def wrapped(text: str) -> str:
@@ -100,12 +121,17 @@ def winner(results: Results, source: str) -> str:
     ours, others = (max(side, key=lambda name: validation(results, name)) for side in sides(results))
     found = paired_difference(*([100 * value for value in rewards(results, side, source)] for side in (ours, others)))
     said = {1: "CHORD is ahead", 0: "no difference is shown", -1: "CHORD is behind"}[found.sign]
-    means = [f"{titled(results, side)} {100 * fmean(rewards(results, side, source)):.1f}" for side in (ours, others)]
-    return f"*{source}*: {means[0]}, {means[1]}, difference {shown_difference(found)}: {said}"
+    means = [
+        f"{titled(results, side)} (lr {shown_lr(results['methods'][side])}) "
+        f"{100 * fmean(rewards(results, side, source)):.1f}"
+        for side in (ours, others)
+    ]
+    base = f"base {100 * results['base']['reward'][source]:.1f}"
+    return f"*{source}*: {base}, {means[0]}, {means[1]}, difference {shown_difference(found)}: {said}"
 
 
 def validation(results: Results, method: str) -> float:
-    """The mean over the seeds of the validation that checkpoints were chosen by."""
+    """The mean over the seeds, of the checkpoints that are tested."""
     return fmean(run["validation"] for run in runs_of(results, method))
 
 
@@ -117,8 +143,9 @@ def sides(results: Results) -> tuple[list[str], list[str]]:
 
 def at_an_edge(results: Results) -> list[str]:
     """The methods whose learning rate is the lowest or the highest of the grid: others may be better."""
-    edges = {float(results["grid"][0]), float(results["grid"][-1])}
-    return [method["title"] for method in results["methods"].values() if method["lr"] in edges]
+    grid = [float(lr) for lr in results["grid"]]
+    edges = {min(grid), max(grid)}
+    return [method["title"] for method in results["methods"].values() if edges & {method["lr"], method["first_lr"]}]
 
 
 def pairs(results: Results) -> list[tuple[str, str]]:
@@ -145,9 +172,10 @@ def shown_spread(value: Spread) -> str:
 
 def shown_difference(value: Difference) -> str:
     """With its interval, bold where that leaves 0 out; of one seed there is none."""
-    if math.isinf(value.low):
-        return f"{value.mean:+.1f}"
-    digits = 1 if max(map(abs, value)) >= 1 else 3
+    has_interval = math.isfinite(value.low)
+    digits = 1 if max(map(abs, value if has_interval else value[:1])) >= 1 else 3
+    if not has_interval:
+        return f"{value.mean:+.{digits}f}"
     text = f"{value.mean:+.{digits}f} [{value.low:+.{digits}f}, {value.high:+.{digits}f}]"
     return f"**{text}**" if value.sign else text
 

@@ -16,6 +16,8 @@ from chord_megatron.system.errors import UserError
 from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.summary import eval_points, load_history
 
+Checkpoint = Literal["best", "latest"]
+
 
 class Method(BaseModel):
     """Keys over the common recipe."""
@@ -44,7 +46,7 @@ class Experiment(BaseModel):
     expert_mark: str
     nproc_per_node: PositiveInt = 1
     side_by_side: PositiveInt = 1  # runs at a time
-    tested_checkpoint: Literal["best", "latest"] = "best"
+    tested_checkpoint: Checkpoint = "best"
     keep_checkpoints: bool = True  # of tested runs; their exports stay
     methods: dict[str, Method] = Field(min_length=1)
 
@@ -128,23 +130,25 @@ class Trial:
             raise UserError(f"{self.directory} names no best checkpoint; set train.keep_best in the recipe")
         return self.directory / "hf" / f"step_{step}"
 
-    def validation(self) -> float:
-        """The best mean reward on the validation prompts after a step: not of the weights that it began with."""
-        return max(point.reward for point in eval_points(load_history(self.directory)) if point.step > 0)
+    def validation(self, checkpoint: Checkpoint) -> float:
+        """The mean reward of that checkpoint on the validation prompts; never of the weights that it began with."""
+        rewards = [point.reward for point in eval_points(load_history(self.directory)) if point.step > 0]
+        return max(rewards) if checkpoint == "best" else rewards[-1]
 
 
 def make_trial(
     root: Path, experiment: Experiment, name: str, lr: float, seed: int, grid: Mapping[str, Mapping[float, float]]
 ) -> Trial:
     """A method's run. grid: validation rewards by method and learning rate, of what it begins with at least."""
-    method, at = experiment.methods[name], Path(f"lr_{lr:g}") / f"seed_{seed}"
+    method = experiment.methods[name]
     if method.first is None:
-        return Trial(root / name / at, name, lr, seed, method.keys)
+        return Trial(root / name / f"lr_{lr:g}" / f"seed_{seed}", name, lr, seed, method.keys)
     half = {"train.max_loss_tokens": experiment.budget // 2}
     first_lr = chosen_lr(grid[method.first])
     first_keys = {**experiment.methods[method.first].keys, **half}
     first = Trial(root / f"{name}_first" / f"lr_{first_lr:g}" / f"seed_{seed}", name, first_lr, seed, first_keys)
-    return Trial(root / name / at, name, lr, seed, {**method.keys, **half}, first)
+    after = Path(f"lr_{lr:g}_after_{first_lr:g}") / f"seed_{seed}"
+    return Trial(root / name / after, name, lr, seed, {**method.keys, **half}, first)
 
 
 def chosen_lr(found: Mapping[float, float]) -> float:

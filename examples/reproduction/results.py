@@ -14,7 +14,6 @@ from typing import Any
 
 from experiment import Experiment, Trial, chosen_lr
 
-from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.summary import History, load_history
 
 # Of the steps between two evaluations, the mean; of an evaluation, the number.
@@ -61,11 +60,12 @@ def collect(
             "first": method.first,
             "grid": {f"{lr:g}": reward for lr, reward in found.items()},
             "lr": chosen_lr(found),
+            "first_lr": chosen_lr(grid[method.first]) if method.first else None,
             "tuning_validation": curves([load_history(one.directory) for one in tuning[name].stages])[VALIDATION],
             "runs": {},
         }
     for trial in trials:
-        methods[trial.method]["runs"][str(trial.seed)] = of_run(trial, experiment.expert_mark)
+        methods[trial.method]["runs"][str(trial.seed)] = of_run(trial, experiment)
     return {
         "title": experiment.title,
         "setting": experiment.setting,
@@ -77,11 +77,11 @@ def collect(
         "base": of_test(base, experiment.expert_mark),
         "methods": methods,
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
-        "made_with": sorted({made_with(trial.directory) for trial in trials}),
+        "made_with": sorted({made_with(trial.directory) for trial in [*tuning.values(), *trials]}),
     }
 
 
-def of_run(trial: Trial, expert_mark: str) -> dict[str, Any]:
+def of_run(trial: Trial, experiment: Experiment) -> dict[str, Any]:
     """One run behind its first stage: what it took, what it reached, its curves."""
     histories = [load_history(one.directory) for one in trial.stages]
     steps = [step for history in histories for step in history.steps]
@@ -91,9 +91,9 @@ def of_run(trial: Trial, expert_mark: str) -> dict[str, Any]:
         "expert_tokens": sum(step["num_expert_tokens"] for step in steps),
         "seconds_of_steps": round(sum(step["time_step"] for step in steps), 1),
         "first_step": {key: steps[0][key] for key in ("loss_rollout", "loss_expert", "grad_norm")},
-        "best_step": RunDir(trial.directory).best_step(),
-        "validation": trial.validation(),
-        **of_test(trial.directory, expert_mark),
+        "evaluations": [len(history.evaluations) - 1 for history in histories],  # before the first step apart
+        "validation": trial.validation(experiment.tested_checkpoint),
+        **of_test(trial.directory, experiment.expert_mark),
         "curves": curves(histories),
     }
 

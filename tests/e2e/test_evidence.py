@@ -1,4 +1,4 @@
-"""One run of docs/evidence/reproduction again: its first step as recorded, its result as its seeds let expect."""
+"""One run of docs/evidence/reproduction again: its first steps as recorded, its result as its seeds let expect."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import pytest
 from commands import run_chord_megatron
 from experiment import load_experiment, make_trial
 from harness import read_metrics
+from results import curves
 from seeds import next_one
+
+from chord_megatron.tracking.summary import load_history
 
 pytestmark = [pytest.mark.e2e, pytest.mark.distributed]
 
@@ -38,6 +41,9 @@ def test_a_run_of_the_table_is_repeated(tmp_path: Path, monkeypatch: pytest.Monk
     assert {key: first[key] for key in recorded["runs"][str(SEED)]["first_step"]} == pytest.approx(
         recorded["runs"][str(SEED)]["first_step"], rel=1e-4, abs=1e-5
     )
+    windows = curves([load_history(trial.directory)])  # between evaluations
+    for key in ("mu", "loss_expert", "phi_mean", "entropy"):
+        assert windows[key][1] == pytest.approx(recorded["runs"][str(SEED)]["curves"][key][1], rel=0.02), key
     said = run_chord_megatron("evaluate", trial.directory, tmp_path / "test.jsonl", "--checkpoint", "best", "--json")
     found = {name: of["metrics"]["reward_mean"]["value"] for name, of in json.loads(said)["sources"].items()}
     for source, reward in found.items():

@@ -17,7 +17,7 @@ import make_tasks
 import pytest
 import yaml
 from claims import MEASURES, Claim, Comparison, fifths, findings, load_claims, missing_methods, verdict
-from evidence import page, winner
+from evidence import at_an_edge, page, shown_difference, shown_versions, winner
 from experiment import chosen_lr, load_experiment, make_trial
 from results import OF_STEPS, curves
 from seeds import Difference, next_one, paired_difference, spread
@@ -119,11 +119,12 @@ def result(rewards: dict[str, list[float]], curve: Sequence[float] = (0.5,) * 6)
     def run(value: float) -> dict[str, Any]:
         keys = ("tokens", "step", "eval_reward_mean", "eval_response_length_mean", *OF_STEPS)
         spent = dict.fromkeys(("steps", "rollout_tokens", "expert_tokens", "validation"), value)
-        return {**tested(value), **spent, "curves": {key: list(curve) for key in keys}}
+        return {**tested(value), **spent, "evaluations": [5], "curves": {key: list(curve) for key in keys}}
 
     def method(name: str, values: list[float]) -> dict[str, Any]:
         runs = {str(seed): run(value) for seed, value in enumerate(values, 1)}
-        record = {"title": name.upper(), "is_chord": "chord" in name, "lr": 1e-3, "grid": {"0.001": 0.5, "0.1": 0.25}}
+        record = {"title": name.upper(), "is_chord": "chord" in name, "lr": 1e-3, "first_lr": None}
+        record |= {"grid": {"0.001": 0.5, "0.1": 0.25}}
         return {**record, "tuning_validation": list(curve), "runs": runs}
 
     return {
@@ -162,12 +163,44 @@ def test_a_claim_is_held_against_the_runs_and_left_out_where_a_method_is_missing
     [
         ([0.5, 0.1, 0.2, 0.3, 0.6, 0.8, 0.9, 0.9, 0.7, 0.6], "confirmed"),
         ([0.5, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.3, 0.3], "contradicted"),  # never back to where it began
-        ([0.5, 0.1, 0.2, 0.3, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9], "not confirmed"),  # no loss at the end
+        ([0.5, 0.1, 0.2, 0.3, 0.6, 0.6, 0.7, 0.7, 0.8, 0.9], "contradicted"),  # gains to the end
+        ([0.5, 0.1, 0.2, 0.3, 0.6, 0.7, 0.9, 0.9, 0.9, 0.9], "not confirmed"),  # neither loses nor gains at the end
     ],
 )
 def test_shift_readapt_and_overfit_go_by_the_tuning_run(curve: list[float], said: str):
     found = result({"sft": [0.5, 0.5, 0.5]}, curve)
     assert findings(found, load_claims().claims)[0].verdict == said
+
+
+def test_entropies_are_compared_at_the_same_steps():
+    """Of 40 and 20 steps, an entropy that falls with the step alone: no method keeps more."""
+    found = result({"chord_phi": [0.5, 0.5], "grpo": [0.5, 0.5]})
+    for method, last in (("chord_phi", 20), ("grpo", 40)):
+        for run in found["methods"][method]["runs"].values():
+            steps = [*range(0, last + 1, 5), last + 3]
+            run["curves"] |= {"step": steps, "entropy": [None, *(1 / step for step in steps[1:])]}
+    claim = next(claim for claim in load_claims().claims if claim.sentence == "CHORD-phi keeps more entropy than GRPO.")
+    ((_, difference),) = findings(found, [claim])[0].differences
+    assert difference == (0.0, 0.0, 0.0)
+    found["methods"]["grpo"]["runs"]["1"]["curves"]["entropy"][4] -= 0.5  # at step 20, the last that both have
+    ((_, difference),) = findings(found, [claim])[0].differences
+    assert math.isclose(difference.mean, 0.25)
+
+
+def test_runs_of_several_commits_are_named_together():
+    one, other = f"p 0.1.0, commit {'a' * 40}, torch 2", f"p 0.1.0, commit {'b' * 40}+, torch 2"
+    assert shown_versions([one, other]) == "p 0.1.0, torch 2 (commit aaaaaaaaaaaa, bbbbbbbbbbbb+)"
+    assert shown_versions(["torch 2", "torch 3"]) == "torch 2; torch 3"
+
+
+def test_the_edges_of_a_grid_are_its_extremes_and_a_first_stage_counts():
+    found = result({"sft": [0.5], "two": [0.5], "grpo": [0.5]})
+    found["grid"] = ["0.0001", "1e-05", "0.001"]
+    for method, rates in {"sft": (None, 1e-3), "two": (1e-3, 1e-4), "grpo": (None, 1e-4)}.items():
+        found["methods"][method] |= dict(zip(("first_lr", "lr"), rates, strict=True))
+        found["methods"][method]["grid"] = dict.fromkeys(found["grid"], 0.5)
+    assert at_an_edge(found) == ["SFT", "TWO"]
+    assert "| 0.001, then 0.0001 |" in page(found)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +223,7 @@ def test_the_page_of_one_seed_has_no_interval_and_of_one_method_no_winner():
     assert "| GRPO | 70.0 | 70.0 | 70.0 |" in text and "- CHORD-mu ends above SFT, then RL." in text
     text = page(result({"grpo": [0.7], "chord_phi": [0.75]}))
     assert "| CHORD_PHI - GRPO | +5.0 | +5.0 | +5.0 |" in text and "onfirmed." in text
+    assert shown_difference(Difference(0.017, -math.inf, math.inf)) == "+0.017"
 
 
 def test_the_page_says_whether_the_tuning_run_is_one_of_those_that_are_measured():
@@ -240,6 +274,14 @@ def numbers_of(question: str) -> tuple[str, ...]:
     return tuple(sorted(re.findall(r"\d+", question)[:2]))
 
 
+def test_a_second_stage_has_a_run_for_each_rate_of_its_first(tmp_path: Path):
+    experiment = load_experiment(EXPERIMENTS[0])
+    for chosen in (1e-3, 3e-3):
+        one = make_trial(tmp_path, experiment, "sft_then_grpo", 1e-4, 2, {"sft": {chosen: 0.5}})
+        assert one.directory == tmp_path / "sft_then_grpo" / f"lr_0.0001_after_{chosen:g}" / "seed_2"
+        assert one.first and one.first.directory == tmp_path / "sft_then_grpo_first" / f"lr_{chosen:g}" / "seed_2"
+
+
 def test_the_problems_in_words_and_their_reward():
     smollm2 = ROOT / "examples" / "smollm2"
     rows = runpy.run_path(str(smollm2 / "make_tasks.py"))["make_rows"](random.Random(0))
@@ -275,6 +317,6 @@ def test_the_committed_page_is_what_its_numbers_say(name: str):
 def test_the_readme_counts_the_verdicts():
     found = json.loads((ROOT / "docs" / "evidence" / "reproduction" / "results.json").read_text(encoding="utf-8"))
     counts = Counter(finding.verdict for finding in findings(found, load_claims().claims))
-    assert counts == {"confirmed": 2, "not confirmed": 2, "contradicted": 4}
+    assert counts == {"confirmed": 1, "not confirmed": 2, "contradicted": 5}
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert "two are confirmed, two are not, and four are contradicted" in said
