@@ -3,7 +3,7 @@
     python examples/recipes/make_data.py math data/math      # open-r1/OpenR1-Math-220k: 5,000 experts, 20,000 prompts
     python examples/recipes/make_data.py tools data/tools    # Team-ACE/ToolACE: 500 experts, 5,000 prompts
 
-Each writes experts.jsonl, prompts.jsonl and heldout.jsonl, of different rows. The rules for math are those of
+Each writes experts.jsonl, prompts.jsonl and heldout.jsonl, of different questions. The rules for math are those of
 Trinity-RFT's examples/mix_chord/get_openr1_data.py, whose rows were drawn without a seed: these are others.
 """
 
@@ -80,13 +80,22 @@ SETTINGS = {
 }
 
 
+def question(made: Row) -> str:
+    """What a row asks, but for case and white space."""
+    text = made["problem"] if "problem" in made else json.dumps([made["system"], made["conversations"][:-1]])
+    return " ".join(text.split()).casefold()
+
+
 def distribute(rows: Iterable[Row], parts: Iterable[Part]) -> dict[str, list[Row]]:
-    """Each row to the first part that takes it and is not full."""
+    """Each row to the first part that takes it and is not full, a question once."""
     files: dict[str, list[Row]] = {part.name: [] for part in parts}
+    asked: set[str] = set()
     for row in rows:
         for part in (part for part in parts if len(files[part.name]) < part.count):
             if (made := part.make(row)) is not None:
-                files[part.name].append(made)
+                if question(made) not in asked:
+                    files[part.name].append(made)
+                    asked.add(question(made))
                 break
     short = [part for part in parts if len(files[part.name]) < part.count]
     if short:

@@ -208,13 +208,17 @@ def test_rows_of_openr1_math():
 
 def test_each_row_goes_to_one_file_and_too_few_write_nothing():
     make = imported("make_data")
-    rows = [math_row(number, "12" if number % 2 else "1/2", [True, True]) for number in range(8)]
+    rows = [
+        math_row(number, "12" if number % 2 else "1/2", [True, True]) for number in (0, 1, 0, 2, 3, 1, 3, 4, 5, 6, 7)
+    ]
     parts = [make.Part("experts", 2, make.math_expert), make.Part("prompts", 3, make.math_prompt)]
     files = make.distribute(rows, parts)
     assert [row["problem"] for row in files["experts"]] == ["What is 0?", "What is 1?"]
     assert [row["problem"] for row in files["prompts"]] == ["What is 3?", "What is 5?", "What is 7?"]
     with pytest.raises(SystemExit, match=r"^the data set is too small: 2 of 3 prompts; nothing was written$"):
-        make.distribute(rows[:6], parts)
+        make.distribute(rows[:9], parts)
+    tools = [make.tool_row({**TOOL_ROW, "system": system}) for system in ("a", "A", "b")]
+    assert [make.question(row) for row in tools[:2]] == [make.question(tools[0])] * 2 != [make.question(tools[2])] * 2
 
 
 def test_rows_of_toolace_are_read_as_prompts_and_as_experts(tmp_path: Path):
