@@ -114,8 +114,8 @@ class TrainConfig(Group):
     """
     max_loss_tokens: Positive | None = None
     """end the run, with a save, after the generation batch by which so many tokens have had a loss
-    (`num_rollout_tokens` and `num_expert_tokens`, summed): a budget that is the same for methods whose steps are not;
-    learning rates decay towards `train_iters` all the same
+    (`num_rollout_tokens` and `num_expert_tokens`, summed; completions without an advantage count as well): a budget
+    that is the same for methods whose steps are not; learning rates decay towards `train_iters` all the same
     """
     early_stopping_patience: Positive | None = None
     """end the run, with a save, after N evaluations in a row whose `eval_reward_mean` is not above the best before

@@ -18,6 +18,7 @@ from chord_megatron.inspection.reading import ReadSet, SampledRow, all_sources, 
 from chord_megatron.inspection.references import cut_short
 from chord_megatron.inspection.spans import Span, make_spans
 from chord_megatron.inspection.visible import beginning, ending
+from chord_megatron.planning.rewards import scores_completions
 from chord_megatron.rewards import check_reward_functions
 from chord_megatron.rewards.answers import final_answer
 from chord_megatron.types import ExpertSample, Prompt
@@ -90,7 +91,7 @@ class Inspection:
     on_bad_row: str
     data_sets: tuple[DataSet, ...]
     duplicates: tuple[FoundDuplicates, ...]
-    expert_rewards: ExpertRewards | None  # without experts None
+    expert_rewards: ExpertRewards | None  # None: without experts, or where a run scores nothing
 
 
 def inspect_data(
@@ -106,7 +107,7 @@ def inspect_data(
     sources = all_sources(config, turns, tokenizer, expert_max_length)
     found = [read_set(source, turns, sample, model_length) for source in sources]
     rewards = None
-    if any(read.source.kind == "experts" for read in found):
+    if scores_completions(config) and any(read.source.kind == "experts" for read in found):
         rewards = score_experts(config, turns, tokenizer, found)
     return Inspection(
         model=config.model.path,

@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ def page(results: Results) -> str:
         loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"spread": shown_spread, "difference": shown_difference, "wrap": wrapped}
-    environment.filters |= {"versions": shown_versions}
+    environment.filters |= {"item": partial(wrapped, indent="- "), "versions": shown_versions}
     template, claims = environment.get_template("page.md.j2"), load_claims()
     return template.render(
         results=results,
@@ -111,9 +112,11 @@ def shown_lr(method: Mapping[str, Any]) -> str:
     return ", then ".join(f"{lr:g}" for lr in (method["first_lr"], method["lr"]) if lr is not None)
 
 
-def wrapped(text: str) -> str:
-    """As a paragraph."""
-    return textwrap.fill(" ".join(text.split()), 118, break_long_words=False, break_on_hyphens=False)
+def wrapped(text: str, indent: str = "") -> str:
+    """As a paragraph, or as an item of a list."""
+    width, following = 118 + len(indent), " " * len(indent)
+    options = {"initial_indent": indent, "subsequent_indent": following}
+    return textwrap.fill(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False, **options)
 
 
 def winner(results: Results, source: str) -> str:

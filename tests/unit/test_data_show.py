@@ -439,6 +439,15 @@ def test_functions_of_the_users_are_asked_in_their_process_and_get_what_training
     assert (accuracy.mean, rewards.rejected, rewards.examples[0].functions) == (1.0, 1, (own.name,))
 
 
+@pytest.mark.parametrize(("train", "is_asked"), [({}, False), ({"eval_steps": 5}, True)])
+def test_functions_are_asked_where_a_run_would_score_anything(tmp_path, train, is_asked):
+    """With mu 1 throughout nothing is drawn, and without evaluations nothing is scored."""
+    config = config_of(tmp_path, experts=ANSWERS, chord={"chord_mu_peak": 1.0, "chord_mu_valley": 1.0})
+    config = config.model_copy(update={"train": config.train.model_copy(update=train)})
+    found = inspect(config)
+    assert (found.expert_rewards is not None) == is_asked and "experts" in printed(found)
+
+
 def test_a_function_that_fails_is_a_finding(tmp_path):
     (tmp_path / "own.py").write_text(FUNCTION, encoding="utf-8")
     config = config_of(
