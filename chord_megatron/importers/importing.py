@@ -14,7 +14,7 @@ from chord_megatron.importers.shell import Command, read_script
 from chord_megatron.importers.trl import from_trl, refuse_python
 from chord_megatron.importers.verl import from_verl
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.secrets import is_secret
+from chord_megatron.system.secrets import has_password, is_secret
 from chord_megatron.system.sentences import did_you_mean, shown
 
 Fill = Callable[[Flags, Recipe], None]
@@ -106,8 +106,7 @@ def _mapping(path: Path) -> dict[str, list[str]]:
 def _command_of(trainer: str, path: Path) -> tuple[Command, Command, list[str]]:
     """The command, the same without what the environment says, and what to say of the script."""
     content = read_file(path)
-    environment = {name: value for name, value in os.environ.items() if not is_secret(name)}  # a file is to hold none
-    script = read_script(content, path.name, environment)
+    script = read_script(content, path.name, _environment())
     if calls := [place for place, command in enumerate(script.commands) if _COMMANDS[trainer].search(_front(command))]:
         if len(calls) > 1:
             text = f"{path.name} calls {trainer} {len(calls)} times; the first call was read: to read another, give its"
@@ -116,6 +115,11 @@ def _command_of(trainer: str, path: Path) -> tuple[Command, Command, list[str]]:
     if any(re.search(r"(^| )megatron rlhf", _front(command)) for command in script.commands):
         raise UserError(f"{path} calls `megatron rlhf`, whose flags count otherwise; only `swift rlhf` is read")
     raise UserError(f"{path} has no command of {trainer} ({_CALLS[trainer]}); name the script that trains")
+
+
+def _environment() -> dict[str, str | None]:
+    """Without the values of secrets: a configuration is to hold none."""
+    return {key: None if is_secret(key) or has_password(value) else value for key, value in os.environ.items()}
 
 
 def _front(command: Command) -> str:

@@ -61,18 +61,21 @@ class Script:
 class _Around:
     """What a script has not set itself: what the shell has, and what nobody says."""
 
-    environment: Mapping[str, str]
+    environment: Mapping[str, str | None]
     unresolved: list[str] = field(default_factory=list)
+    withheld: list[str] = field(default_factory=list)  # of the environment, as far as the script reads it
 
     def value(self, name: str) -> list[str] | None:
-        """What the shell has; None where it has nothing of that name."""
-        return [self.environment[name]] if name in self.environment else None
+        """What the shell has; None where it has nothing of that name, or nothing that may be read."""
+        value = self.environment.get(name)
+        self.withheld += [name] * (value is None and name in self.environment)
+        return None if value is None else [value]
 
 
-def read_script(text: str, name: str, environment: Mapping[str, str] | None = None) -> Script:
-    """The commands of a script's text; `name` is the file's. environment: of the shell that would run it.
+def read_script(text: str, name: str, environment: Mapping[str, str | None] | None = None) -> Script:
+    """The commands of a script's text; `name` is the file's.
 
-    Raises UserError.
+    environment: of the shell that would run it, None for a value that is withheld. Raises UserError.
     """
     if re.search(f"[{_LITERAL}-{_END}]", text):
         raise UserError(f"{name} holds characters of Unicode's private area (U+E000 to U+E005); remove them")
@@ -84,6 +87,8 @@ def read_script(text: str, name: str, environment: Mapping[str, str] | None = No
         except ValueError as error:
             raise UserError(f"{name} is no shell script: {error} in {raw.strip()[:60]!r}; mend it") from None
         _take(words, variables, around, script, name)
+    reason = "of this shell is not read: its name or its value speaks of a secret"
+    script.notes += [f"${key} {reason}" for key in dict.fromkeys(around.withheld)]
     return script
 
 

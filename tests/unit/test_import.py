@@ -307,6 +307,17 @@ def test_variables_of_the_environment_are_expanded_and_said(tmp_path: Path, monk
     assert "hf_1234567890" not in recipe.to_yaml()
 
 
+def test_a_password_in_the_environment_is_in_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("URL", "https://user:hunter2secret@host/m")
+    monkeypatch.setenv("MAX_TOKENS", "4096")
+    recipe = recipe_of("ms-swift", BASE + "--model $URL --max_completion_length ${MAX_TOKENS:-1024}", tmp_path)
+    assert (recipe.values["model.path"], recipe.values["rollout.max_completion_length"]) == ("$URL", 1024)
+    assert "hunter2secret" not in recipe.to_yaml()
+    for name in ("$URL", "$MAX_TOKENS"):
+        text = f"{name} of this shell is not read: its name or its value speaks of a secret"
+        assert [remark.kind for remark in recipe.remarks if remark.text == text] == ["unresolved"]
+
+
 def test_a_yaml_file_of_ms_swift(tmp_path: Path):
     path = tmp_path / "args.yaml"
     path.write_text("rlhf_type: grpo\nmodel: m\ndataset: [d.jsonl]\ntuner_type: full\nbeta: 0.1\nENV: {A: b}\n")

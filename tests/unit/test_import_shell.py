@@ -134,6 +134,14 @@ def test_a_word_that_is_no_command_sets_nothing():
     assert command.words == ["swift", "read", "LR", "9"]
 
 
+def test_what_is_withheld_counts_as_unset_and_is_said_once():
+    surroundings = {"MAX_TOKENS": None, "OWN_KEY": None, "OTHER_KEY": None}
+    script = read_script("OWN_KEY=1\nswift ${MAX_TOKENS:-7} $MAX_TOKENS $OWN_KEY", "x.sh", surroundings)
+    assert script.commands[-1].words == ["swift", "7", "$MAX_TOKENS", "1"]
+    assert script.commands[-1].unresolved == ["$MAX_TOKENS"]
+    assert script.notes == ["$MAX_TOKENS of this shell is not read: its name or its value speaks of a secret"]
+
+
 def test_the_environment_of_a_command():
     script = "export NPROC_PER_NODE=8\nCUDA_VISIBLE_DEVICES=0,1 swift rlhf"
     (command,) = read_script(script, "x.sh").commands
