@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from chord_megatron.importers.flags import Flags, read_arguments, read_file, read_keys, read_mapping
@@ -74,10 +74,7 @@ def _given(trainer: str, words: list[str], recipe: Recipe) -> Flags:
     flags = {**_read(trainer, after, recipe), **rest}
     for name in dict.fromkeys(command.unresolved):
         _say_unresolved(name, flags, recipe, dash)
-    written = Flags((read_arguments if dash else read_keys)(as_written.words)[0], dash)
-    for name in [name for name in written if name in flags and name not in rest and flags[name] != written[name]]:
-        text = f"{' '.join(flags[name])} by the environment of this shell"
-        recipe.remark("approximated", written.said(name), text)
+    _say_environment(after, as_written.words, rest, recipe, dash)
     return Flags(flags, dash)
 
 
@@ -158,3 +155,19 @@ def _say_unresolved(name: str, flags: dict[str, list[str]], recipe: Recipe, dash
     for flag, words in flags.items():
         if any(name in word for word in words):
             recipe.remark("unresolved", f"{dash}{flag} {' '.join(words)[:60]}", text)
+
+
+def _say_environment(
+    after: list[str], as_written: list[str], rest: Mapping[str, list[str]], recipe: Recipe, dash: str
+) -> None:
+    """Which flags are not as the script has them. rest: what goes before them."""
+    read = read_arguments if dash else read_keys
+    flags, written = Flags(read(after)[0], dash), read(as_written)[0]
+    for name in [name for name in flags if name not in rest]:
+        if name not in written:  # of a variable that holds whole flags
+            recipe.remark("approximated", flags.said(name), "by the environment of this shell")
+            continue
+        words = written[name][: len(flags[name])]  # such a variable stands behind the words of the flag before it
+        if words != flags[name]:
+            text = f"{' '.join(flags[name])} by the environment of this shell"
+            recipe.remark("approximated", Flags({name: words}, dash).said(name), text)

@@ -318,6 +318,55 @@ def test_a_password_in_the_environment_is_in_no_configuration(tmp_path: Path, mo
         assert [remark.kind for remark in recipe.remarks if remark.text == text] == ["unresolved"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--output_dir out $EXTRA_ARGS",
+            ["--beta 0.9: by the environment of this shell", "--temperature 0.3: by the environment of this shell"],
+        ),
+        (
+            "--output_dir $OUT_DIR $EXTRA_ARGS",
+            [
+                "--beta 0.9: by the environment of this shell",
+                "--output_dir $OUT_DIR: /out by the environment of this shell",
+                "--temperature 0.3: by the environment of this shell",
+            ],
+        ),
+        (
+            "--beta 0.1 $EXTRA_ARGS",
+            [
+                "--beta 0.1: 0.9 by the environment of this shell",
+                "--temperature 0.3: by the environment of this shell",
+            ],
+        ),
+        ("$EXTRA_ARGS --beta 0.1", ["--temperature 0.3: by the environment of this shell"]),
+        ("--dataset $FILES", ["--dataset $FILES: a.jsonl b.jsonl by the environment of this shell"]),
+        ("--async_generate $SWITCH", ["--vllm_enforce_eager: by the environment of this shell"]),
+    ],
+)
+def test_flags_of_the_environment_are_said(
+    flags: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OUT_DIR", "/out")
+    monkeypatch.setenv("EXTRA_ARGS", "--temperature 0.3 --beta 0.9")
+    monkeypatch.setenv("FILES", "a.jsonl b.jsonl")
+    monkeypatch.setenv("SWITCH", "--vllm_enforce_eager")
+    recipe = recipe_of("ms-swift", BASE + flags, tmp_path)
+    found = [str(remark) for remark in recipe.remarks if "environment" in remark.text]
+    assert sorted(found) == [f"approximated: {text}" for text in said]
+
+
+def test_a_file_of_flags_is_not_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "grpo.yaml").write_text("model_name_or_path: m\nbeta: 0.2\n", encoding="utf-8")
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    recipe = recipe_of("trl", "trl grpo --config $WHERE/grpo.yaml", tmp_path)
+    assert recipe.values["grpo.beta"] == 0.2
+    assert [str(remark) for remark in recipe.remarks if "environment" in remark.text] == [
+        f"approximated: --config $WHERE/grpo.yaml: {tmp_path}/grpo.yaml by the environment of this shell"
+    ]
+
+
 def test_a_yaml_file_of_ms_swift(tmp_path: Path):
     path = tmp_path / "args.yaml"
     path.write_text("rlhf_type: grpo\nmodel: m\ndataset: [d.jsonl]\ntuner_type: full\nbeta: 0.1\nENV: {A: b}\n")
