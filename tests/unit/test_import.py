@@ -617,6 +617,11 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
             {"train.eval_num_generations": None, "train.eval_temperature": None},
         ),
         (
+            "data.val_files=v.parquet actor_rollout_ref.rollout.val_kwargs.do_sample=True "
+            "actor_rollout_ref.rollout.val_kwargs.n=4",
+            {"train.eval_num_generations": None, "train.eval_temperature": None},
+        ),
+        (
             "+reward_model.reward_kwargs.overlong_buffer_cfg.enable=True "
             "+reward_model.reward_kwargs.overlong_buffer_cfg.len=100 "
             "+reward_model.reward_kwargs.overlong_buffer_cfg.penalty_factor=0.5",
@@ -631,6 +636,14 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
 def test_keys_of_verl(keys: str, values: dict, tmp_path: Path):
     recipe = recipe_of("verl", "python -m verl.trainer.main_ppo " + " ".join(KEYS) + " " + keys, tmp_path)
     assert {key: recipe.values.get(key) for key in values} == values
+    check_plan(recipe)
+
+
+@pytest.mark.parametrize("sampled", ["", "actor_rollout_ref.rollout.val_kwargs.do_sample=True"])
+def test_several_greedy_answers_of_verl_are_one(sampled: str):
+    several = "actor_rollout_ref.rollout.val_kwargs.n=4"
+    recipe = import_words("verl", [*KEYS, "data.val_files=v.parquet", several, *sampled.split()])
+    assert (several, "each answer at temperature 0 is the same") in recipe.without_effect
     check_plan(recipe)
 
 
