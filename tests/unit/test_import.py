@@ -441,6 +441,10 @@ def test_grpo_config_of_trl(tmp_path: Path):
         ("--run_name r", {"tracking.run_name": "r"}),
         ("--dataset_name a --num_generations_eval 4", {"train.eval_num_generations": None}),
         (
+            "--eval_strategy steps --num_generations_eval 4",
+            {"train.eval_num_generations": None, "train.eval_temperature": None},
+        ),
+        (
             "--dataset_name a --eval_strategy steps --num_generations_eval 4",
             {"train.eval_num_generations": 4, "train.eval_temperature": 1.0},
         ),
@@ -451,6 +455,15 @@ def test_arguments_of_trl(flags: str, values: dict):
     recipe = import_words("trl", ["--model_name_or_path", "m", *flags.split()])
     assert {key: recipe.values.get(key) for key in values} == values
     check_plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "flags"),
+    [("trl", "--model_name_or_path m --eval_strategy steps"), ("ms-swift", BASE.partition("rlhf ")[2])],
+)
+def test_answers_to_held_out_prompts_that_are_not_there_are_without_effect(trainer: str, flags: str):
+    recipe = import_words(trainer, [*flags.split(), "--num_generations_eval", "4"])
+    assert ("--num_generations_eval 4", "there are no held-out prompts") in recipe.without_effect
 
 
 MIXTURE = """
