@@ -226,6 +226,8 @@ BASE = "NPROC_PER_NODE=4 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl
         ),
         ("--system 'a\\nb'", {"data.system_prompt": "a\nb"}),
         ("--use_chat_template false", {"data.prompt_format": "text"}),
+        ("--run_name r", {"tracking.run_name": "r"}),
+        ("--swanlab_exp_name s", {"tracking.run_name": "s"}),
         ("--ddp_timeout 18000000", {"parallel.distributed_timeout_minutes": 1e5}),
     ],
 )
