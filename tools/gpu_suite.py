@@ -230,7 +230,8 @@ def shown(text: str, place: Place) -> str:
     """Without this machine's paths."""
     names: dict[str | Path, str] = {place.work: "WORK", place.output: "OUTPUT", ROOT: ".", sys.executable: "python"}
     names |= {sys.prefix: "PREFIX", sys.base_prefix: "PREFIX"}
-    names |= dict.fromkeys(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), "PYTHONPATH")
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    names |= dict.fromkeys(filter(os.path.isabs, entries), "PYTHONPATH")  # a relative one, such as ".", is in any text
     for path, name in names.items():
         text = text.replace(str(path), name)
     return text

@@ -14,6 +14,7 @@ import torch
 # Their kernels take CUDA tensors, and Megatron-Core takes the kernels wherever it can import them.
 _PACKAGES_FOR_GPUS = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C")
 # For loggers of Megatron-Core's that nothing here uses: half a second, and folders that a killed process leaves behind.
+# Hidden without CUDA alone, as all of this is: where there is a GPU, Megatron-Core is imported as it comes.
 _PACKAGES_FOR_LOGS = ("wandb",)
 
 
@@ -21,7 +22,7 @@ def import_megatron_core() -> None:
     """Import Megatron-Core. Without CUDA nothing of it is compiled, now or when more of it is imported.
 
     As it is imported it compiles functions, for fusions that only GPUs have: a third of the time to start. Nor does it
-    find packages for GPUs, in an image that has them.
+    find packages for GPUs, in an image that has them, or wandb. With CUDA nothing is kept from it.
     """
     if torch.cuda.is_available():
         return

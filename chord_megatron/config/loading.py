@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raw = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
     except OSError as error:
         in_run = Path(path) / "config.yaml"
-        remedy = f"; name {in_run}" if in_run.is_file() else ""
+        remedy = f"; name {in_run}" if os.path.isfile(in_run) else ""
         raise UserError(f"cannot read the configuration {path}: {error.strerror}{remedy}") from None
     except ValueError as error:  # of YAML, of UTF-8, or of a path with NUL
         raise UserError(f"{path} is not valid YAML: {error}") from None

@@ -108,15 +108,19 @@ def stored_samples(
     """
     ranges = [range(start, min(start + ROWS_OF_A_PART, count)) for start in range(0, count, ROWS_OF_A_PART)]
 
+    def rows_there() -> int:
+        numbers = [int(path.name.removeprefix("part-")) for path in folder.glob("part-*") if not path.suffix]
+        return sum(len(ranges[number]) for number in numbers)
+
     def make_part(rows: range) -> bytes:
-        there = [int(path.name.removeprefix("part-")) for path in folder.glob("part-*") if not path.suffix]
-        work.done = sum(len(ranges[number]) for number in there)  # `make` goes on from there
+        work.done = rows_there()  # `make` goes on from there
         return _make_part(make, rows, kind)
 
     with failed_writes_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("ab")
     with lock:
+        work.done = work.before = rows_there()
         parts: list[_Part | None] = [None] * len(ranges)
         for waits in (False, True):  # first what nobody else is making
             for number, rows in enumerate(ranges):

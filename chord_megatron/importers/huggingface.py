@@ -189,10 +189,15 @@ def dtype(words: list[str]) -> str:
     return "float32" if name in ("float32", "fp32") else "bfloat16"
 
 
-def temperature_of_evaluation(flags: Flags, recipe: Recipe, temperature: float) -> None:
+def samples_of_evaluation(flags: Flags, recipe: Recipe, temperature: float) -> None:
     """Held-out prompts are sampled there as in training, and greedily by default here."""
+    several = "num_generations_eval"
     if "data.eval_dataset" in recipe.values:
         recipe.set("train.eval_temperature", temperature, "held-out prompts are sampled as in training there")
+        if several in flags:
+            recipe.set("train.eval_num_generations", flags.integer(several, 1), flags.said(several))
+    elif several in flags:
+        recipe.without_effect.append((flags.said(several), "there are no held-out prompts"))
 
 
 def truncated_prompts(flags: Flags, recipe: Recipe, default: str) -> None:

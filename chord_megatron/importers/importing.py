@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from chord_megatron.importers.flags import Flags, read_arguments, read_file, read_keys, read_mapping
@@ -14,7 +14,7 @@ from chord_megatron.importers.shell import Command, read_script
 from chord_megatron.importers.trl import from_trl, refuse_python
 from chord_megatron.importers.verl import from_verl
 from chord_megatron.system.errors import UserError
-from chord_megatron.system.secrets import is_secret
+from chord_megatron.system.secrets import has_password, is_secret
 from chord_megatron.system.sentences import did_you_mean, shown
 
 Fill = Callable[[Flags, Recipe], None]
@@ -74,10 +74,7 @@ def _given(trainer: str, words: list[str], recipe: Recipe) -> Flags:
     flags = {**_read(trainer, after, recipe), **rest}
     for name in dict.fromkeys(command.unresolved):
         _say_unresolved(name, flags, recipe, dash)
-    written = Flags((read_arguments if dash else read_keys)(as_written.words)[0], dash)
-    for name in [name for name in written if name in flags and name not in rest and flags[name] != written[name]]:
-        text = f"{' '.join(flags[name])} by the environment of this shell"
-        recipe.remark("approximated", written.said(name), text)
+    _say_environment(after, as_written.words, rest, recipe, dash)
     return Flags(flags, dash)
 
 
@@ -106,8 +103,7 @@ def _mapping(path: Path) -> dict[str, list[str]]:
 def _command_of(trainer: str, path: Path) -> tuple[Command, Command, list[str]]:
     """The command, the same without what the environment says, and what to say of the script."""
     content = read_file(path)
-    environment = {name: value for name, value in os.environ.items() if not is_secret(name)}  # a file is to hold none
-    script = read_script(content, path.name, environment)
+    script = read_script(content, path.name, _environment())
     if calls := [place for place, command in enumerate(script.commands) if _COMMANDS[trainer].search(_front(command))]:
         if len(calls) > 1:
             text = f"{path.name} calls {trainer} {len(calls)} times; the first call was read: to read another, give its"
@@ -116,6 +112,11 @@ def _command_of(trainer: str, path: Path) -> tuple[Command, Command, list[str]]:
     if any(re.search(r"(^| )megatron rlhf", _front(command)) for command in script.commands):
         raise UserError(f"{path} calls `megatron rlhf`, whose flags count otherwise; only `swift rlhf` is read")
     raise UserError(f"{path} has no command of {trainer} ({_CALLS[trainer]}); name the script that trains")
+
+
+def _environment() -> dict[str, str | None]:
+    """Without the values of secrets: a configuration is to hold none."""
+    return {key: None if is_secret(key) or has_password(value) else value for key, value in os.environ.items()}
 
 
 def _front(command: Command) -> str:
@@ -154,3 +155,19 @@ def _say_unresolved(name: str, flags: dict[str, list[str]], recipe: Recipe, dash
     for flag, words in flags.items():
         if any(name in word for word in words):
             recipe.remark("unresolved", f"{dash}{flag} {' '.join(words)[:60]}", text)
+
+
+def _say_environment(
+    after: list[str], as_written: list[str], rest: Mapping[str, list[str]], recipe: Recipe, dash: str
+) -> None:
+    """Which flags are not as the script has them. rest: what goes before them."""
+    read = read_arguments if dash else read_keys
+    flags, written = Flags(read(after)[0], dash), read(as_written)[0]
+    for name in [name for name in flags if name not in rest]:
+        if name not in written:  # of a variable that holds whole flags
+            recipe.remark("approximated", flags.said(name), "by the environment of this shell")
+            continue
+        words = written[name][: len(flags[name])]  # such a variable stands behind the words of the flag before it
+        if words != flags[name]:
+            text = f"{' '.join(flags[name])} by the environment of this shell"
+            recipe.remark("approximated", Flags({name: words}, dash).said(name), text)

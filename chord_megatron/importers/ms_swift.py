@@ -234,7 +234,7 @@ def _outputs(flags: Flags, recipe: Recipe) -> None:
     if "report_to" in flags:
         said = flags.said("report_to")
         recipe.set("tracking.report_to", hf.trackers(flags["report_to"], recipe, said, known_trackers()), said)
-    hf.temperature_of_evaluation(flags, recipe, flags.read("temperature", number) if "temperature" in flags else 0.9)
+    hf.samples_of_evaluation(flags, recipe, flags.read("temperature", number) if "temperature" in flags else 0.9)
 
 
 def _semantics(recipe: Recipe) -> None:

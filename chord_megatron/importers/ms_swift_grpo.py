@@ -75,12 +75,7 @@ GRPO: Table = {
     "steps_per_generation": part_of("grpo.steps_per_generation"),
     "generation_batch_size": part_of("grpo.steps_per_generation"),
     "num_generations": to("rollout.num_generations", integer, 8),
-    "num_generations_eval": to(
-        "train.eval_num_generations",
-        integer,
-        when=lambda flags: bool(flags.get("val_dataset")),
-        otherwise="there are no held-out prompts",
-    ),
+    "num_generations_eval": part_of("train.eval_num_generations"),
     "reward_funcs": part_of("rewards.reward_funcs"),
     "reward_weights": part_of("rewards.reward_weights"),
     "reward_model": _REWARD_MODEL,

@@ -158,6 +158,7 @@ TRAINING: Table = {
     "lr_scheduler_kwargs": part_of("optimizer.min_lr"),
     "full_determinism": silent("the same run twice is the same on the CPU"),
     "report_to": part_of("tracking.report_to"),
+    "run_name": to("tracking.run_name", text),
     "logging_first_step": silent("each step is logged"),
     "logging_steps": silent("each step is logged"),
     "router_aux_loss_coef": lacks("models with experts are trained without a loss for their balance", unless=OFF),

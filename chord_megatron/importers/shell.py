@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import dropwhile
 
 from chord_megatron.system.errors import UserError
 
@@ -20,7 +21,7 @@ _LITERAL, _QUOTED, _ARRAY, _OUTPUT, _SUM, _END = "\ue000", "\ue001", "\ue002", "
 _LONGEST_VALUE = 100_000  # characters: a variable of twice another one grows fast
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _REFERENCE = re.compile(
-    rf"([${_QUOTED}])(?:\{{([A-Za-z_]\w*)(?:\[[@*]\])?(?::?-([^{{}}]*))?\}}|([A-Za-z_]\w*)|([@*#?0-9])"
+    rf"([${_QUOTED}])(?:\{{([A-Za-z_]\w*)(?:\[[@*]\])?(:?-[^{{}}]*)?\}}|([A-Za-z_]\w*)|([@*#?0-9])"
     rf"|\{{[0-9]:?-([^{{}}]*)\}})",
     re.ASCII,
 )
@@ -35,6 +36,7 @@ _OPERATIONS = {
     ast.Mod: operator.mod,
 }
 _BEFORE_ASSIGNMENTS = ("export", "declare", "local", "readonly", "then", "else", "do")
+_BEFORE_COMMANDS = (*_BEFORE_ASSIGNMENTS, "if", "elif", "while", "until", "!")
 _BRANCHES = ("if", "elif", "for", "while", "until", "case", "function")
 
 
@@ -59,14 +61,21 @@ class Script:
 class _Around:
     """What a script has not set itself: what the shell has, and what nobody says."""
 
-    environment: Mapping[str, str]
+    environment: Mapping[str, str | None]
     unresolved: list[str] = field(default_factory=list)
+    withheld: list[str] = field(default_factory=list)  # of the environment, as far as the script reads it
+
+    def value(self, name: str) -> list[str] | None:
+        """What the shell has; None where it has nothing of that name, or nothing that may be read."""
+        value = self.environment.get(name)
+        self.withheld += [name] * (value is None and name in self.environment)
+        return None if value is None else [value]
 
 
-def read_script(text: str, name: str, environment: Mapping[str, str] | None = None) -> Script:
-    """The commands of a script's text; `name` is the file's. environment: of the shell that would run it.
+def read_script(text: str, name: str, environment: Mapping[str, str | None] | None = None) -> Script:
+    """The commands of a script's text; `name` is the file's.
 
-    Raises UserError.
+    environment: of the shell that would run it, None for a value that is withheld. Raises UserError.
     """
     if re.search(f"[{_LITERAL}-{_END}]", text):
         raise UserError(f"{name} holds characters of Unicode's private area (U+E000 to U+E005); remove them")
@@ -78,6 +87,8 @@ def read_script(text: str, name: str, environment: Mapping[str, str] | None = No
         except ValueError as error:
             raise UserError(f"{name} is no shell script: {error} in {raw.strip()[:60]!r}; mend it") from None
         _take(words, variables, around, script, name)
+    reason = "of this shell is not read: its name or its value speaks of a secret"
+    script.notes += [f"${key} {reason}" for key in dict.fromkeys(around.withheld)]
     return script
 
 
@@ -86,6 +97,9 @@ def _take(words: list[str], variables: dict[str, list[str]], around: _Around, sc
     if words and words[0] in _BRANCHES:
         note = f"{name} branches or loops ({words[0]}); each of its lines was read as if it ran"
         script.notes += [note] * (note not in script.notes)
+    for key in _set_as_it_runs(words):
+        variables[key] = [f"${key}"]
+        around.unresolved.append(f"${key}")
     while words and words[0] in _BEFORE_ASSIGNMENTS:
         words = words[1:]
     own: dict[str, list[str]] = {}
@@ -104,6 +118,13 @@ def _take(words: list[str], variables: dict[str, list[str]], around: _Around, sc
     expanded = [word for item in words for word in _expand(item, known, around, name)]
     environment = {key: " ".join(values) for key, values in known.items()}
     script.commands.append(Command(expanded, environment, [*around.unresolved]))
+
+
+def _set_as_it_runs(words: list[str]) -> list[str]:
+    """The variables of `for` and `read`, whose values no line of the script says."""
+    command = list(dropwhile(lambda word: word in _BEFORE_COMMANDS or _ASSIGNMENT.fullmatch(word), words))
+    names = {"for": command[1:2], "read": command[1:]}.get(command[0], []) if command else []
+    return [name for name in names if name.isidentifier()]
 
 
 def _expand(word: str, variables: dict[str, list[str]], around: _Around, name: str) -> list[str]:
@@ -132,12 +153,12 @@ def _value(match: re.Match[str], variables: dict[str, list[str]], around: _Aroun
         if match[5] not in "@*":
             around.unresolved.append(f"${match[5]}")
         return [""] if match[5] in "@*" else [f"{_LITERAL}{match[5]}"]
-    if key in variables:
-        return variables[key]
-    if key in around.environment:
-        return [around.environment[key]]
-    if match[3] is not None:
-        return [_REFERENCE.sub(lambda inner: " ".join(_value(inner, variables, around)), match[3])]
+    colon, has_default, default = (match[3] or "").partition("-")
+    value = variables[key] if key in variables else around.value(key)
+    if value is not None and (any(value) or not colon):  # `:-` is for what is empty, too
+        return value
+    if has_default:
+        return [_REFERENCE.sub(lambda inner: " ".join(_value(inner, variables, around)), default)]
     around.unresolved.append(f"${key}")
     return [f"{_LITERAL}{key}"]
 

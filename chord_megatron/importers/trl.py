@@ -43,12 +43,7 @@ TABLE: Table = {
     "cast_lm_head_to_fp32": silent("log-probs are computed in float32"),
     "remove_unused_columns": silent("reward functions see every column"),
     "num_generations": to("rollout.num_generations", integer, 8),
-    "num_generations_eval": to(
-        "train.eval_num_generations",
-        integer,
-        when=lambda flags: flags.text("eval_strategy", "no").lower() != "no",
-        otherwise="there are no evaluations",
-    ),
+    "num_generations_eval": part_of("train.eval_num_generations"),
     "max_completion_length": to("rollout.max_completion_length", integer, 512),
     "max_prompt_length": to("data.max_prompt_length", integer),
     "ds3_gather_for_generation": silent("weights are gathered bucket by bucket"),
@@ -338,7 +333,7 @@ def _rest(flags: Flags, recipe: Recipe) -> None:
     if "report_to" in flags:
         said = flags.said("report_to")
         recipe.set("tracking.report_to", hf.trackers(flags["report_to"], recipe, said, known_trackers()), said)
-    hf.temperature_of_evaluation(flags, recipe, recipe.values.get("rollout.temperature", 1.0))
+    hf.samples_of_evaluation(flags, recipe, recipe.values.get("rollout.temperature", 1.0))
 
 
 def refuse_python(name: str) -> None:

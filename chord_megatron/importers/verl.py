@@ -291,8 +291,11 @@ def _outputs(keys: Flags, recipe: Recipe) -> None:
     recipe.set("tracking.report_to", hf.trackers(words, recipe, said, known_trackers()), said)
     if "data.eval_dataset" in recipe.values:
         samples = keys.boolean(f"{_ROLLOUT}.val_kwargs.do_sample")
-        value = keys.number(f"{_ROLLOUT}.val_kwargs.temperature", 0.0) if samples else 0.0
-        recipe.set_default("train.eval_temperature", value, "rollout.val_kwargs.temperature")
-        if samples:
-            completions = keys.integer(f"{_ROLLOUT}.val_kwargs.n", 1)
+        temperature = keys.number(f"{_ROLLOUT}.val_kwargs.temperature", 0.0) if samples else 0.0
+        recipe.set_default("train.eval_temperature", temperature, "rollout.val_kwargs.temperature")
+        completions = keys.integer(f"{_ROLLOUT}.val_kwargs.n", 1)
+        if completions > 1 and not temperature:
+            text = "each answer at temperature 0 is the same"
+            recipe.without_effect.append((keys.said(f"{_ROLLOUT}.val_kwargs.n"), text))
+        else:
             recipe.set_default("train.eval_num_generations", completions, f"rollout.val_kwargs.n={completions}")

@@ -13,8 +13,9 @@ class Work:
     what: str = ""  # is counted, such as "completions"; without a total, what is waited for
     done: int = 0
     total: int = 0  # 0: nothing is counted
+    before: int = 0  # of `done`: was there when counting began, such as what an earlier start has left
     began: float = field(default_factory=time.monotonic, compare=False)
 
     def begin(self, what: str = "", total: int = 0) -> None:
         """Something new, of which nothing is done yet; without arguments nothing is known."""
-        self.what, self.done, self.total, self.began = what, 0, total, time.monotonic()
+        self.what, self.done, self.total, self.before, self.began = what, 0, total, 0, time.monotonic()

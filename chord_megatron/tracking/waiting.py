@@ -27,7 +27,7 @@ def in_words(where: Whereabouts, seconds: float, *, counting: float | None = Non
         waiting = f", {work.what}" if work.what else ""
         return f"{where}{waiting}: {format_duration(seconds)} so far"
     counted = counting or seconds
-    rate = work.done / counted if counted else 0.0
+    rate = (work.done - work.before) / counted if counted else 0.0
     speed = f", {rate:.3g}/s, ETA {format_duration((work.total - work.done) / rate)}" if rate else ""
     return f"{where}: {work.done} of {work.total} {work.what}{speed} ({format_duration(seconds)} so far)"
 

@@ -280,6 +280,11 @@ def test_a_missing_file_is_a_user_error(tmp_path: Path):
     assert refusal(path) == f"cannot read the configuration {path}: No such file or directory"
 
 
+def test_a_name_that_is_too_long_is_a_user_error(tmp_path: Path):
+    path = tmp_path / ("x" * 300)
+    assert refusal(path) == f"cannot read the configuration {path}: File name too long"
+
+
 def test_a_run_directory_names_its_configuration(tmp_path: Path):
     said = f"cannot read the configuration {tmp_path}: Is a directory"
     assert refusal(tmp_path) == said

@@ -30,6 +30,15 @@ def test_importing_the_backend_changes_nothing_and_says_nothing():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_the_library_of_a_logger_is_not_imported_where_there_is_no_gpu(tmp_path: Path):
+    """Megatron-Core imports wandb wherever it can, for loggers that nothing here uses."""
+    (tmp_path / "wandb.py").touch()  # importable even where it is not installed
+    code = "import sys, chord_megatron.backend.engine; print('wandb' in sys.modules); import wandb"
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
 _IMPORT_BESIDE_KERNELS = """
 import chord_megatron.backend.engine
 from megatron.core import optimizer

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from gpu_suite import Part, Place, allot, read_json, read_junit, run_suite
+from gpu_suite import Part, Place, allot, read_json, read_junit, run_suite, shown
 from gpu_suite_models import Shape, Sizes, data_sheet_tflops, mfu, step_flops
 
 
@@ -109,3 +109,10 @@ def test_the_parts_run_on_a_cpu(tmp_path: Path):
     outcome = subprocess.run(command, check=False, capture_output=True, text=True)
     records = {path.stem: json.loads(path.read_text())["status"] for path in tmp_path.glob("*.json")}
     assert records == dict.fromkeys(["peaks", *parts.split(",")], "done"), outcome.stdout
+
+
+def test_paths_are_named_and_relative_ones_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", ".::/somewhere/else")
+    place = Place(tmp_path / "work", tmp_path / "output", tiny=True)
+    text = f"{tmp_path}/work/a.log 0.5 /somewhere/else/b.py"
+    assert shown(text, place) == "WORK/a.log 0.5 PYTHONPATH/b.py"

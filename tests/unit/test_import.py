@@ -226,6 +226,8 @@ BASE = "NPROC_PER_NODE=4 swift rlhf --rlhf_type grpo --model m --dataset d.jsonl
         ),
         ("--system 'a\\nb'", {"data.system_prompt": "a\nb"}),
         ("--use_chat_template false", {"data.prompt_format": "text"}),
+        ("--run_name r", {"tracking.run_name": "r"}),
+        ("--swanlab_exp_name s", {"tracking.run_name": "s"}),
         ("--ddp_timeout 18000000", {"parallel.distributed_timeout_minutes": 1e5}),
     ],
 )
@@ -307,6 +309,66 @@ def test_variables_of_the_environment_are_expanded_and_said(tmp_path: Path, monk
     assert "hf_1234567890" not in recipe.to_yaml()
 
 
+def test_a_password_in_the_environment_is_in_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("URL", "https://user:hunter2secret@host/m")
+    monkeypatch.setenv("MAX_TOKENS", "4096")
+    recipe = recipe_of("ms-swift", BASE + "--model $URL --max_completion_length ${MAX_TOKENS:-1024}", tmp_path)
+    assert (recipe.values["model.path"], recipe.values["rollout.max_completion_length"]) == ("$URL", 1024)
+    assert "hunter2secret" not in recipe.to_yaml()
+    for name in ("$URL", "$MAX_TOKENS"):
+        text = f"{name} of this shell is not read: its name or its value speaks of a secret"
+        assert [remark.kind for remark in recipe.remarks if remark.text == text] == ["unresolved"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--output_dir out $EXTRA_ARGS",
+            ["--beta 0.9: by the environment of this shell", "--temperature 0.3: by the environment of this shell"],
+        ),
+        (
+            "--output_dir $OUT_DIR $EXTRA_ARGS",
+            [
+                "--beta 0.9: by the environment of this shell",
+                "--output_dir $OUT_DIR: /out by the environment of this shell",
+                "--temperature 0.3: by the environment of this shell",
+            ],
+        ),
+        (
+            "--beta 0.1 $EXTRA_ARGS",
+            [
+                "--beta 0.1: 0.9 by the environment of this shell",
+                "--temperature 0.3: by the environment of this shell",
+            ],
+        ),
+        ("$EXTRA_ARGS --beta 0.1", ["--temperature 0.3: by the environment of this shell"]),
+        ("--dataset $FILES", ["--dataset $FILES: a.jsonl b.jsonl by the environment of this shell"]),
+        ("--async_generate $SWITCH", ["--vllm_enforce_eager: by the environment of this shell"]),
+    ],
+)
+def test_flags_of_the_environment_are_said(
+    flags: str, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("OUT_DIR", "/out")
+    monkeypatch.setenv("EXTRA_ARGS", "--temperature 0.3 --beta 0.9")
+    monkeypatch.setenv("FILES", "a.jsonl b.jsonl")
+    monkeypatch.setenv("SWITCH", "--vllm_enforce_eager")
+    recipe = recipe_of("ms-swift", BASE + flags, tmp_path)
+    found = [str(remark) for remark in recipe.remarks if "environment" in remark.text]
+    assert sorted(found) == [f"approximated: {text}" for text in said]
+
+
+def test_a_file_of_flags_is_not_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "grpo.yaml").write_text("model_name_or_path: m\nbeta: 0.2\n", encoding="utf-8")
+    monkeypatch.setenv("WHERE", str(tmp_path))
+    recipe = recipe_of("trl", "trl grpo --config $WHERE/grpo.yaml", tmp_path)
+    assert recipe.values["grpo.beta"] == 0.2
+    assert [str(remark) for remark in recipe.remarks if "environment" in remark.text] == [
+        f"approximated: --config $WHERE/grpo.yaml: {tmp_path}/grpo.yaml by the environment of this shell"
+    ]
+
+
 def test_a_yaml_file_of_ms_swift(tmp_path: Path):
     path = tmp_path / "args.yaml"
     path.write_text("rlhf_type: grpo\nmodel: m\ndataset: [d.jsonl]\ntuner_type: full\nbeta: 0.1\nENV: {A: b}\n")
@@ -381,6 +443,10 @@ def test_grpo_config_of_trl(tmp_path: Path):
         ("--run_name r", {"tracking.run_name": "r"}),
         ("--dataset_name a --num_generations_eval 4", {"train.eval_num_generations": None}),
         (
+            "--eval_strategy steps --num_generations_eval 4",
+            {"train.eval_num_generations": None, "train.eval_temperature": None},
+        ),
+        (
             "--dataset_name a --eval_strategy steps --num_generations_eval 4",
             {"train.eval_num_generations": 4, "train.eval_temperature": 1.0},
         ),
@@ -391,6 +457,15 @@ def test_arguments_of_trl(flags: str, values: dict):
     recipe = import_words("trl", ["--model_name_or_path", "m", *flags.split()])
     assert {key: recipe.values.get(key) for key in values} == values
     check_plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "flags"),
+    [("trl", "--model_name_or_path m --eval_strategy steps"), ("ms-swift", BASE.partition("rlhf ")[2])],
+)
+def test_answers_to_held_out_prompts_that_are_not_there_are_without_effect(trainer: str, flags: str):
+    recipe = import_words(trainer, [*flags.split(), "--num_generations_eval", "4"])
+    assert ("--num_generations_eval 4", "there are no held-out prompts") in recipe.without_effect
 
 
 MIXTURE = """
@@ -557,6 +632,11 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
             {"train.eval_num_generations": None, "train.eval_temperature": None},
         ),
         (
+            "data.val_files=v.parquet actor_rollout_ref.rollout.val_kwargs.do_sample=True "
+            "actor_rollout_ref.rollout.val_kwargs.n=4",
+            {"train.eval_num_generations": None, "train.eval_temperature": None},
+        ),
+        (
             "+reward_model.reward_kwargs.overlong_buffer_cfg.enable=True "
             "+reward_model.reward_kwargs.overlong_buffer_cfg.len=100 "
             "+reward_model.reward_kwargs.overlong_buffer_cfg.penalty_factor=0.5",
@@ -571,6 +651,14 @@ KEYS = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.model.path=m", "actor
 def test_keys_of_verl(keys: str, values: dict, tmp_path: Path):
     recipe = recipe_of("verl", "python -m verl.trainer.main_ppo " + " ".join(KEYS) + " " + keys, tmp_path)
     assert {key: recipe.values.get(key) for key in values} == values
+    check_plan(recipe)
+
+
+@pytest.mark.parametrize("sampled", ["", "actor_rollout_ref.rollout.val_kwargs.do_sample=True"])
+def test_several_greedy_answers_of_verl_are_one(sampled: str):
+    several = "actor_rollout_ref.rollout.val_kwargs.n=4"
+    recipe = import_words("verl", [*KEYS, "data.val_files=v.parquet", several, *sampled.split()])
+    assert (several, "each answer at temperature 0 is the same") in recipe.without_effect
     check_plan(recipe)
 
 

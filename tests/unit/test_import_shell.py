@@ -97,6 +97,51 @@ def test_what_the_environment_says_is_expanded_as_by_the_shell():
     assert command.environment == {"A": "1", "OUT": "/home/a b/out", "TP": "4"}
 
 
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("swift a${X:-1} b${X-2} c$X", ["swift", "a1", "b", "c"]),
+        ("swift a${Y:-1} b${Y-2} c${Z-3}", ["swift", "ay", "by", "c3"]),
+        ("Y=\nswift a${Y:-1} b${Y-2} c$Y", ["swift", "a1", "b", "c"]),
+        ('Y=()\nswift "${Y[@]}" "${Y[@]:-1}"', ["swift", "1"]),
+    ],
+)
+def test_a_default_with_a_colon_is_also_for_what_is_empty(script: str, words: list[str]):
+    *_, command = read_script(script, "x.sh", {"X": "", "Y": "y"}).commands
+    assert command.words == words
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "for LR in 1 2; do swift $LR; done",
+        "for B in 1; do for LR in 1 2; do\nswift ${LR:-3}",
+        "while read LR; do swift $LR",
+        "while IFS=, read -r B LR; do swift $LR",
+        "read -r LR < rates\nswift $LR",
+        "LR=3\nfor LR in 1 2; do swift $LR",
+    ],
+)
+def test_what_a_script_sets_as_it_runs_nobody_says(script: str):
+    """Neither the shell around it nor an earlier line."""
+    (command,) = (each for each in read_script(script, "x.sh", {"LR": "9"}).commands if "swift" in each.words)
+    assert command.words == ["swift", "$LR"]
+    assert "$LR" in command.unresolved
+
+
+def test_a_word_that_is_no_command_sets_nothing():
+    *_, command = read_script("echo for LR; swift read LR $LR", "x.sh", {"LR": "9"}).commands
+    assert command.words == ["swift", "read", "LR", "9"]
+
+
+def test_what_is_withheld_counts_as_unset_and_is_said_once():
+    surroundings = {"MAX_TOKENS": None, "OWN_KEY": None, "OTHER_KEY": None}
+    script = read_script("OWN_KEY=1\nswift ${MAX_TOKENS:-7} $MAX_TOKENS $OWN_KEY", "x.sh", surroundings)
+    assert script.commands[-1].words == ["swift", "7", "$MAX_TOKENS", "1"]
+    assert script.commands[-1].unresolved == ["$MAX_TOKENS"]
+    assert script.notes == ["$MAX_TOKENS of this shell is not read: its name or its value speaks of a secret"]
+
+
 def test_the_environment_of_a_command():
     script = "export NPROC_PER_NODE=8\nCUDA_VISIBLE_DEVICES=0,1 swift rlhf"
     (command,) = read_script(script, "x.sh").commands

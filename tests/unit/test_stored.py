@@ -184,10 +184,10 @@ def test_how_far_it_is_is_told_row_by_row(tmp_path: Path, request: pytest.Fixtur
 
     assert told()[1:] == [*range(1, 13)]
     large = request.getfixturevalue("large")
-    assert told()[1:] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 12]  # three parts
-    assert told()[1:] == [12]
+    assert told()[1:] == [0, 0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 9, 10, 10, 11, 12, 12]  # three parts
+    assert told()[1:] == [12, 12]
     next(large.rglob("part-00001")).unlink()  # the others are there: of another process, say
-    assert told()[1:] == [7, 8, 9, 10, 11, 12, 12]
+    assert told()[1:] == [7, 7, 8, 9, 10, 11, 12, 12]
 
 
 def test_an_arrow_file_has_one_folder(tmp_path: Path, large: Path):
@@ -278,6 +278,22 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, large: Path):
     large.write_bytes(b"in the way")
     with pytest.raises(UserError, match=rf"^{large}/[0-9a-f]{{32}} cannot be written \(.*\); mend that"):
         load(write_jsonl(tmp_path / "rows.jsonl"))
+
+
+def test_rows_of_an_earlier_start_were_there_before(tmp_path: Path):
+    """They count as done, and not as what this start has done."""
+    take_part(tmp_path, 0, tmp_path / "log")
+    for part in (2, 5, 7):
+        (tmp_path / f"part-{part:05}").unlink()
+    work, seen = Work("rows", 0, 8 * 1024), []
+
+    def make(indices: range) -> tuple[list[ExpertSample], Tally]:
+        seen.append((work.before, work.done))
+        return made(indices, 0, tmp_path / "log")
+
+    stored_samples(tmp_path, 8 * 1024, ExpertSample, make, lambda fields: ExpertSample(**fields), work)
+    assert seen == [(5 * 1024, 5 * 1024), (5 * 1024, 6 * 1024), (5 * 1024, 7 * 1024)]
+    assert work == Work("rows", 8 * 1024, 8 * 1024, before=5 * 1024)
 
 
 # several processes

@@ -62,6 +62,19 @@ def test_the_words():
         )
 
 
+def test_what_was_there_before_is_no_speed():
+    where = Whereabouts("reading the data")
+    where.work.begin("rows of a.jsonl", 1_000_000)
+    where.work.done = where.work.before = 900_000
+    assert in_words(where, 10) == "reading the data: 900000 of 1000000 rows of a.jsonl (10.0 s so far)"
+    where.work.done += 10_000
+    assert in_words(where, 10) == (
+        "reading the data: 910000 of 1000000 rows of a.jsonl, 1e+03/s, ETA 0:01:30 (10.0 s so far)"
+    )
+    where.work.begin("rows of b.jsonl", 9)
+    assert where.work == Work("rows of b.jsonl", 0, 9)
+
+
 def test_a_watch_shows_where_its_process_is_until_it_ends():
     where, shown, seen = Whereabouts("rollout", 2), [], threading.Event()
 
