@@ -123,7 +123,7 @@ def result(rewards: dict[str, list[float]], curve: Sequence[float] = (0.5,) * 6)
 
     def method(name: str, values: list[float]) -> dict[str, Any]:
         runs = {str(seed): run(value) for seed, value in enumerate(values, 1)}
-        record = {"title": name.upper(), "is_chord": "chord" in name, "lr": 1e-3, "first_lr": None}
+        record = {"title": name.upper(), "is_chord": "chord" in name, "lr": 1e-3, "first": None, "first_lr": None}
         record |= {"grid": {"0.001": 0.5, "0.1": 0.25}}
         return {**record, "tuning_validation": list(curve), "runs": runs}
 
@@ -307,7 +307,7 @@ def test_claims_name_methods_and_measures_that_there_are():
     assert all(method in methods and measure in MEASURES for method, measure in sides)
 
 
-@pytest.mark.parametrize("name", ["reproduction"])
+@pytest.mark.parametrize("name", ["reproduction", "smollm2"])
 def test_the_committed_page_is_what_its_numbers_say(name: str):
     folder = ROOT / "docs" / "evidence" / name
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
