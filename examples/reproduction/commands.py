@@ -10,6 +10,8 @@ from pathlib import Path
 
 from chord_megatron.system.errors import UserError
 
+_running: set[subprocess.Popen[str]] = set()
+
 
 def run_chord_megatron(*arguments: str | Path) -> str:
     """`chord-megatron ...`: what it printed. Raises UserError with its last line."""
@@ -25,9 +27,20 @@ def run(command: Sequence[str | Path]) -> str:
     """On one thread, so that runs side by side have a core each; returns its standard output."""
     words = list(map(str, command))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(done.stdout, done.stderr, sep="", file=sys.stderr)
-        last = (done.stderr.strip() or done.stdout.strip() or "without a word").splitlines()[-1]
-        raise UserError(f"{' '.join(words)} ended with {done.returncode}: {last}")
-    return done.stdout
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        _running.add(process)
+        try:
+            output, errors = process.communicate()
+        finally:
+            _running.discard(process)
+    if process.returncode:
+        print(output, errors, sep="", file=sys.stderr)
+        last = (errors.strip() or output.strip() or "without a word").splitlines()[-1]
+        raise UserError(f"{' '.join(words)} ended with {process.returncode}: {last}")
+    return output
+
+
+def end_all() -> None:
+    """Have those that are running end, as SIGTERM does it."""
+    for process in [*_running]:
+        process.terminate()

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from commands import run_chord_megatron, run_script
+from commands import end_all, run_chord_megatron, run_script
 from evidence import write_evidence
 from experiment import Experiment, Trial, chosen_lr, load_experiment, make_trial
 from results import collect, completions_file, result_file
@@ -44,17 +45,32 @@ class Runner:
                 part.rename(path)
 
     def refuse_other(self) -> None:
-        """Raise UserError where the runs that are there began with, had or were tested by something else."""
-        tested = self._experiment.model_dump_json(include={"base", "test", "tested_checkpoint"})
-        contents = {"recipe": self._experiment.recipe.read_bytes(), "base, test or tested_checkpoint": tested.encode()}
-        for name, method in self._experiment.methods.items():
-            contents[name] = method.model_dump_json(include={"keys", "first"}).encode()
-        for name, content in contents.items():
-            kept = self._root / "settings" / name
-            if kept.exists() and kept.read_bytes() != content:
+        """Raise UserError where runs that are there had or were tested by something else."""
+        settings = self._root / "settings"
+        for name, folders, content in self._settings():
+            kept = settings / name
+            if kept.exists() and kept.read_bytes() != content and self._has_results(folders):
                 raise UserError(f"the runs in {self._root} are of another {name}; move them away, or restore it")
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(kept, [content])
+        settings.mkdir(parents=True, exist_ok=True)
+        for name, _, content in self._settings():
+            atomic_write(settings / name, [content])
+
+    def _settings(self) -> list[tuple[str, str, bytes]]:
+        """What runs go by: its name, the folders of these runs, and what it is now."""
+        tested = self._experiment.model_dump_json(include={"base", "test", "tested_checkpoint"})
+        return [
+            ("recipe", "*", self._experiment.recipe.read_bytes()),
+            ("base, test or tested_checkpoint", "*", tested.encode()),
+            *(
+                (name, f"{name}*", method.model_dump_json(include={"keys", "first"}).encode())
+                for name, method in self._experiment.methods.items()
+            ),
+        ]
+
+    def _has_results(self, folders: str) -> bool:
+        """Whether anything there was saved or tested: what came to nothing keeps nobody to its settings."""
+        marks = (f"{folders}/lr_*/seed_*/checkpoints/latest", f"{folders}/test.json")
+        return any(path for mark in marks for path in self._root.glob(mark))
 
     def test_base(self) -> Path:
         """The folder of the test of the weights that all begin with."""
@@ -119,6 +135,7 @@ def main() -> None:
     experiment = load_experiment(arguments.experiment, arguments.methods, arguments.seeds)
     name = arguments.experiment.resolve().parent.name
     runner = Runner(experiment, Path("runs") / name)
+    experiment.check_recipe()
     runner.refuse_other()
     runner.prepare()
     base = runner.test_base()
@@ -145,7 +162,14 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+def stop(*_: object) -> None:
+    """As Ctrl-C does it, which reaches the commands by itself."""
+    end_all()
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     try:
         main()
     except UserError as error:

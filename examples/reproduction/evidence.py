@@ -16,6 +16,7 @@ from claims import HELD_OUT, Results, findings, load_claims, missing_methods, re
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from seeds import Difference, Spread, paired_difference, spread
 
+from chord_megatron.system.atomic import atomic_write
 from chord_megatron.tracking.drawing import NUM_HUES, Panel, draw_picture
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def write_evidence(results: Results, folder: Path) -> list[Path]:
     if "sft" in results["methods"]:
         files["sft.png"] = draw_picture(sft_panels(results), "SFT: shift, readapt, overfit?", "A line for each seed.")
     for name, content in files.items():
-        (folder / name).write_bytes(content)
+        atomic_write(folder / name, [content])
     return [folder / name for name in files]
 
 

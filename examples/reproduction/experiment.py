@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from chord_megatron.config import load_config
 from chord_megatron.system.errors import UserError
@@ -17,6 +18,8 @@ from chord_megatron.tracking.run_dir import RunDir
 from chord_megatron.tracking.summary import eval_points, load_history
 
 Checkpoint = Literal["best", "latest"]
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_OTHER_FOLDERS = ("base", "recipe", "settings")  # beside those of methods
 
 
 class Method(BaseModel):
@@ -40,7 +43,7 @@ class Experiment(BaseModel):
     base: Path  # the weights that all begin with
     base_in_evidence: bool = False  # small enough to be kept beside the result
     test: Path
-    grid: list[PositiveFloat] = Field(min_length=1)
+    grid: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(min_length=1)
     tuning_seed: int
     seeds: list[int] = Field(min_length=1)
     expert_mark: str
@@ -59,17 +62,36 @@ class Experiment(BaseModel):
             first = self.methods.get(method.first) if method.first else None
             if method.first and (first is None or first.first):
                 raise ValueError(f"{name} begins with {method.first}, which has to be a method of one stage here")
-        if "base" in self.methods:
-            raise ValueError("base names the weights that all begin with, and no method")
+            if not _NAME.fullmatch(name) or name in _OTHER_FOLDERS or name.endswith("_first"):
+                raise ValueError(
+                    f"{name!r} names no method: letters, digits, _ and - do, but for {', '.join(_OTHER_FOLDERS)} "
+                    "and what ends with _first"
+                )
+        try:
+            re.compile(self.expert_mark)
+        except re.error as error:
+            raise ValueError(f"expert_mark is no regular expression: {error}") from None
         return self
 
     @property
     def budget(self) -> int:
         """Tokens with a loss that each method may have."""
+        budget = load_config(str(self.recipe), []).train.max_loss_tokens
+        if budget is None:
+            raise UserError(f"{self.recipe} has to set train.max_loss_tokens, the budget of all")
+        return budget
+
+    def check_recipe(self) -> None:
+        """Raise UserError where it leaves a run without what is read of it afterwards."""
         train = load_config(str(self.recipe), []).train
-        if train.max_loss_tokens is None or train.eval_steps is None:
-            raise UserError(f"{self.recipe} has to set train.max_loss_tokens, the budget of all, and train.eval_steps")
-        return train.max_loss_tokens
+        if self.budget and train.eval_steps is None:
+            raise UserError(f"{self.recipe} has to set train.eval_steps: learning rates are chosen by evaluations")
+        goes_by_best = self.tested_checkpoint == "best" or any(method.first for method in self.methods.values())
+        if goes_by_best and not (train.keep_best and train.save_steps and train.eval_steps % train.save_steps == 0):
+            raise UserError(
+                f"{self.recipe} has to set train.keep_best, and train.save_steps such that each evaluation is of a "
+                "saved step: the best checkpoint is tested, or goes on in a second stage"
+            )
 
     def rounds(self) -> tuple[list[str], list[str]]:
         """The methods by themselves, and those whose first stage has the learning rate of one of these."""
@@ -87,7 +109,7 @@ def load_experiment(path: Path, methods: list[str] | None = None, seeds: list[in
             raise UserError(f"{path} has no method {min(unknown)}; it has {', '.join(found.methods)}")
         chosen = {name: values["methods"][name] for name in names}
         return Experiment.model_validate({**values, "methods": chosen, "seeds": seeds or found.seeds})
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]

@@ -53,7 +53,12 @@ def test_a_tiny_experiment_is_run_once(assets: Path, tmp_path: Path):
             "two": {"title": "Two", "first": "sft", "keys": {"chord.chord_mu_peak": 0, "chord.chord_mu_valley": 0}},
         },
     }
-    (tmp_path / "tiny" / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    path = tmp_path / "tiny" / "experiment.yaml"
+    path.write_text(yaml.safe_dump({**experiment, "test": "nowhere.jsonl"}))
+    command = [sys.executable, str(COMPARE), "tiny/experiment.yaml"]
+    failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1 and "nowhere.jsonl" in failed.stderr.splitlines()[-1]
+    path.write_text(yaml.safe_dump(experiment))  # what came to nothing keeps nobody to it
     first = compare(tmp_path)
     # Two rates and two seeds of each method, and a first stage of each seed.
     assert sum(line.startswith("training ") for line in first) == 4 + 4 + 3
@@ -71,11 +76,10 @@ def test_a_tiny_experiment_is_run_once(assets: Path, tmp_path: Path):
     assert not any(line.startswith("training ") for line in again)
     assert (evidence / "results.json").read_bytes() == written
     experiment["methods"]["sft"]["title"] = "Supervised"  # of the page, not of the runs
-    (tmp_path / "tiny" / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    path.write_text(yaml.safe_dump(experiment))
     assert not any(line.startswith("training ") for line in compare(tmp_path))
     assert json.loads((evidence / "results.json").read_bytes())["methods"]["sft"]["title"] == "Supervised"
     recipe.write_text(recipe.read_text().replace("max_loss_tokens: 200", "max_loss_tokens: 300"))
-    command = [sys.executable, str(COMPARE), "tiny/experiment.yaml"]
     refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (refused.returncode, refused.stderr) == (
         1,

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from claims import MEASURES, Claim, Comparison, fifths, findings, load_claims, missing_methods, verdict
 from evidence import at_an_edge, page, shown_difference, shown_versions, winner
-from experiment import chosen_lr, load_experiment, make_trial
+from experiment import Method, chosen_lr, load_experiment, make_trial
 from results import OF_STEPS, curves
 from seeds import Difference, next_one, paired_difference, spread
 
@@ -249,9 +249,44 @@ def test_what_an_experiment_lacks_is_said(tmp_path: Path):
     assert f"{path}: grid: " in refused({"grid": []})
     assert "seeds has a value twice: [1, 1]" in refused({}, seeds=[1, 1])
     assert "Extra inputs are not permitted" in refused({"learning_rates": [1]})
-    path.write_text("[", encoding="utf-8")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_experiment(path)
+    assert "expert_mark is no regular expression" in refused({"expert_mark": "[a-"})
+    assert "grid.0: Input should be a finite number" in refused({"grid": [math.nan]})
+    for name in ("base", "recipe", "settings", "a/b", "sft_first"):
+        assert f"{name!r} names no method" in refused({"methods": {name: {"title": "T", "keys": {}}}})
+    for content in (b"[", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="cannot be read"):
+            load_experiment(path)
+
+
+@pytest.mark.parametrize(
+    ("tested", "train", "sentence"),
+    [
+        ("best", {"max_loss_tokens": 9}, "has to set train.eval_steps"),
+        ("latest", {"eval_steps": 5}, "has to set train.max_loss_tokens"),
+        ("latest", {"max_loss_tokens": 9, "eval_steps": 5}, None),
+        ("best", {"max_loss_tokens": 9, "eval_steps": 5, "save_steps": 5}, "has to set train.keep_best"),
+        (
+            "best",
+            {"max_loss_tokens": 9, "eval_steps": 5, "save_steps": 2, "keep_best": True},
+            "each evaluation is",
+        ),
+        ("best", {"max_loss_tokens": 9, "eval_steps": 6, "save_steps": 2, "keep_best": True}, None),
+    ],
+)
+def test_a_recipe_has_what_is_read_of_its_runs(
+    tmp_path: Path, tested: str, train: dict[str, Any], sentence: str | None
+):
+    recipe = tmp_path / "r.yaml"
+    common = {"output_dir": "o", "global_batch_size": 8, "train_iters": 9}
+    recipe.write_text(yaml.safe_dump({"model": {"path": "m"}, "train": {**common, **train}}), encoding="utf-8")
+    one = {"title": "T", "keys": {}}
+    changed = {"recipe": recipe, "tested_checkpoint": tested, "methods": {"a": Method.model_validate(one)}}
+    experiment = load_experiment(EXPERIMENTS[0]).model_copy(update=changed)
+    if sentence is None:
+        return experiment.check_recipe()
+    with pytest.raises(UserError, match=sentence):
+        experiment.check_recipe()
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.parent.name)
