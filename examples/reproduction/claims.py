@@ -168,16 +168,17 @@ def unit(measure: str) -> tuple[float, str]:
     return UNITS.get(measure, (100, "points"))
 
 
+def last_common_step(runs: Sequence[Run]) -> int:
+    """The last one that all of them were evaluated at."""
+    return max(set.intersection(*(set(run["curves"]["step"]) for run in runs)))
+
+
 def measured(results: Results, comparison: Comparison) -> Difference:
     """The paired difference over the seeds, in the unit of the measure."""
     scale, _ = unit(comparison.measure)
     pairs = list(zip(*(runs_of(results, method) for method, _ in comparison.sides), strict=True))
-    steps = [max(set(ours["curves"]["step"]) & set(theirs["curves"]["step"])) for ours, theirs in pairs]
     sides = [
-        [
-            scale * MEASURES[measure](runs[place], results["methods"][method], count)
-            for runs, count in zip(pairs, steps, strict=True)
-        ]
+        [scale * MEASURES[measure](runs[place], results["methods"][method], last_common_step(runs)) for runs in pairs]
         for place, (method, measure) in enumerate(comparison.sides)
     ]
     return paired_difference(*sides)

@@ -19,7 +19,7 @@ from chord_megatron.tracking.summary import eval_points, load_history
 
 Checkpoint = Literal["best", "latest"]
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_OTHER_FOLDERS = ("base", "recipe", "settings")  # beside those of methods
+_OTHER_NAMES = ("base", "recipe", "settings")  # of folders and settings beside those of methods
 
 
 class Method(BaseModel):
@@ -62,9 +62,9 @@ class Experiment(BaseModel):
             first = self.methods.get(method.first) if method.first else None
             if method.first and (first is None or first.first):
                 raise ValueError(f"{name} begins with {method.first}, which has to be a method of one stage here")
-            if not _NAME.fullmatch(name) or name in _OTHER_FOLDERS or name.endswith("_first"):
+            if not _NAME.fullmatch(name) or name in _OTHER_NAMES or name.endswith("_first"):
                 raise ValueError(
-                    f"{name!r} names no method: letters, digits, _ and - do, but for {', '.join(_OTHER_FOLDERS)} "
+                    f"{name!r} names no method: letters, digits, _ and - do, but for {', '.join(_OTHER_NAMES)} "
                     "and what ends with _first"
                 )
         try:
@@ -83,8 +83,9 @@ class Experiment(BaseModel):
 
     def check_recipe(self) -> None:
         """Raise UserError where it leaves a run without what is read of it afterwards."""
+        _ = self.budget
         train = load_config(str(self.recipe), []).train
-        if self.budget and train.eval_steps is None:
+        if train.eval_steps is None:
             raise UserError(f"{self.recipe} has to set train.eval_steps: learning rates are chosen by evaluations")
         goes_by_best = self.tested_checkpoint == "best" or any(method.first for method in self.methods.values())
         if goes_by_best and not (train.keep_best and train.save_steps and train.eval_steps % train.save_steps == 0):

@@ -280,8 +280,7 @@ def test_a_recipe_has_what_is_read_of_its_runs(
     recipe = tmp_path / "r.yaml"
     common = {"output_dir": "o", "global_batch_size": 8, "train_iters": 9}
     recipe.write_text(yaml.safe_dump({"model": {"path": "m"}, "train": {**common, **train}}), encoding="utf-8")
-    one = {"title": "T", "keys": {}}
-    changed = {"recipe": recipe, "tested_checkpoint": tested, "methods": {"a": Method.model_validate(one)}}
+    changed = {"recipe": recipe, "tested_checkpoint": tested, "methods": {"a": Method(title="T", keys={})}}
     experiment = load_experiment(EXPERIMENTS[0]).model_copy(update=changed)
     if sentence is None:
         return experiment.check_recipe()
